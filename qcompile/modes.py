@@ -1,0 +1,106 @@
+"""Modes: the bit-widths that one prepared model can run at."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .errors import InvalidArgument
+
+_MODE_NAME = re.compile(r"w(\d+)a(\d+)")
+
+#: What users may write for one mode: `3`, `"3"`, `"w3a3"`, or a `Mode`.
+ModeLike = "int | str | Mode"
+
+
+@dataclass(frozen=True, order=True)
+class Mode:
+    """One precision of a model: bits of the weights and bits of the activations, each from 1 to 8."""
+
+    weight_bits: int
+    activation_bits: int
+
+    def __post_init__(self) -> None:
+        for kind, bits in (("weight", self.weight_bits), ("activation", self.activation_bits)):
+            if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
+                raise InvalidArgument(f"{kind} bits must be a whole number from 1 to 8, not {bits!r}")
+
+    @property
+    def name(self) -> str:
+        """The canonical name, for example `w2a4`."""
+        return f"w{self.weight_bits}a{self.activation_bits}"
+
+    @property
+    def label(self) -> int | str:
+        """What users see: the bit-width where weights and activations agree, else the name."""
+        return self.weight_bits if self.weight_bits == self.activation_bits else self.name
+
+    @staticmethod
+    def parse(value: int | str | Mode) -> Mode:
+        """Read one mode as users write it.
+
+        Raises:
+            InvalidArgument: if `value` is no bit-width from 1 to 8 and no name such as `w2a4`.
+        """
+        if isinstance(value, Mode):
+            return value
+        if isinstance(value, int) and not isinstance(value, bool):
+            return Mode(value, value)
+        if isinstance(value, str):
+            match = _MODE_NAME.fullmatch(value)
+            if match:
+                return Mode(int(match[1]), int(match[2]))
+            if value.isdecimal():
+                return Mode(int(value), int(value))
+        raise InvalidArgument(f"{value!r} is not a mode; write a bit-width from 1 to 8 or a name such as 'w2a4'")
+
+
+@dataclass(frozen=True)
+class ActiveMode:
+    """What a graph is told about the mode that it runs in; passed explicitly, so no module holds state.
+
+    Attributes:
+        mode: the bit-widths.
+        row: index of the mode among the prepared modes; per-mode parameters are stacked along dimension 0.
+        own_gradient_scale: factor on the gradients of parameters that belong to this mode alone. The joint
+            loss weighs a mode by alpha, which must not slow down that mode's own parameters, so it passes
+            1 / alpha here.
+    """
+
+    mode: Mode
+    row: int
+    own_gradient_scale: float = 1.0
+
+
+def parse_modes(bits: Sequence[int] | None, modes: Sequence[int | str | Mode] | None) -> tuple[Mode, ...]:
+    """Read the list of modes, in increasing order of weight bits, then activation bits.
+
+    Raises:
+        InvalidArgument: if both or neither are given, the list is empty, repeats or is not increasing.
+    """
+    if (bits is None) == (modes is None):
+        raise InvalidArgument("pass either bits=(2, 3, 4) or modes=('w2a2', 'w4a8'), not both and not neither")
+    given = bits if bits is not None else modes
+    if isinstance(given, (int, str)) or given is None:
+        raise InvalidArgument(f"bits and modes are sequences, for example bits=(2, 3, 4), not {given!r}")
+    parsed = tuple(Mode.parse(value) for value in given)
+    if not parsed:
+        raise InvalidArgument("at least one bit-width is needed, for example bits=(2, 3, 4)")
+    if any(b <= a for a, b in zip(parsed, parsed[1:], strict=False)):
+        names = ", ".join(str(mode.label) for mode in parsed)
+        raise InvalidArgument(f"modes must be increasing and must not repeat, not ({names})")
+    return parsed
+
+
+def find_mode(value: int | str | Mode, prepared: Sequence[Mode]) -> Mode:
+    """Look a mode up among the prepared ones.
+
+    Raises:
+        InvalidArgument: naming the choices, if it was not prepared.
+    """
+    mode = Mode.parse(value)
+    if mode not in prepared:
+        choices = ", ".join(str(m.label) for m in prepared)
+        raise InvalidArgument(f"mode {mode.label} was not prepared; this model has: {choices}")
+    return mode
