@@ -82,7 +82,8 @@ class Pass:
         except QCompileError:
             raise
         except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as cause:
-            raise PassError(f"{self.name} failed: {cause}") from cause
+            reason = (str(cause) or type(cause).__name__).splitlines()[0]
+            raise PassError(f"{self.name} failed: {reason}") from cause
         result.graph_module.recompile()
         for condition in self.ensures:
             broken = condition.check(result.graph_module)
@@ -127,7 +128,9 @@ class PassManager:
     def _write(self, graph_module: fx.GraphModule, name: str) -> None:
         if self.dump is not None:
             self.dump.mkdir(parents=True, exist_ok=True)
-            (self.dump / name).write_text(f"{graph_module.graph}\n\n{graph_module.graph.python_code('self').src}")
+            (self.dump / name).write_text(
+                f"{graph_module.graph}\n\n{graph_module.graph.python_code('self').src}"
+            )
 
 
 def log_line(topic: str, *lines: str) -> None:

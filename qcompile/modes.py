@@ -53,7 +53,9 @@ class Mode:
                 return Mode(int(match[1]), int(match[2]))
             if value.isdecimal():
                 return Mode(int(value), int(value))
-        raise InvalidArgument(f"{value!r} is not a mode; write a bit-width from 1 to 8 or a name such as 'w2a4'")
+        raise InvalidArgument(
+            f"{value!r} is not a mode; write a bit-width from 1 to 8 or a name such as 'w2a4'"
+        )
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,9 @@ def parse_modes(bits: Sequence[int] | None, modes: Sequence[int | str | Mode] | 
         InvalidArgument: if both or neither are given, the list is empty, repeats or is not increasing.
     """
     if (bits is None) == (modes is None):
-        raise InvalidArgument("pass either bits=(2, 3, 4) or modes=('w2a2', 'w4a8'), not both and not neither")
+        raise InvalidArgument(
+            "pass either bits=(2, 3, 4) or modes=('w2a2', 'w4a8'), not both and not neither"
+        )
     given = bits if bits is not None else modes
     if isinstance(given, (int, str)) or given is None:
         raise InvalidArgument(f"bits and modes are sequences, for example bits=(2, 3, 4), not {given!r}")

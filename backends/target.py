@@ -1,0 +1,116 @@
+"""What a lowering target is. A new target is one folder and one entry point; nothing else changes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qcompile.passes.integer_model import IntegerModel
+from qcompile.passes.signature import CallSignature
+
+
+@dataclass(frozen=True)
+class LoweringRequest:
+    """One mode of one model, to be compiled.
+
+    Attributes:
+        model: the integer graph.
+        signature: how user calls map to the graph's flat inputs and outputs.
+        input_shapes: shapes of the flat inputs, batch included.
+        batch: size of dimension 0 of every input.
+        threads: threads at run time; None leaves the choice to the runtime.
+    """
+
+    model: IntegerModel
+    signature: CallSignature
+    input_shapes: tuple[tuple[int, ...], ...]
+    batch: int
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What an executable computed, seen from inside.
+
+    Attributes:
+        outputs: the flat outputs of this (tapped) run.
+        values: by node name of the integer graph. Codes and accumulators are integer arrays. A tensor that the
+            target keeps in float where the integer graph has high-precision integers is a float64 array in
+            units of that node, so that a rounded entry is the integer.
+    """
+
+    outputs: tuple[NDArray[Any], ...]
+    values: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+
+
+class Executable:
+    """A compiled model; call it like the float model.
+
+    Attributes:
+        target: name of the target.
+        request: what was compiled.
+    """
+
+    target: str
+    request: LoweringRequest
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run on torch tensors; returns the structure that the float model returns, as torch tensors.
+
+        Raises:
+            InvalidArgument: if the inputs' shapes are not the compiled ones.
+        """
+        raise TypeError(f"{type(self).__name__} does not define __call__()")
+
+    def export(self, folder: str | Path) -> tuple[Path, ...]:
+        """Write what a device needs, and a README for it; returns the files written.
+
+        Raises:
+            FileAccessError: if the folder cannot be written; nothing half-written is left.
+        """
+        raise TypeError(f"{type(self).__name__} does not define export()")
+
+    def trace(self, inputs: Sequence[NDArray[Any]]) -> Trace:
+        """Run with every integer tensor tapped, without changing what is computed."""
+        raise TypeError(f"{type(self).__name__} does not define trace()")
+
+    def rounding_error(self, node: str, magnitude: NDArray[np.float64]) -> NDArray[np.float64] | float:
+        """How far this target's own arithmetic may be from the normative value of a requantisation.
+
+        Args:
+            node: name of the `requantize` or `quantize` node in the integer graph.
+            magnitude: sum of the absolute summands, in output units, element by element.
+
+        Returns:
+            A bound in output units; 0.0 for targets that execute the integers.
+        """
+        return 0.0
+
+    def constants(self) -> Mapping[str, NDArray[Any]]:
+        """Every number that the artefact holds, by `layer/what`, for comparison with a fresh lowering."""
+        raise TypeError(f"{type(self).__name__} does not define constants()")
+
+
+class Target:
+    """Base of lowering targets.
+
+    Attributes:
+        name: what users write in `lower(target=...)`.
+        summary: one line for `qcompile targets`.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+
+    def compile(self, request: LoweringRequest) -> Executable:
+        """Lower one mode.
+
+        Raises:
+            LoweringError: if an operator has no form on this target; names the layer.
+        """
+        raise TypeError(f"{type(self).__name__} does not define compile()")

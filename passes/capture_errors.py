@@ -1,0 +1,97 @@
+"""One line for a model that cannot be captured: the user's line, the reason in few words, what to do."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from qcompile.errors import CaptureError
+from qcompile.passes.example_inputs import Examples
+from qcompile.passes.source_lines import UNKNOWN_LINE, line_of_error, line_of_stack
+
+# What tracing and running a user's forward raises.
+TRACING_ERRORS = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    AssertionError,
+    ArithmeticError,
+)
+
+_REASONS = (
+    (
+        re.compile(r"data-dependent|unbacked|\.item\(\)|GuardOnDataDependent", re.I),
+        "control flow or a size depends on the values of a tensor",
+        "rewrite it with torch.where, or move it out of forward",
+    ),
+    (
+        re.compile(r"symbolically traced variables cannot be used|control flow|iterated|Proxy", re.I),
+        "control flow depends on an input",
+        "pass example_inputs",
+    ),
+)
+
+
+def uncapturable(model: nn.Module, examples: Examples, error: BaseException) -> CaptureError:
+    """The error for a model that torch.export cannot trace; tells apart a model that fails on its own examples."""
+    failure = _run(model, examples.args, examples.kwargs)
+    if failure is not None:
+        return CaptureError(
+            f"{line_of_error(failure) or UNKNOWN_LINE}: the model itself fails on example_inputs "
+            f"({_first_line(failure)}); pass an example that it accepts"
+        )
+    line = line_of_error(error) or line_of_stack(str(error)) or UNKNOWN_LINE
+    for pattern, reason, remedy in _REASONS[:1]:
+        if pattern.search(str(error)) or pattern.search(type(error).__name__):
+            return CaptureError(f"{line}: {reason}; {remedy}")
+    return CaptureError(f"{line}: torch.export cannot trace this ({_first_line(error)}); rewrite this line")
+
+
+def untraceable(error: BaseException) -> CaptureError:
+    """The error for a model that symbolic tracing without examples cannot follow."""
+    line = line_of_error(error) or UNKNOWN_LINE
+    for pattern, reason, remedy in _REASONS[1:]:
+        if pattern.search(str(error)):
+            return CaptureError(f"{line}: {reason}, which tracing without examples cannot follow; {remedy}")
+    return CaptureError(
+        f"{line}: tracing without examples failed ({_first_line(error)}); pass example_inputs"
+    )
+
+
+def hard_coded_batch(model: nn.Module, examples: Examples, error: BaseException) -> CaptureError:
+    """The error for a model that works at one batch size only; runs it at another to find the line."""
+
+    def one_more(leaf: Any) -> Any:
+        batched = isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == examples.batch
+        return torch.cat([leaf, leaf[:1]]) if batched else leaf
+
+    failure = _run(model, *pytree.tree_map(one_more, (examples.args, examples.kwargs)))
+    line = line_of_error(failure) if failure is not None else None
+    return CaptureError(
+        f"{line or UNKNOWN_LINE}: the model fixes the batch size to {examples.batch}; "
+        "use x.shape[0] or -1 instead of the number, so that it takes any batch"
+    )
+
+
+def _run(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> BaseException | None:
+    """Run a copy of the model; returns what it raised."""
+    args, kwargs = copy.deepcopy((args, dict(kwargs)))
+    with torch.no_grad():
+        try:
+            copy.deepcopy(model)(*args, **kwargs)
+        except TRACING_ERRORS as failure:
+            return failure
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return text if len(text) <= 160 else text[:157] + "..."

@@ -1,0 +1,179 @@
+"""Trace a model with torch.export into a graph over the user's own tree of parameters."""
+
+from __future__ import annotations
+
+import logging
+import operator
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.export.graph_signature import InputKind, InputSpec, OutputKind
+
+from qcompile.errors import CaptureError
+from qcompile.passes.capture_errors import TRACING_ERRORS, hard_coded_batch, uncapturable
+from qcompile.passes.example_inputs import Examples
+from qcompile.passes.module_tree import CONSTANTS, attribute_target, graph_module_of
+from qcompile.passes.source_lines import UNKNOWN_LINE, line_of_stack, source_of
+from qcompile.passes.trace import Trace
+
+_NO_GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled
+
+
+def trace_with_export(model: nn.Module, examples: Examples) -> Trace:
+    """Trace a model in its present mode.
+
+    Args:
+        model: a copy of the user's model.
+        examples: its inputs; dimension 0 of every tensor of the size of the batch is dynamic.
+
+    Raises:
+        CaptureError: naming the user's line, if torch.export cannot trace the model.
+    """
+    exported = _export(model, examples)
+    signature = exported.graph_signature
+    kinds = {spec.arg.name: spec for spec in signature.input_specs}
+    graph = fx.Graph()
+    environment: dict[fx.Node, Any] = {}
+    constants: dict[str, Tensor] = {}
+    for node in exported.graph.find_nodes(op="placeholder"):
+        spec = kinds[node.name]
+        if spec.kind is not InputKind.USER_INPUT:
+            environment[node] = _state(graph, model, exported, spec, constants, node)
+        elif isinstance(node.meta.get("val"), Tensor):
+            environment[node] = graph.placeholder(node.name)
+            environment[node].meta = {"val": node.meta["val"]}
+        else:
+            environment[node] = node.meta.get("val")
+    output = _copy(exported.graph_module, graph, environment)
+    returned = [
+        value
+        for value, spec in zip(output, signature.output_specs, strict=True)
+        if spec.kind is OutputKind.USER_OUTPUT
+    ]
+    graph.output(tuple(value for value in returned if isinstance(value, fx.Node)))
+    graph_module = graph_module_of(model, graph, constants)
+    assert exported.call_spec.out_spec is not None
+    return Trace(graph_module, exported.call_spec.out_spec, tuple(returned))
+
+
+def _export(model: nn.Module, examples: Examples) -> ExportedProgram:
+    shapes = ShapesCollection()
+    batched = [x for x in examples.tensors if x.ndim > 0 and x.shape[0] == examples.batch]
+    first = next((x for x in batched if x.ndim > 1), batched[0] if batched else None)
+    for tensor in examples.tensors:
+        # the first batch must stay dynamic; another input of that size may be no batch (a vector of two scales)
+        dynamic = any(tensor is one for one in batched)
+        shapes[tensor] = {0: Dim.DYNAMIC if tensor is first else Dim.AUTO} if dynamic else {}
+    with _quiet(), torch.enable_grad():
+        try:
+            return torch.export.export(
+                model, examples.args, examples.kwargs, dynamic_shapes=shapes, strict=False
+            )
+        except TRACING_ERRORS as error:
+            if "specialized it to be a constant" in str(error):
+                raise hard_coded_batch(model, examples, error) from error
+            raise uncapturable(model, examples, error) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Export prints whole graphs on failure; our error says what matters in one line."""
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    disabled, logger.disabled = logger.disabled, True
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*was assigned during export.*")
+            yield
+    finally:
+        logger.disabled = disabled
+
+
+def _state(
+    graph: fx.Graph,
+    model: nn.Module,
+    exported: ExportedProgram,
+    spec: InputSpec,
+    constants: dict[str, Tensor],
+    node: fx.Node,
+) -> fx.Node:
+    name = str(spec.target)
+    if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+        target = attribute_target(model, name)
+    elif spec.kind is InputKind.CONSTANT_TENSOR:
+        flat = name.replace(".", "_")
+        constants[flat] = exported.constants[name]
+        target = f"{CONSTANTS}.{flat}"
+    else:
+        raise CaptureError(
+            f"the model uses '{name}', a {spec.kind.name.lower()}, which is no tensor; remove it"
+        )
+    attribute = graph.create_node("get_attr", target)
+    attribute.meta = {"val": node.meta.get("val")}
+    return attribute
+
+
+def _copy(source: fx.GraphModule, graph: fx.Graph, environment: dict[fx.Node, Any]) -> list[Any]:
+    """Copy the nodes of a graph; returns the values of its output."""
+    for node in source.graph.nodes:
+        if node.op == "call_function" and node.target is _NO_GRAD:
+            _inline_no_grad(source, node, graph, environment)
+        elif node.op == "call_function":
+            if isinstance(node.target, torch._ops.HigherOrderOperator):
+                raise CaptureError(
+                    f"{source_of(node)}: {node.target} cannot be captured; move this block out of forward"
+                )
+            environment[node] = _copy_call(node, graph, environment)
+        elif node.op == "output":
+            return list(fx.map_arg(node.args[0], lambda used: environment[used]))  # type: ignore[arg-type]
+    raise CaptureError("torch.export returned a graph without output; this torch version is not supported")
+
+
+def _copy_call(node: fx.Node, graph: fx.Graph, environment: dict[fx.Node, Any]) -> Any:
+    if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+        container = environment[node.args[0]]
+        if isinstance(container, list):
+            return container[node.args[1]]  # type: ignore[index]
+    args = fx.map_arg(node.args, lambda used: environment[used])
+    kwargs = fx.map_arg(node.kwargs, lambda used: environment[used])
+    new = graph.create_node("call_function", node.target, args, kwargs, name=node.name)  # type: ignore[arg-type]
+    modules = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+    new.meta = {
+        "source": line_of_stack(node.meta.get("stack_trace")) or UNKNOWN_LINE,
+        # a module that is called again has "@1", "@2" after its path
+        "module_path": re.sub(r"@\d+", "", modules[-1]) if modules else "",
+    }
+    if "val" in node.meta:
+        new.meta["val"] = node.meta["val"]
+    return new
+
+
+def _inline_no_grad(
+    source: fx.GraphModule, node: fx.Node, graph: fx.Graph, environment: dict[fx.Node, Any]
+) -> None:
+    """`with torch.no_grad()` blocks come as a subgraph; inline it and cut the gradients of its results."""
+    enabled, body, *inputs = node.args
+    assert isinstance(body, fx.Node)
+    inner = getattr(source, str(body.target))
+    inner_environment = {
+        placeholder: environment[value]  # type: ignore[index]
+        for placeholder, value in zip(inner.graph.find_nodes(op="placeholder"), inputs, strict=True)
+    }
+    results = _copy(inner, graph, inner_environment)
+    if not enabled:
+        results = [_detached(graph, value) if isinstance(value, fx.Node) else value for value in results]
+    environment[node] = results
+
+
+def _detached(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
+        return node
+    detached = graph.call_function(torch.ops.aten.detach.default, (node,))
+    detached.meta = dict(node.meta)
+    return detached

@@ -1,0 +1,117 @@
+"""The graphs of training and evaluation must be one graph; dropout and stochastic depth may differ."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from qcompile.errors import CaptureError
+from qcompile.passes.module_tree import CONSTANTS, module_at, tensor_at
+from qcompile.passes.source_lines import source_of
+from qcompile.passes.stochastic_depth import StochasticDepth
+
+_IDENTITY_IN_EVAL = (
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+    StochasticDepth,
+)
+
+
+def check_same_in_both_modes(training: fx.GraphModule, evaluation: fx.GraphModule) -> None:
+    """Compare two canonical graphs of one model.
+
+    Args:
+        training: the graph traced in training mode.
+        evaluation: the graph traced in evaluation mode.
+
+    Raises:
+        CaptureError: naming the user's line of the first difference.
+    """
+    same: dict[fx.Node, Any] = {}  # node of the training graph -> what stands for it in the other
+    rest = iter(node for node in evaluation.graph.nodes if node.op != "get_attr")
+    other: fx.Node | None = None
+    for node in training.graph.nodes:
+        if node.op == "get_attr":
+            continue
+        if node.op == "call_module" and isinstance(module_at(training, str(node.target)), _IDENTITY_IN_EVAL):
+            same[node] = same.get(node.args[0], node.args[0])
+            continue
+        other = next(rest, None)
+        if other is None or not _equal(node, other, training, evaluation, same):
+            raise CaptureError(_difference(node, other))
+        same[node] = other
+    extra = next(rest, None)
+    if extra is not None:
+        raise CaptureError(_difference(None, extra))
+
+
+def _equal(
+    node: fx.Node,
+    other: fx.Node,
+    training: fx.GraphModule,
+    evaluation: fx.GraphModule,
+    same: dict[fx.Node, Any],
+) -> bool:
+    if node.op != other.op:
+        return False
+    if node.op == "placeholder":
+        return node.name == other.name
+    if node.op != "output" and node.target != other.target:
+        return False
+
+    def match(left: Any, right: Any) -> bool:
+        if isinstance(left, fx.Node) and isinstance(right, fx.Node):
+            if left.op == "get_attr":
+                return right.op == "get_attr" and _equal_state(left, right, training, evaluation)
+            return same.get(left) is right
+        if isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)):
+            return len(left) == len(right) and all(map(match, left, right))
+        if isinstance(left, dict) and isinstance(right, dict):
+            return left.keys() == right.keys() and all(match(left[key], right[key]) for key in left)
+        if isinstance(left, slice) and isinstance(right, slice):
+            return all(map(match, (left.start, left.stop, left.step), (right.start, right.stop, right.step)))
+        return type(left) is type(right) and bool(left == right)
+
+    return match(node.args, other.args) and match(node.kwargs, other.kwargs)
+
+
+def _equal_state(left: fx.Node, right: fx.Node, training: fx.GraphModule, evaluation: fx.GraphModule) -> bool:
+    if not str(left.target).startswith(f"{CONSTANTS}."):
+        return left.target == right.target
+    # constants made in forward are numbered per trace, so their names say nothing
+    one, other = tensor_at(training, str(left.target)), tensor_at(evaluation, str(right.target))
+    return (
+        isinstance(one, Tensor)
+        and isinstance(other, Tensor)
+        and one.dtype == other.dtype
+        and torch.equal(one, other)
+    )
+
+
+def _difference(node: fx.Node | None, other: fx.Node | None) -> str:
+    if node is not None and node.op == "output" and other is not None and other.op == "output":
+        line, what = "forward", "returns something else"
+    elif node is not None and node.op != "output":
+        line, what = source_of(node), f"does {_in_words(node)} where evaluation does {_in_words(other)}"
+    else:
+        line, what = (
+            source_of(other) if other is not None else "forward",
+            f"lacks {_in_words(other)} of evaluation",
+        )
+    return (
+        f"{line}: training {what}; only dropout, stochastic depth and batch norm may differ: "
+        "switch the rest off, for example auxiliary heads with aux_logits=False, or pass training=self.training "
+        "to functional dropout"
+    )
+
+
+def _in_words(node: fx.Node | None) -> str:
+    if node is None or node.op == "output":
+        return "nothing"
+    return f"layer '{node.target}'" if node.op == "call_module" else str(node.target)

@@ -1,0 +1,117 @@
+"""Convert one mode of a trained graph to integers.
+
+An abstract interpretation of the training graph: every tensor is either float or an affine map of integer
+tensors (`fold.Affine`). Operators that are affine or monotone extend the map; the next quantiser turns it
+into one epilogue. A tensor that something else must read becomes a high-precision integer first, and
+whatever is neither (a softmax, a gate) becomes a float island.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from qcompile.errors import FoldError
+from qcompile.modes import ActiveMode, Mode
+
+from .aten import aten_name
+from .convert_emit import Emitter, Value
+from .convert_rules import RULES
+from .fold import Affine
+from .integer_model import IntegerModel
+from .layers import QuantizedLayer
+from .mode_input import MODE_INPUT
+from .quantizers import ActivationQuantizer
+
+
+def convert_graph(
+    model: nn.Module, graph: fx.Graph, mode: Mode, row: int, shapes: Sequence[Sequence[int]]
+) -> IntegerModel:
+    """Fold and convert one mode.
+
+    Args:
+        model: owner of the modules that the graph calls.
+        graph: the training graph.
+        mode, row: the mode and its index among the prepared ones.
+        shapes: shapes of the graph's inputs; dimension 0, the batch, stays open in the result.
+
+    Returns:
+        The integer graph.
+
+    Raises:
+        FoldError: if activation steps were never set, or values exceed the contract's integers.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, ActivationQuantizer) and not bool(module.initialised[row]):
+            raise FoldError(
+                f"layer {path!r}: its activation step for mode {mode.label} was never set; "
+                "train a step or run qcompile.calibrate(model, batches) first"
+            )
+    ranks = _Shapes(fx.GraphModule(model, graph)).trace(shapes)
+    emitter = Emitter(model, mode, row, ranks)
+    values: dict[fx.Node, Value] = {}
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            if not node.meta.get(MODE_INPUT):
+                values[node] = emitter.placeholder(node)
+        elif node.op == "output":
+            emitter.output(node, values)
+        else:
+            values[node] = _convert_node(emitter, node, values)
+    return IntegerModel(emitter.constants, emitter.finish(), mode)
+
+
+def _convert_node(emitter: Emitter, node: fx.Node, values: dict[fx.Node, Value]) -> Value:
+    if node.op == "get_attr":
+        return emitter.float_attribute(node)
+    if node.op == "call_module":
+        module = emitter.model.get_submodule(str(node.target))
+        value = values[node.all_input_nodes[0]]
+        return emitter.module(node, module, value)
+    rule = RULES.get(aten_name(node))
+    if rule is not None and any(isinstance(values.get(n), Affine) for n in node.all_input_nodes):
+        converted = rule(emitter, node, values)
+        if converted is not None:
+            return converted
+    return emitter.island(node, values)
+
+
+class _Shapes(fx.Interpreter):
+    """Shapes of every node's value, without running anything."""
+
+    def trace(self, shapes: Sequence[Sequence[int]]) -> dict[fx.Node, tuple[int, ...]]:
+        """Shapes by node for inputs of the given shapes."""
+        self.shapes: dict[fx.Node, tuple[int, ...]] = {}
+        inputs = [
+            node
+            for node in self.module.graph.nodes
+            if node.op == "placeholder" and not node.meta.get(MODE_INPUT)
+        ]
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            values = [
+                torch.empty(tuple(shape), dtype=node.meta.get("dtype", torch.float32))
+                for node, shape in zip(inputs, shapes, strict=True)
+            ]
+            self.run(*values, ActiveMode(Mode(8, 8), 0))
+        return self.shapes
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, Tensor):
+            self.shapes[n] = tuple(result.shape)
+        return result
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        module = self.module.get_submodule(target)
+        if isinstance(module, QuantizedLayer):
+            return module.geometry.apply(args[0], module.weight, module.bias)
+        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)) or not hasattr(module, "weight"):
+            keeps = isinstance(module, ActivationQuantizer) or not any(True for _ in module.parameters())
+            return args[0] if keeps else module(args[0])
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) or type(module).__name__ == "ModeBatchNorm":
+            return args[0]
+        return module(args[0])

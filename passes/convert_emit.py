@@ -1,0 +1,306 @@
+"""Build the integer graph: constants, epilogues, accumulators, float islands."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from qcompile.errors import FoldError
+from qcompile.modes import Mode
+
+from . import integer_ops  # registers the operators
+from .batchnorm import ModeBatchNorm
+from .float_layers import float_call
+from .fold import WIDE_BITS, Affine, Epilogue, Term, broadcastable, integer_epilogue, wide_epilogue
+from .layers import QuantizedLayer
+from .quantizers import ActivationQuantizer, WeightCodes
+
+#: What a tensor of the training graph is in the integer graph: an affine map of integers, or a float node
+#: (also sizes and other non-tensors).
+Value = Affine | fx.Node
+
+_OPS = torch.ops.qcompile
+
+
+class Emitter:
+    """The graph under construction, for one mode of one model.
+
+    Attributes:
+        model: owner of the modules.
+        mode, row: the precision.
+        shapes: shape of every node's value in the training graph.
+        constants: buffers of the result by name.
+    """
+
+    def __init__(
+        self, model: nn.Module, mode: Mode, row: int, shapes: dict[fx.Node, tuple[int, ...]]
+    ) -> None:
+        assert integer_ops.FLOAT32_EXACT
+        self.model, self.mode, self.row, self.shapes = model, mode, row, shapes
+        self.graph = fx.Graph()
+        self.constants: dict[str, Tensor] = {}
+        self._attributes: dict[str, fx.Node] = {}
+        self._plain: dict[int, tuple[Affine, Affine]] = {}
+        self._float: dict[int, tuple[Affine, fx.Node]] = {}
+
+    def placeholder(self, node: fx.Node) -> fx.Node:
+        """A user's input; inputs are float (or whatever the user passes) and never changed here."""
+        copied = self.graph.placeholder(node.name)
+        copied.meta = {key: node.meta[key] for key in ("dtype",) if key in node.meta}
+        return copied
+
+    def constant(self, name: str, value: Any, dtype: torch.dtype) -> fx.Node:
+        """A buffer of the integer graph; equal names mean equal values."""
+        if name not in self._attributes:
+            tensor = value.detach() if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
+            self.constants[name] = tensor.to(dtype).contiguous().clone()
+            self._attributes[name] = self.graph.get_attr(name)
+        return self._attributes[name]
+
+    def call(self, target: Any, args: tuple[Any, ...], name: str, **meta: Any) -> fx.Node:
+        """A call whose node is named after what it computes."""
+        node = self.graph.create_node("call_function", target, args, {}, name=name.replace(".", "_"))
+        node.meta.update(meta)
+        return node
+
+    def float_attribute(self, node: fx.Node) -> fx.Node:
+        """A parameter or buffer that a float operator reads directly."""
+        owner: Any = self.model
+        for part in str(node.target).split("."):
+            owner = getattr(owner, part)
+        return self.constant(str(node.target), owner, owner.dtype)
+
+    # ---- integers -----------------------------------------------------------------------------------------
+
+    def epilogue(self, affine: Affine, epilogue: Epilogue, name: str) -> Affine:
+        """Emit `requantize`; the result is a plain integer tensor."""
+        inputs = [term.node for term in affine.terms]
+        multipliers = [
+            self.constant(f"{name}.multiplier_{i}", broadcastable(m, affine.rank, affine.axis), torch.int32)
+            for i, m in enumerate(epilogue.multipliers)
+        ]
+        offset = broadcastable(epilogue.constant, affine.rank, affine.axis)
+        constant = self.constant(f"{name}.constant", offset, torch.int64)
+        node = self.call(
+            _OPS.requantize.default,
+            (inputs, multipliers, constant, epilogue.shift, epilogue.low, epilogue.high),
+            name,
+            layer=name,
+            layers=list(affine.layers),
+            unit=epilogue.unit,
+        )
+        term = Term(node, np.float64(epilogue.unit), np.float64(epilogue.low), np.float64(epilogue.high))
+        return Affine((term,), np.float64(0.0), affine.rank, 1, layers=affine.layers)
+
+    def plain(self, affine: Affine) -> Affine:
+        """The tensor as one integer tensor times one scalar; high precision if it is not so yet."""
+        if affine.is_plain:
+            return affine
+        if id(affine) not in self._plain:
+            name = f"{affine.layers[-1] if affine.layers else 'input'}.output_{len(self._plain)}"
+            # the key keeps its affine alive, so that an id is never reused
+            self._plain[id(affine)] = (affine, self.epilogue(affine, wide_epilogue(affine), name))
+        return self._plain[id(affine)][1]
+
+    def unclipped(self, affine: Affine) -> Affine:
+        """The tensor without a pending clip."""
+        return self.plain(affine) if affine.is_clipped else affine
+
+    def moved(self, affine: Affine, node: fx.Node, axis: int = 1, rank: int | None = None) -> Affine:
+        """A plain tensor whose elements another node has moved or selected; 0 may have been added."""
+        term = affine.terms[0]
+        low, high = np.minimum(term.low, 0.0), np.maximum(term.high, 0.0)
+        node.meta["unit"] = float(term.coefficient)
+        moved = Term(node, term.coefficient, low, high)
+        return Affine((moved,), affine.constant, rank or affine.rank, axis, layers=affine.layers)
+
+    def fixed_point(self, source: fx.Node, value: fx.Node) -> Affine | None:
+        """A float tensor as integers, fine enough to join an integer stream such as a residual sum.
+
+        The unit is 2^-16 steps of the quantiser that reads the stream, so values saturate only beyond 2^14
+        steps, far outside of what that quantiser keeps.
+
+        Returns:
+            None if no quantiser reads the tensor, directly or behind other operators.
+        """
+        step = self._next_step(source)
+        if step is None:
+            return None
+        name = f"{source.name}.fixed_point"
+        unit, limit = float(np.float32(step * 2.0**-16)), 2**WIDE_BITS - 1
+        node = self.call(_OPS.quantize.default, (value, unit, -limit, limit), name, layer=name, unit=unit)
+        term = Term(node, np.float64(unit), np.float64(-limit), np.float64(limit))
+        return Affine((term,), np.float64(0.0), len(self.shapes[source]), 1, layers=(source.name,))
+
+    def _next_step(self, source: fx.Node) -> float | None:
+        queue, seen = list(source.users), set(source.users)
+        for node in queue:  # grows while it is walked: nearest quantiser first
+            if node.op == "call_module":
+                module = self.model.get_submodule(str(node.target))
+                if isinstance(module, ActivationQuantizer):
+                    return module.grid(self.mode, self.row).scale
+            fresh = [user for user in node.users if user not in seen]
+            seen.update(fresh)
+            queue.extend(fresh)
+        return None
+
+    # ---- modules ------------------------------------------------------------------------------------------
+
+    def module(self, node: fx.Node, module: nn.Module, value: Value) -> Value:
+        """Convert one module call."""
+        if isinstance(module, ActivationQuantizer):
+            return self._quantize(node, module, value)
+        if isinstance(module, QuantizedLayer):
+            return self._accumulate(node, module, value)
+        if isinstance(module, ModeBatchNorm):
+            return self._normalise(node, module, value)
+        if not any(True for _ in module.parameters()) and not any(True for _ in module.buffers()):
+            return value  # dropout, stochastic depth: identities in eval mode
+        return self._float_module(node, module, value)
+
+    def _quantize(self, source: fx.Node, module: ActivationQuantizer, value: Value) -> Value:
+        path = str(source.target)
+        grid = module.grid(self.mode, self.row)
+        if isinstance(value, Affine):
+            return self.epilogue(value, integer_epilogue(value, grid.scale, grid.low, grid.high), path)
+        arguments = (value, grid.scale, grid.low, grid.high)
+        node = self.call(_OPS.quantize.default, arguments, path, layer=path, unit=grid.scale)
+        term = Term(node, np.float64(grid.scale), np.float64(grid.low), np.float64(grid.high))
+        return Affine((term,), np.float64(0.0), len(self.shapes[source]), 1)
+
+    def _accumulate(self, node: fx.Node, module: QuantizedLayer, value: Value) -> Affine:
+        path, geometry = str(node.target), module.geometry
+        weight = module.weight_quantizer.codes(module.weight, self.mode)
+        if not (isinstance(value, Affine) and value.is_plain):
+            raise FoldError(f"layer {path!r}: its input is not quantised")
+        term = value.terms[0]
+        low, high, bound = _accumulator_bounds(weight, int(term.low), int(term.high), path)
+        codes = self.constant(f"{path}.weight_codes", weight.codes, torch.int8)
+        offset = (weight.offset_numerator, weight.offset_shift)
+        if geometry.kind == "conv":
+            shape_arguments = (
+                list(geometry.stride),
+                geometry.flat_padding,
+                list(geometry.dilation),
+                geometry.groups,
+            )
+            target, arguments = (
+                _OPS.accumulate_conv.default,
+                (term.node, codes, *offset, *shape_arguments, bound),
+            )
+        else:
+            target, arguments = _OPS.accumulate_linear.default, (term.node, codes, *offset, bound)
+        sums = self.call(
+            target,
+            arguments,
+            f"{path}.accumulate",
+            layer=path,
+            weight_bits=weight.bits,
+            weight_signed=weight.signed,
+            code_low=int(term.low),
+            code_high=int(term.high),
+        )
+        scale = weight.scale.double().cpu().numpy() * float(term.coefficient) * 2.0**-weight.offset_shift
+        rank = len(self.shapes[node])
+        axis = 1 if geometry.kind == "conv" else rank - 1
+        bias = np.float64(0.0) if module.bias is None else module.bias.detach().double().cpu().numpy()
+        accumulator = Term(sums, np.asarray(scale, np.float64), low, high)
+        return Affine((accumulator,), np.asarray(bias, np.float64), rank, axis, layers=(path,))
+
+    def _normalise(self, node: fx.Node, module: ModeBatchNorm, value: Value) -> Value:
+        maps = module.scale_and_shift(self.row)
+        if maps is None:
+            return self._float_module(node, module, value)
+        scale, shift = (one.cpu().numpy() for one in maps)
+        if isinstance(value, Affine):
+            value = self.unclipped(value)
+            if value.axis != 1 and not value.is_plain:
+                value = self.plain(value)
+            return replace(value, axis=1).scaled(scale, shift)
+        rank = len(self.shapes[node])
+        name = str(node.target)
+        factors = self.constant(f"{name}.scale", broadcastable(scale, rank, 1), torch.float32)
+        shifts = self.constant(f"{name}.shift", broadcastable(shift, rank, 1), torch.float32)
+        product = self.call(torch.ops.aten.mul.Tensor, (value, factors), f"{name}.scaled", layer=name)
+        return self.call(torch.ops.aten.add.Tensor, (product, shifts), name, layer=name)
+
+    # ---- float --------------------------------------------------------------------------------------------
+
+    def to_float(self, value: Value) -> fx.Node:
+        """The tensor as float32, for operators that have no integer form."""
+        if isinstance(value, fx.Node):
+            return value
+        if id(value) not in self._float:
+            plain = self.plain(value) if len(value.terms) > 1 or value.is_clipped else value
+            term = plain.terms[0]
+            name = f"{value.layers[-1] if value.layers else term.node.name}.float_{len(self._float)}"
+            scale = self.constant(
+                f"{name}.scale", broadcastable(term.coefficient, plain.rank, plain.axis), torch.float32
+            )
+            bias = self.constant(
+                f"{name}.bias", broadcastable(plain.constant, plain.rank, plain.axis), torch.float32
+            )
+            node = self.call(_OPS.dequantize.default, (term.node, scale, bias), name, layer=name)
+            self._float[id(value)] = (value, node)
+        return self._float[id(value)][1]
+
+    def _float_module(self, node: fx.Node, module: nn.Module, value: Value) -> fx.Node:
+        """A weighted or normalising layer that stays in float, as the aten call that the module makes."""
+        source, name = self.to_float(value), str(node.target)
+
+        def constant(part: str, tensor: Tensor) -> fx.Node:
+            return self.constant(f"{name}.{part}", tensor, tensor.dtype)
+
+        target, arguments = float_call(module, source, constant, self.row, name)
+        return self.call(target, arguments, name, layer=name)
+
+    def island(self, node: fx.Node, values: dict[fx.Node, Value]) -> fx.Node:
+        """Any other operator, in float."""
+
+        def convert(one: fx.Node) -> fx.Node:
+            value = values[one]
+            if isinstance(value, Affine) and aten_is_size(node):
+                return value.terms[0].node
+            return self.to_float(value)
+
+        copied = self.graph.node_copy(node, convert)
+        copied.meta = {"layer": node.name}
+        return copied
+
+    def output(self, node: fx.Node, values: dict[fx.Node, Value]) -> None:
+        """The model's outputs, in float."""
+        self.graph.output(fx.map_arg(node.args[0], lambda one: self.to_float(values[one])))
+
+    def finish(self) -> fx.Graph:
+        """The graph without nodes that nothing reads."""
+        self.graph.eliminate_dead_code()
+        used = {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
+        self.constants = {name: value for name, value in self.constants.items() if name in used}
+        self.graph.lint()
+        return self.graph
+
+
+def aten_is_size(node: fx.Node) -> bool:
+    """Whether the node only asks for a size."""
+    return "sym_size" in str(node.target) or "sym_numel" in str(node.target)
+
+
+def _accumulator_bounds(
+    weight: WeightCodes, low: int, high: int, path: str
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], int]:
+    """Exact bounds of each output channel's accumulator, and of sums of products without the offset."""
+    low, high = min(low, 0), max(high, 0)  # the border holds code 0
+    codes = weight.codes.double().flatten(1).cpu().numpy()
+    effective = codes * 2.0**weight.offset_shift + weight.offset_numerator
+    positive, negative = np.maximum(effective, 0).sum(1), np.minimum(effective, 0).sum(1)
+    largest, smallest = positive * high + negative * low, positive * low + negative * high
+    if max(float(largest.max()), -float(smallest.min())) >= 2**31:
+        raise FoldError(
+            f"layer {path!r}: accumulators exceed 32 bits; pass skip=[{path!r}] to leave it in float"
+        )
+    bound = int(np.abs(codes).sum(1).max()) * max(high, -low)
+    return smallest, largest, bound

@@ -1,0 +1,143 @@
+"""What the caller gave as example inputs, in the form that tracing and the call signature need."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from qcompile.errors import CaptureError, InvalidArgument, InvalidInputType
+from qcompile.passes.signature import Parameter, leaves_of
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Example inputs, at batch 2 or more.
+
+    Attributes:
+        args: positional inputs.
+        kwargs: keyword inputs, in the order of the parameters of `forward`.
+        batch: size of the batch; None if no input has a dimension.
+        parameters: the parameters of `forward` that are given.
+        positional: names of what `forward` takes by position, in order.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    batch: int | None
+    parameters: tuple[Parameter, ...]
+    positional: tuple[str, ...]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors, in the order of the graph's placeholders."""
+        return [leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
+
+
+def examples_of(model: nn.Module, example_inputs: Any) -> Examples:
+    """Sort example inputs by the parameters of the model's `forward`.
+
+    Args:
+        model: the model.
+        example_inputs: a tuple or list of positional inputs, a dict of keyword inputs, or one tensor.
+
+    Raises:
+        InvalidInputType: for anything else.
+        InvalidArgument: if they do not fit `forward`, or hold an empty batch.
+        CaptureError: if a leaf is neither a tensor nor a plain constant.
+    """
+    if isinstance(example_inputs, Tensor):
+        example_inputs = (example_inputs,)
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+    if isinstance(example_inputs, dict):
+        kwargs = example_inputs
+    elif isinstance(example_inputs, (tuple, list)):
+        args = tuple(example_inputs)
+    else:
+        raise InvalidInputType(
+            "example_inputs must be a tuple of positional inputs, a dict of keyword inputs, or one tensor, "
+            f"got {type(example_inputs).__name__}"
+        )
+    names, positional, kwargs = _names(model, args, kwargs)
+    args, kwargs, batch = _at_batch_of_two(args, kwargs)
+    parameters: list[Parameter] = []
+    count = 0
+    for name, value in zip(names, (*args, *kwargs.values()), strict=True):
+        leaves, spec = pytree.tree_flatten(value)
+        numbered = leaves_of(leaves, count, f"input '{name}'")
+        count += sum(isinstance(leaf, int) for leaf in numbered)
+        parameters.append(Parameter(name, spec, numbered))
+    if count == 0:
+        raise InvalidArgument("example_inputs hold no tensor; pass at least one")
+    return Examples(args, kwargs, batch, tuple(parameters), positional)
+
+
+def required_parameters(model: nn.Module) -> tuple[str, ...]:
+    """Parameters of `forward` without a default: the inputs of a model that is captured without examples.
+
+    Raises:
+        CaptureError: if `forward` takes any number of inputs.
+    """
+    names: list[str] = []
+    for parameter in inspect.signature(model.forward).parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+            raise CaptureError(
+                f"forward of {type(model).__name__} takes *{parameter.name}; pass example_inputs"
+            )
+        if (
+            parameter.kind is not inspect.Parameter.VAR_KEYWORD
+            and parameter.default is inspect.Parameter.empty
+        ):
+            names.append(parameter.name)
+    return tuple(names)
+
+
+def _names(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[list[str], tuple[str, ...], dict[str, Any]]:
+    """Names of all given inputs in call order, of all positional parameters, and the keyword inputs in order."""
+    signature = inspect.signature(model.forward)
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise InvalidArgument(
+            f"example_inputs do not fit forward of {type(model).__name__}: {error}"
+        ) from error
+    kinds = inspect.Parameter
+    positional: list[str] = []
+    for parameter in signature.parameters.values():
+        if parameter.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD):
+            positional.append(parameter.name)
+        elif parameter.kind is kinds.VAR_POSITIONAL:
+            positional += [f"{parameter.name}[{i}]" for i in range(len(args) - len(positional))]
+    declared = [name for name in signature.parameters if name in kwargs]
+    ordered = {name: kwargs[name] for name in (*declared, *(name for name in kwargs if name not in declared))}
+    return [*positional[: len(args)], *ordered], tuple(positional), ordered
+
+
+def _at_batch_of_two(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any], int | None]:
+    """Fresh copies of all tensors; export cannot keep a batch of 1 dynamic, so that one is repeated."""
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    batched = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim > 0]
+    batched.sort(key=lambda tensor: tensor.ndim < 2)  # a vector may be anything, so it decides last
+    batch = batched[0].shape[0] if batched else None
+    if batch == 0:
+        raise InvalidArgument("example_inputs hold an empty batch; pass at least one sample")
+
+    def fresh(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        leaf = leaf.detach()
+        return (
+            torch.cat([leaf, leaf]) if batch == 1 and leaf.ndim > 0 and leaf.shape[0] == 1 else leaf.clone()
+        )
+
+    args, kwargs = pytree.tree_unflatten([fresh(leaf) for leaf in leaves], spec)
+    return args, kwargs, 2 if batch == 1 else batch

@@ -1,0 +1,52 @@
+"""Find the first and last weighted layers from the data flow of the graph, not from names."""
+
+from __future__ import annotations
+
+import networkx as nx
+from torch import fx, nn
+
+WEIGHTED = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Linear,
+)
+
+
+def data_flow(graph: fx.Graph) -> nx.DiGraph:
+    """The graph's nodes (by name) and data dependencies as a networkx graph."""
+    flow = nx.DiGraph()
+    for node in graph.nodes:
+        flow.add_node(node.name)
+        flow.add_edges_from((source.name, node.name) for source in node.all_input_nodes)
+    return flow
+
+
+def weighted_nodes(graph_module: fx.GraphModule) -> list[fx.Node]:
+    """Calls of convolutions and linear layers, in graph order."""
+    return [
+        node
+        for node in graph_module.graph.nodes
+        if node.op == "call_module" and isinstance(graph_module.get_submodule(node.target), WEIGHTED)
+    ]
+
+
+def first_and_last(graph_module: fx.GraphModule) -> tuple[frozenset[str], frozenset[str]]:
+    """Module paths of the layers that no weighted layer precedes, and of those that none follows.
+
+    A network with several inputs or outputs has several of each. A layer that is called more than once
+    counts as first or last only if all its calls are.
+    """
+    flow = data_flow(graph_module.graph)
+    weighted = weighted_nodes(graph_module)
+    names = {node.name for node in weighted}
+    first: dict[str, bool] = {}
+    last: dict[str, bool] = {}
+    for node in weighted:
+        path = str(node.target)
+        first[path] = first.get(path, True) and not names & nx.ancestors(flow, node.name)
+        last[path] = last.get(path, True) and not names & nx.descendants(flow, node.name)
+    return frozenset(p for p, yes in first.items() if yes), frozenset(p for p, yes in last.items() if yes)

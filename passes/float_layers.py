@@ -1,0 +1,73 @@
+"""Layers that stay in float, as calls of the aten operators that their modules make."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from qcompile.errors import PassError
+
+from .batchnorm import ModeBatchNorm
+
+_ATEN = torch.ops.aten
+_CONVOLUTIONS = {nn.Conv1d: _ATEN.conv1d, nn.Conv2d: _ATEN.conv2d, nn.Conv3d: _ATEN.conv3d}
+_TRANSPOSED = {
+    nn.ConvTranspose1d: _ATEN.conv_transpose1d.default,
+    nn.ConvTranspose2d: _ATEN.conv_transpose2d.input,
+    nn.ConvTranspose3d: _ATEN.conv_transpose3d.input,
+}
+
+
+def float_call(
+    module: nn.Module, x: fx.Node, constant: Callable[[str, Tensor], fx.Node], row: int, name: str
+) -> tuple[Any, tuple[Any, ...]]:
+    """The aten operator and arguments of a layer.
+
+    Args:
+        module: the layer.
+        x: its float input.
+        constant: makes a buffer of the graph under construction from (part, tensor).
+        row: row of per-mode parameters.
+        name: module path, for errors.
+
+    Raises:
+        PassError: for a module without such a form.
+    """
+
+    def part(key: str, value: Tensor | None = None) -> fx.Node | None:
+        value = getattr(module, key) if value is None else value
+        return None if value is None else constant(key, value)
+
+    if type(module) in _CONVOLUTIONS:
+        overloads = _CONVOLUTIONS[type(module)]
+        shape = (list(module.stride), module.padding, list(module.dilation), module.groups)
+        if isinstance(module.padding, str):
+            return overloads.padding, (x, part("weight"), part("bias"), *shape)
+        shape = (shape[0], list(module.padding), *shape[2:])
+        return overloads.default, (x, part("weight"), part("bias"), *shape)
+    if type(module) in _TRANSPOSED:
+        shape = (list(module.stride), list(module.padding), list(module.output_padding), module.groups)
+        return _TRANSPOSED[type(module)], (x, part("weight"), part("bias"), *shape, list(module.dilation))
+    if isinstance(module, nn.Linear):
+        return _ATEN.linear.default, (x, part("weight"), part("bias"))
+    if isinstance(module, nn.LayerNorm):
+        return _ATEN.layer_norm.default, (
+            x,
+            list(module.normalized_shape),
+            part("weight"),
+            part("bias"),
+            module.eps,
+        )
+    if isinstance(module, nn.GroupNorm):
+        return _ATEN.group_norm.default, (x, module.num_groups, part("weight"), part("bias"), module.eps)
+    if isinstance(module, nn.Embedding):
+        return _ATEN.embedding.default, (part("weight"), x)
+    if isinstance(module, ModeBatchNorm):  # without running statistics: normalises by the batch
+        affine, _ = module.rows_of(row)
+        weight = None if module.weight is None else part("weight", module.weight[affine])
+        bias = None if module.bias is None else part("bias", module.bias[affine])
+        return _ATEN.batch_norm.default, (x, weight, bias, None, None, True, 0.0, module.eps, False)
+    raise PassError(f"layer {name!r}: {type(module).__name__} has no form in an integer graph")

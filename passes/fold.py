@@ -1,0 +1,199 @@
+"""Fold everything between an accumulator and the next quantiser into integers.
+
+Batch normalisation, bias, scales, residual sums and average pooling are affine maps of integers with real
+coefficients. `Affine` collects them; `integer_epilogue` turns the result into the normative form
+
+    clip((sum_i m_i * a_i + c) >> e, low, high)
+
+that eval mode, every backend and the file share. Training keeps the float chain.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qcompile.errors import FoldError
+
+Array = NDArray[np.float64]
+
+#: Sums of an epilogue stay below 2^52, so float64 and int64 evaluate them alike.
+EPILOGUE_BITS = 52
+
+#: Multipliers fit int32.
+MULTIPLIER_BITS = 31
+
+#: Magnitude of tensors that stay between layers at high precision, such as residual streams.
+WIDE_BITS = 30
+
+
+@dataclass(frozen=True)
+class Term:
+    """`coefficient * node`, one summand of an affine map.
+
+    Attributes:
+        node: integer tensor in the graph under construction.
+        coefficient: real factor, shape () or (channels,).
+        low, high: bounds of the integers, shape () or (channels,).
+    """
+
+    node: Any
+    coefficient: Array
+    low: Array
+    high: Array
+
+    def real_range(self) -> tuple[Array, Array]:
+        """Bounds of `coefficient * node`."""
+        a, b = self.coefficient * self.low, self.coefficient * self.high
+        return np.minimum(a, b), np.maximum(a, b)
+
+
+@dataclass(frozen=True)
+class Affine:
+    """A real tensor as clip(sum of terms + constant, low, high).
+
+    Attributes:
+        terms: the summands; their nodes have one shape.
+        constant: real summand, shape () or (channels,).
+        rank: dimensions of the tensor.
+        axis: dimension that per-channel values refer to.
+        low, high: clipping that is still to be applied.
+        layers: module paths of the layers whose accumulators enter.
+    """
+
+    terms: tuple[Term, ...]
+    constant: Array
+    rank: int
+    axis: int
+    low: float = -math.inf
+    high: float = math.inf
+    layers: tuple[str, ...] = ()
+
+    @property
+    def is_clipped(self) -> bool:
+        """Whether a clip is still to be applied."""
+        return self.low != -math.inf or self.high != math.inf
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the tensor is one integer tensor times one scalar."""
+        one = len(self.terms) == 1 and self.terms[0].coefficient.ndim == 0
+        return one and self.constant.ndim == 0 and float(self.constant) == 0.0 and not self.is_clipped
+
+    def real_range(self) -> tuple[Array, Array]:
+        """Bounds of the tensor's values, shape () or (channels,)."""
+        low, high = self.constant, self.constant
+        for term in self.terms:
+            a, b = term.real_range()
+            low, high = low + a, high + b
+        return np.clip(low, self.low, self.high), np.clip(high, self.low, self.high)
+
+    def clipped(self, low: float, high: float) -> Affine:
+        """The tensor clipped to [low, high]; clips that cannot act are left out."""
+        smallest, largest = self.real_range()
+        low = low if float(smallest.min()) < low else -math.inf
+        high = high if float(largest.max()) > high else math.inf
+        return replace(self, low=max(self.low, low), high=min(max(self.high, low), high))
+
+    def scaled(self, factor: Array, shift: Array) -> Affine:
+        """factor * self + shift, per channel or scalar; a pending clip must have been applied."""
+        assert not self.is_clipped
+        terms = tuple(replace(term, coefficient=term.coefficient * factor) for term in self.terms)
+        return replace(self, terms=terms, constant=self.constant * factor + shift)
+
+    def plus(self, other: Affine, factor: float = 1.0) -> Affine:
+        """self + factor * other; both without pending clips and of one shape."""
+        second = other.scaled(np.float64(factor), np.float64(0.0))
+        axis = self.axis if any(t.coefficient.ndim for t in self.terms) or self.constant.ndim else other.axis
+        return replace(
+            self,
+            terms=self.terms + second.terms,
+            constant=self.constant + second.constant,
+            axis=axis,
+            layers=tuple(dict.fromkeys(self.layers + other.layers)),
+        )
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """The integers of one normative epilogue: clip((sum m_i * a_i + c) >> shift, low, high).
+
+    Attributes:
+        multipliers: one int32 array per term, shape () or (channels,).
+        constant: int64 array, shape () or (channels,); rounding included.
+        shift: bits that are dropped.
+        low, high: clipping range.
+        unit: real value of one output unit.
+    """
+
+    multipliers: tuple[NDArray[np.int32], ...]
+    constant: NDArray[np.int64]
+    shift: int
+    low: int
+    high: int
+    unit: float
+
+
+def round_to_unit(value: float, unit: float) -> int:
+    """The integer that an epilogue gives for a real value: nearest, halves up."""
+    return math.floor(value / unit + 0.5)
+
+
+def integer_epilogue(affine: Affine, unit: float, low: int, high: int) -> Epilogue:
+    """Choose the multipliers of an epilogue that outputs multiples of `unit` within [low, high].
+
+    The shift is the largest for which every sum stays below 2^52 and every multiplier fits int32, so the
+    error against the real map is below 2^-20 output units wherever a sum uses less than half its range.
+
+    Raises:
+        FoldError: if the values exceed what the contract's integers can hold.
+    """
+    if not (unit > 0 and math.isfinite(unit)):
+        raise FoldError(f"layer {affine.layers}: the step {unit} is not a positive number")
+    if affine.low != -math.inf:
+        low = max(low, min(high, round_to_unit(affine.low, unit)))
+    if affine.high != math.inf:
+        high = min(high, max(low, round_to_unit(affine.high, unit)))
+    ratios = [term.coefficient / unit for term in affine.terms]
+    constant = affine.constant / unit
+    sums: Array = np.abs(constant) + 1.0
+    for ratio, term in zip(ratios, affine.terms, strict=True):
+        sums = sums + np.abs(ratio) * np.maximum(np.abs(term.low), np.abs(term.high))
+    largest = max(float(np.abs(ratio).max()) for ratio in ratios)
+    if not (np.isfinite(sums).all() and math.isfinite(largest)):
+        raise FoldError(f"layer {affine.layers}: parameters hold NaN or infinity")
+    # one bit of room each for the rounding of the multipliers
+    shift = EPILOGUE_BITS - 1 - math.ceil(math.log2(float(sums.max())))
+    if largest > 0:
+        shift = min(shift, MULTIPLIER_BITS - 1 - math.ceil(math.log2(largest)))
+    if shift < 0:
+        raise FoldError(
+            f"layer {affine.layers}: values reach 2^{math.log2(float(sums.max())):.0f} steps of {unit:g}; "
+            "the step is too small for this layer: calibrate it again"
+        )
+    shift = min(shift, EPILOGUE_BITS)
+    multipliers = tuple(np.rint(np.ldexp(ratio, shift)).astype(np.int32) for ratio in ratios)
+    half = 2 ** (shift - 1) if shift else 0
+    rounded = np.rint(np.ldexp(constant, shift)).astype(np.int64) + half
+    return Epilogue(multipliers, np.asarray(rounded, np.int64), shift, low, high, unit)
+
+
+def wide_epilogue(affine: Affine) -> Epilogue:
+    """An epilogue that keeps the tensor at high precision: the unit spans its range with 2^30 steps."""
+    low, high = affine.real_range()
+    reach = max(abs(float(low.min())), abs(float(high.max())))
+    unit = reach / (2**WIDE_BITS - 1) if reach > 0 else 1.0
+    bounds = round_to_unit(float(low.min()), unit), round_to_unit(float(high.max()), unit)
+    limit = 2**WIDE_BITS - 1
+    return integer_epilogue(affine, unit, max(bounds[0], -limit), min(bounds[1], limit))
+
+
+def broadcastable(values: Sequence[Any] | NDArray[Any], rank: int, axis: int) -> NDArray[Any]:
+    """Per-channel values shaped to broadcast against a tensor of `rank` dimensions along `axis`."""
+    array = np.asarray(values)
+    return array if array.ndim == 0 else array.reshape(-1, *([1] * (rank - 1 - axis)))

@@ -1,0 +1,257 @@
+"""The operators of integer graphs, with reference implementations in plain torch.
+
+Everything between two quantised layers is exact integer arithmetic, so these definitions are the meaning of
+a lowered model on every target:
+
+    accumulate_conv, accumulate_linear   2^shift * (conv of codes) + numerator * (sum of codes in the window)
+    requantize                           clip((sum_i m_i * a_i + c) >> e, low, high)
+    sum_pool, max_pool                   sums and maxima of windows
+    quantize                             float -> codes, division and rounding half to even in float32
+    dequantize                           integers -> float32
+
+`requantize` shifts arithmetically, that is, rounds towards minus infinity; its constant holds half an output
+unit, so a value in the middle between two codes goes up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .geometry import Geometry
+
+#: Integers up to here are exact in float32, and sums of them in any order.
+FLOAT32_EXACT = 2**24
+
+_MAX_POOLS = {1: functional.max_pool1d, 2: functional.max_pool2d, 3: functional.max_pool3d}
+_AVG_POOLS = {1: functional.avg_pool1d, 2: functional.avg_pool2d, 3: functional.avg_pool3d}
+
+
+def code_dtype(low: int, high: int) -> torch.dtype:
+    """The narrowest dtype that integer graphs use for values from low to high."""
+    if low >= 0 and high <= 255:
+        return torch.uint8
+    return torch.int8 if low >= -128 and high <= 127 else torch.int32
+
+
+def _float32_is_exact(x: Tensor) -> bool:
+    """Whether float32 products are computed in float32 on this device with the current settings."""
+    if x.device.type != "cpu":
+        return False  # TF32 and Winograd algorithms may be chosen behind the caller's back
+    return torch.get_float32_matmul_precision() == "highest"
+
+
+def _exact(geometry: Geometry, codes: Tensor, weight: Tensor, bound: int) -> Tensor:
+    """The layer's sums in int64; floats carry the integers where they are exact."""
+    with torch.autocast(codes.device.type, enabled=False):
+        if bound >= 2**53:
+            raise OverflowError(f"accumulators of up to {bound} exceed 53 bits")
+        if not _float32_is_exact(codes):
+            return geometry.apply(codes.double(), weight.double()).to(torch.int64)
+        x = codes.float()
+        if bound < FLOAT32_EXACT:
+            return geometry.apply(x, weight.float()).to(torch.int64)
+        taps = weight[0].numel()
+        high, low = torch.div(weight, 16, rounding_mode="floor"), torch.remainder(weight, 16)
+        if bound // 16 + taps * 255 < FLOAT32_EXACT and taps * 15 * 255 < FLOAT32_EXACT:
+            # two planes of the weight are cheaper than float64
+            upper = geometry.apply(x, high.float()).to(torch.int64)
+            return upper * 16 + geometry.apply(x, low.float()).to(torch.int64)
+        return geometry.apply(codes.double(), weight.double()).to(torch.int64)
+
+
+def _accumulate(
+    geometry: Geometry, codes: Tensor, weight: Tensor, numerator: int, shift: int, bound: int
+) -> Tensor:
+    sums = _exact(geometry, codes, weight, bound)
+    if numerator == 0:
+        return (sums * 2**shift).to(torch.int32)
+    with torch.autocast(codes.device.type, enabled=False):
+        window = geometry.window_sum(codes.double(), weight.shape).to(torch.int64)
+    if geometry.groups > 1:
+        window = window.repeat_interleave(weight.shape[0] // geometry.groups, dim=1)
+    return (sums * 2**shift + window * numerator).to(torch.int32)
+
+
+def _conv_geometry(
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
+) -> Geometry:
+    pairs = tuple(zip(padding[::2], padding[1::2], strict=True))
+    return Geometry("conv", tuple(stride), pairs, tuple(dilation), groups)
+
+
+@torch.library.custom_op("qcompile::accumulate_conv", mutates_args=())
+def accumulate_conv(
+    codes: Tensor,
+    weight: Tensor,
+    numerator: int,
+    shift: int,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    bound: int,
+) -> Tensor:
+    """Accumulators of a convolution.
+
+    Args:
+        codes: (N, C, *spatial) uint8 or int8 activation codes.
+        weight: (O, C / groups, *kernel) int8 or int16 weight codes.
+        numerator, shift: the weight offset `numerator / 2**shift`, in units of a weight code.
+        stride, dilation: one entry per spatial dimension.
+        padding: (before, after) per spatial dimension, filled with code 0.
+        groups: channel groups.
+        bound: no sum of products of codes exceeds this magnitude.
+
+    Returns:
+        (N, O, *spatial) int32: 2^shift * conv(codes, weight) + numerator * (sum of codes in the window).
+    """
+    return _accumulate(
+        _conv_geometry(stride, padding, dilation, groups), codes, weight, numerator, shift, bound
+    )
+
+
+@accumulate_conv.register_fake
+def _(
+    codes: Tensor,
+    weight: Tensor,
+    numerator: int,
+    shift: int,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    bound: int,
+) -> Tensor:
+    geometry = _conv_geometry(stride, padding, dilation, groups)
+    return geometry.apply(codes.float(), weight.float()).to(torch.int32)
+
+
+@torch.library.custom_op("qcompile::accumulate_linear", mutates_args=())
+def accumulate_linear(codes: Tensor, weight: Tensor, numerator: int, shift: int, bound: int) -> Tensor:
+    """Accumulators of a linear layer: (..., I) codes and (O, I) weight codes give (..., O) int32."""
+    return _accumulate(Geometry("linear"), codes, weight, numerator, shift, bound)
+
+
+@accumulate_linear.register_fake
+def _(codes: Tensor, weight: Tensor, numerator: int, shift: int, bound: int) -> Tensor:
+    return codes.new_empty((*codes.shape[:-1], weight.shape[0]), dtype=torch.int32)
+
+
+@torch.library.custom_op("qcompile::requantize", mutates_args=())
+def requantize(
+    inputs: Sequence[Tensor],
+    multipliers: Sequence[Tensor],
+    constant: Tensor,
+    shift: int,
+    low: int,
+    high: int,
+) -> Tensor:
+    """The normative epilogue: clip((sum_i m_i * a_i + c) >> shift, low, high).
+
+    Args:
+        inputs: integer tensors that broadcast against each other.
+        multipliers: int32 tensors, one per input, broadcastable against it.
+        constant: int64 tensor, broadcastable; holds the rounding term.
+        shift: bits dropped by the arithmetic shift.
+        low, high: clipping range; it decides the output's dtype (uint8, int8 or int32).
+
+    Every partial sum stays below 2^53 in magnitude (the fold chooses multipliers so), hence float64
+    evaluates it exactly and fast; int64 gives the same.
+    """
+    total = constant.double()
+    for value, multiplier in zip(inputs, multipliers, strict=True):
+        total = (
+            value.double().mul_(multiplier.double()).add_(total)
+            if value.dim()
+            else total + value * multiplier
+        )
+    return total.mul_(2.0**-shift).floor_().clamp_(low, high).to(code_dtype(low, high))
+
+
+@requantize.register_fake
+def _(
+    inputs: Sequence[Tensor],
+    multipliers: Sequence[Tensor],
+    constant: Tensor,
+    shift: int,
+    low: int,
+    high: int,
+) -> Tensor:
+    shape = torch.broadcast_shapes(constant.shape, *(value.shape for value in inputs))
+    return inputs[0].new_empty(shape, dtype=code_dtype(low, high))
+
+
+@torch.library.custom_op("qcompile::sum_pool", mutates_args=())
+def sum_pool(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor:
+    """Sums over windows of an integer tensor (N, C, *spatial), int64; the border counts as 0."""
+    window = 1
+    for size in kernel:
+        window *= size
+    with torch.autocast(x.device.type, enabled=False):
+        # |x| < 2^31 and windows are small, so means times the window size round back exactly
+        mean = _AVG_POOLS[len(kernel)](x.double(), list(kernel), list(stride), list(padding), False, True)
+        return (mean * window).round().to(torch.int64)
+
+
+@sum_pool.register_fake
+def _(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor:
+    pooled = _AVG_POOLS[len(kernel)](x.float(), list(kernel), list(stride), list(padding), False, True)
+    return pooled.to(torch.int64)
+
+
+@torch.library.custom_op("qcompile::max_pool", mutates_args=())
+def max_pool(
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+) -> Tensor:
+    """Maxima over windows of an integer tensor (N, C, *spatial), same dtype; the border never wins."""
+    with torch.autocast(x.device.type, enabled=False):
+        pool = _MAX_POOLS[len(kernel)]
+        return pool(x.double(), list(kernel), list(stride), list(padding), list(dilation), ceil_mode).to(
+            x.dtype
+        )
+
+
+@max_pool.register_fake
+def _(
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+) -> Tensor:
+    pool = _MAX_POOLS[len(kernel)]
+    return pool(x.float(), list(kernel), list(stride), list(padding), list(dilation), ceil_mode).to(x.dtype)
+
+
+@torch.library.custom_op("qcompile::quantize", mutates_args=())
+def quantize(x: Tensor, step: float, low: int, high: int) -> Tensor:
+    """Codes of a float tensor: clip(round(x / step), low, high), float32 division, ties to even."""
+    divisor = torch.full((), step, dtype=torch.float32, device=x.device)
+    codes = torch.div(x.float(), divisor).round_().clamp_(low, high)
+    return codes.nan_to_num_(nan=0.0).to(code_dtype(low, high))
+
+
+@quantize.register_fake
+def _(x: Tensor, step: float, low: int, high: int) -> Tensor:
+    return x.new_empty(x.shape, dtype=code_dtype(low, high))
+
+
+@torch.library.custom_op("qcompile::dequantize", mutates_args=())
+def dequantize(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """float32(x) * scale + bias; scale and bias are float32 and broadcastable."""
+    return x.float() * scale + bias
+
+
+@dequantize.register_fake
+def _(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    return x.new_empty(x.shape, dtype=torch.float32)

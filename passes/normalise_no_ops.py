@@ -1,0 +1,95 @@
+"""Drop what computes nothing: identities, assertions, dropout that is switched off, values nobody uses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from qcompile.passes.manager import Condition, Pass, PassResult
+from qcompile.passes.normalise_arguments import arguments_of, is_aten
+from qcompile.passes.normalise_inplace import is_write
+
+_aten = torch.ops.aten
+SLICE_END = 2**63 - 1  # what export writes for an open end
+
+_ALWAYS = (
+    _aten.alias.default,
+    _aten.clone.default,
+    _aten.contiguous.default,
+    _aten.lift_fresh.default,
+    _aten.lift_fresh_copy.default,
+)
+
+
+def _switched_off(arguments: dict[str, Any]) -> bool:
+    return arguments["train"] is False
+
+
+def _whole(arguments: dict[str, Any]) -> bool:
+    return (
+        arguments["start"] in (None, 0) and arguments["end"] in (None, SLICE_END) and arguments["step"] == 1
+    )
+
+
+def _on_constant(arguments: dict[str, Any]) -> bool:
+    return isinstance(arguments["self"], fx.Node) and arguments["self"].op == "get_attr"
+
+
+_IDENTITY_IF: dict[Any, Callable[[dict[str, Any]], bool]] = {
+    **{target: (lambda arguments: True) for target in _ALWAYS},
+    _aten.detach.default: _on_constant,
+    _aten.dropout.default: _switched_off,
+    _aten.feature_dropout.default: _switched_off,
+    _aten.alpha_dropout.default: _switched_off,
+    _aten.feature_alpha_dropout.default: _switched_off,
+    _aten.slice.Tensor: _whole,
+}
+
+
+def _first_write(graph_module: fx.GraphModule) -> str | None:
+    return next(
+        (f"'{node.name}' writes in place" for node in graph_module.graph.nodes if is_write(node)), None
+    )
+
+
+class RemoveNoOps(Pass):
+    """Identities are bypassed.
+
+    Copies (`clone`, `contiguous`) are identities only once nothing writes in place, hence the requirement.
+    """
+
+    requires = (Condition("has no operator that writes in place", _first_write),)
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        modified = False
+        for node in list(graph_module.graph.nodes):
+            is_identity = _IDENTITY_IF.get(node.target) if is_aten(node) else None
+            if is_identity is not None and is_identity(arguments_of(node)):
+                node.replace_all_uses_with(node.args[0])
+                graph_module.graph.erase_node(node)
+                modified = True
+        return PassResult(graph_module, modified)
+
+
+def _first_unused(graph_module: fx.GraphModule) -> str | None:
+    for node in graph_module.graph.nodes:
+        if node.op not in ("placeholder", "output") and not node.users:
+            return f"'{node.name}' is not used"
+    return None
+
+
+class RemoveUnused(Pass):
+    """Values that nobody uses go, random numbers and assertions included."""
+
+    ensures = (Condition("uses every value", _first_unused),)
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        modified = False
+        for node in reversed(list(graph_module.graph.nodes)):
+            if node.op not in ("placeholder", "output") and not node.users:
+                graph_module.graph.erase_node(node)
+                modified = True
+        return PassResult(graph_module, modified)

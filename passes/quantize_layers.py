@@ -1,0 +1,165 @@
+"""Rewrite weighted layers into quantised ones and put activation quantisers before them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+from torch import fx, nn
+
+from qcompile.errors import InvalidArgument
+
+from .aten import commutes_with_quantizer
+from .first_last import WEIGHTED, first_and_last, weighted_nodes
+from .geometry import Geometry
+from .layers import QuantizedLayer
+from .manager import Condition, Pass, PassResult
+from .mode_input import mode_placeholder
+from .quantizers import ActivationQuantizer, WeightQuantizer
+from .sign import NonNegative
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """What became of one weighted layer.
+
+    Attributes:
+        name: module path.
+        quantized: whether its weight and input are quantised.
+        reason: why it stayed in float, or how it is quantised.
+    """
+
+    name: str
+    quantized: bool
+    reason: str
+
+
+def _unquantized_input(graph_module: fx.GraphModule) -> str | None:
+    for node in graph_module.graph.nodes:
+        if node.op == "call_module" and isinstance(graph_module.get_submodule(node.target), QuantizedLayer):
+            source = node.args[0]
+            while commutes_with_quantizer(source):
+                source = source.all_input_nodes[0]
+            is_call = source.op == "call_module"
+            if not (is_call and isinstance(graph_module.get_submodule(source.target), ActivationQuantizer)):
+                return f"layer {node.target!r}"
+    return None
+
+
+class QuantizeLayers(Pass):
+    """Replace layers by `QuantizedLayer` and quantise their inputs.
+
+    A quantiser works element by element and is monotone, so it is placed as early as it can be without
+    changing what others read: before padding, flattening and max pooling. Layers that read the same tensor
+    share its quantiser, and with it one tensor of codes at run time.
+
+    Args:
+        weight_quantizer: builds the quantiser of one layer's weight.
+        activation_quantizer: builds the quantiser of one tensor, told whether it can be negative.
+        skip: module paths (or prefixes of paths) that stay in float.
+        first_last: `float` keeps the first and last weighted layers in float.
+    """
+
+    ensures = (Condition("feeds every quantised layer from an activation quantiser", _unquantized_input),)
+
+    def __init__(
+        self,
+        weight_quantizer: Callable[[nn.Module], WeightQuantizer],
+        activation_quantizer: Callable[[bool], ActivationQuantizer],
+        skip: Collection[str] = (),
+    ) -> None:
+        self.weight_quantizer = weight_quantizer
+        self.activation_quantizer = activation_quantizer
+        self.skip = tuple(skip)
+        self.records: list[LayerRecord] = []
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """Rewrite in place.
+
+        Raises:
+            InvalidArgument: if a name in `skip` does not exist, or no layer is left to quantise.
+        """
+        paths = {name for name, _ in graph_module.named_modules()}
+        for name in self.skip:
+            if name not in paths:
+                layers = ", ".join(dict.fromkeys(str(node.target) for node in weighted_nodes(graph_module)))
+                raise InvalidArgument(
+                    f"skip names {name!r}, which is no layer of the model; its layers: {layers}"
+                )
+        nodes = weighted_nodes(graph_module)
+        first, last = first_and_last(graph_module)
+        reasons = {
+            str(node.target): self._reason_for_float(graph_module, node, first, last) for node in nodes
+        }
+        self.records = [
+            LayerRecord(name, reason is None, reason or "weight and input quantised")
+            for name, reason in reasons.items()
+        ]
+        chosen = [node for node in nodes if reasons[str(node.target)] is None]
+        if not chosen:
+            detail = (
+                "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+                or "it has no weighted layer"
+            )
+            raise InvalidArgument(f"nothing to quantise in this model ({detail})")
+        mode = mode_placeholder(graph_module.graph)
+        quantizers: dict[fx.Node, fx.Node] = {}
+        non_negative = NonNegative(graph_module)
+        for node in chosen:  # decided before any rewrite, on the float graph
+            non_negative(node)
+        for node in chosen:
+            self._quantize_input(graph_module, node, mode, quantizers, non_negative)
+        for path in dict.fromkeys(str(node.target) for node in chosen):
+            source = graph_module.get_submodule(path)
+            children = dict(source.named_children())
+            layer = QuantizedLayer(source, self.weight_quantizer(source))
+            for name, child in children.items():
+                layer.add_module(name, child)
+            graph_module.set_submodule(path, layer)
+        for node in chosen:
+            node.args = (node.args[0], mode)
+        graph_module.meta["layers"] = tuple(self.records)
+        notes = tuple(f"{record.name}: {record.reason}" for record in self.records)
+        return PassResult(graph_module, True, notes)
+
+    def _reason_for_float(
+        self, graph_module: fx.GraphModule, node: fx.Node, first: Collection[str], last: Collection[str]
+    ) -> str | None:
+        path = str(node.target)
+        if any(path == name or path.startswith(f"{name}.") for name in self.skip):
+            return "float: listed in skip"
+        if path in first:
+            return "float: first weighted layer"
+        if path in last:
+            return "float: last weighted layer"
+        module = graph_module.get_submodule(path)
+        try:
+            Geometry.of(module)
+        except InvalidArgument as reason:
+            return f"float: {reason}"
+        assert isinstance(module, WEIGHTED)
+        return None
+
+    def _quantize_input(
+        self,
+        graph_module: fx.GraphModule,
+        node: fx.Node,
+        mode: fx.Node,
+        quantizers: dict[fx.Node, fx.Node],
+        non_negative: NonNegative,
+    ) -> None:
+        consumer, source = node, node.args[0]
+        assert isinstance(source, fx.Node)
+        while commutes_with_quantizer(source) and len(source.users) == 1:
+            consumer, source = source, source.all_input_nodes[0]
+        if source in quantizers.values():
+            return  # a call of the same tensor went the same way
+        if source not in quantizers:
+            path = f"{node.target}.input_quantizer"
+            siblings = sum(one.target.startswith(path) for one in quantizers.values())
+            path = path if not siblings else f"{path}_{siblings}"
+            graph_module.add_submodule(path, self.activation_quantizer(not non_negative(source)))
+            after = mode if source.op == "placeholder" else source
+            with graph_module.graph.inserting_after(after):
+                quantizers[source] = graph_module.graph.call_module(path, (source, mode))
+        consumer.replace_input_with(source, quantizers[source])

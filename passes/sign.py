@@ -1,0 +1,54 @@
+"""Decide from the graph which tensors cannot be negative; those get unsigned activation codes."""
+
+from __future__ import annotations
+
+from torch import fx, nn
+
+from .aten import AVERAGE, LAYOUT, MAX_POOL, aten_name, arguments
+
+_NON_NEGATIVE = frozenset(
+    ("relu", "relu6", "sigmoid", "hardsigmoid", "softmax", "_softmax", "abs", "exp", "square")
+)
+_KEEPS_SIGN = (
+    LAYOUT | MAX_POOL | AVERAGE | {"dropout", "cat", "stack", "add", "mul", "sum", "upsample_bilinear2d"}
+)
+_SIGN_KEEPING_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+
+
+class NonNegative:
+    """Answers, for the nodes of one graph, whether a tensor is provably >= 0."""
+
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        self._graph_module = graph_module
+        self._known: dict[fx.Node, bool] = {}
+
+    def __call__(self, node: fx.Node) -> bool:
+        """True if no element of the node's value can be negative."""
+        # decided in graph order, so that deep networks need no deep recursion
+        for one in self._graph_module.graph.nodes:
+            if one not in self._known:
+                self._known[one] = self._decide(one)
+            if one is node:
+                break
+        return self._known[node]
+
+    def _decide(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            module = self._graph_module.get_submodule(str(node.target))
+            keeps = isinstance(module, _SIGN_KEEPING_MODULES) or type(module).__name__ == "StochasticDepth"
+            return keeps and self._known[node.all_input_nodes[0]]
+        name = aten_name(node)
+        if name in _NON_NEGATIVE:
+            return True
+        if name in ("hardtanh", "clamp", "clamp_min"):
+            values = arguments(node)
+            low = values.get("min_val", values.get("min"))
+            if isinstance(low, (int, float)) and low >= 0:
+                return True
+            return name != "hardtanh" and self._known.get(node.all_input_nodes[0], False)
+        if name in ("pad", "constant_pad_nd") and (arguments(node).get("value") or 0) >= 0:
+            return self._known[node.all_input_nodes[0]]
+        if name in _KEEPS_SIGN:
+            scalars = [a for a in node.args if isinstance(a, (int, float))] if name in ("add", "mul") else []
+            return all(self._known[one] for one in node.all_input_nodes) and all(s >= 0 for s in scalars)
+        return False

@@ -1,0 +1,50 @@
+"""Which line of the user's code made a node or raised an error."""
+
+from __future__ import annotations
+
+import os
+import re
+import sysconfig
+import traceback
+from pathlib import Path
+
+import torch
+from torch import fx
+
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)[^\n]*(?:\n\s+(?P<code>[^\n]+))?')
+_TORCH = str(Path(torch.__file__).parent) + os.sep
+_OURS = str(Path(__file__).parent) + os.sep
+_STANDARD_LIBRARY = sysconfig.get_paths()["stdlib"] + os.sep
+UNKNOWN_LINE = "unknown line"
+
+
+def _is_users(file: str) -> bool:
+    if file.startswith((_TORCH, _OURS, "<")):
+        return False
+    return not (file.startswith(_STANDARD_LIBRARY) and "site-packages" not in file)
+
+
+def line_of_stack(stack_trace: str | None) -> str | None:
+    """Innermost line outside torch, as "file.py:12", of a formatted stack; None if there is none."""
+    found = [frame for frame in _FRAME.finditer(stack_trace or "") if _is_users(frame["file"])]
+    return f"{Path(found[-1]['file']).name}:{found[-1]['line']}" if found else None
+
+
+def line_of_error(error: BaseException) -> str | None:
+    """Innermost line outside torch, as "file.py:12 (code)", that an exception passed through; None if there is none.
+
+    The chain of causes is searched as well, because torch re-raises errors of the traced code.
+    """
+    current: BaseException | None = error
+    while current is not None:
+        frames = [f for f in traceback.extract_tb(current.__traceback__) if _is_users(f.filename)]
+        if frames:
+            code = f" ({frames[-1].line})" if frames[-1].line else ""
+            return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}{code}"
+        current = current.__cause__ or current.__context__
+    return None
+
+
+def source_of(node: fx.Node) -> str:
+    """Line of the user's code that made this node, as "file.py:12", or "unknown line"."""
+    return node.meta.get("source") or line_of_stack(node.meta.get("stack_trace")) or UNKNOWN_LINE

@@ -1,0 +1,84 @@
+"""Exchange of parameters with the float model: its state dict loads strictly, and comes back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .model import QuantModel, as_prepared
+from .modes import Mode, find_mode
+from .passes.batchnorm import ModeBatchNorm
+from .passes.layers import QuantizedLayer
+from .passes.quantizers import ActivationQuantizer, WeightQuantizer
+
+
+def _quantizer_prefixes(model: nn.Module) -> tuple[str, ...]:
+    return tuple(
+        f"{path}."
+        for path, module in model.named_modules()
+        if isinstance(module, (ActivationQuantizer, WeightQuantizer))
+    )
+
+
+def load_float_state(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Pre-hook of `load_state_dict`: complete a float model's state dict in place.
+
+    A state dict without any quantiser entry is a float one: its batch normalisation is copied to every
+    mode, weight steps are computed anew from its weights, activation steps wait for their first batch.
+    A prepared model's own state dict passes unchanged, so a damaged one still fails the strict check.
+    """
+    quantizers = tuple(prefix + one for one in _quantizer_prefixes(module))
+    if not quantizers or any(key.startswith(quantizers) for key in state_dict):
+        _expect_reload(module)
+        return
+    for path, child in module.named_modules():
+        child_prefix = f"{prefix}{path}." if path else prefix
+        if isinstance(child, ModeBatchNorm):
+            child.expand_float_state(state_dict, child_prefix)
+        elif isinstance(child, QuantizedLayer) and f"{child_prefix}weight" in state_dict:
+            child.weight_quantizer.initialise(state_dict[f"{child_prefix}weight"].detach())
+        elif isinstance(child, ActivationQuantizer):
+            child.initialised.zero_()
+    for path, child in module.named_modules():
+        if isinstance(child, (ActivationQuantizer, WeightQuantizer)):
+            for name, value in child.state_dict().items():
+                state_dict[f"{prefix}{path}.{name}"] = value.clone()
+    _expect_reload(module)
+
+
+def _expect_reload(module: nn.Module) -> None:
+    for child in module.modules():
+        if isinstance(child, ActivationQuantizer):
+            child.state_changed()
+
+
+def float_state_dict(model: nn.Module, mode: int | str | Mode | None = None) -> dict[str, Tensor]:
+    """The float model's state dict, with the batch normalisation of one mode.
+
+    Args:
+        model: a prepared model.
+        mode: whose batch normalisation to take; default: the active mode.
+
+    Returns:
+        Detached copies under the float model's keys; it loads into the float model with `strict=True`.
+
+    Raises:
+        InvalidArgument: if the mode was not prepared.
+    """
+    prepared: QuantModel = as_prepared(model)
+    chosen = prepared.active if mode is None else find_mode(mode, prepared.prepared_modes)
+    row = prepared.row(chosen)
+    quantizers = _quantizer_prefixes(prepared)
+    stacked = {
+        f"{path}.{name}" if path else name: module.rows_of(row)[name not in ("weight", "bias")]
+        for path, module in prepared.named_modules()
+        if isinstance(module, ModeBatchNorm)
+        for name in module.state_dict()
+    }
+    return {
+        key: (value[stacked[key]] if key in stacked else value).detach().clone()
+        for key, value in prepared.state_dict().items()
+        if not key.startswith(quantizers) and torch.is_tensor(value)
+    }

@@ -1,0 +1,186 @@
+"""`JointLoss`: the losses of all modes, attached to the user's own training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import InvalidArgument, InvalidInputType
+from .min_norm import min_norm_weights
+from .model import QuantModel, as_prepared
+from .modes import ActiveMode
+from .own_parameters import own_parameters
+
+#: batch_fn(forward, batch) -> (loss, logits or None)
+BatchFunction = Callable[[Callable[..., Any], Any], "tuple[Tensor, Tensor | None]"]
+
+
+class JointLoss(nn.Module):
+    """The scheme's training objective over all modes of a prepared model.
+
+    Three forms, for three kinds of loop. `backward(x, y)` runs forward and backward of one mode after
+    another and accumulates gradients, with the memory of one mode. `losses_per_mode(x, y)` yields the
+    same losses for loops that call backward themselves (gradient scalers, accelerators). Calling the
+    module returns one differentiable loss over all modes.
+
+    A mode's loss is weighed by the scheme's alpha; parameters that belong to one mode alone (its batch
+    normalisation, its activation steps) see their own loss with weight 1.
+
+    Args:
+        model: from `qcompile.prepare`.
+        criterion: criterion(output, y) -> scalar loss.
+        teacher: optional float model; the highest mode is distilled from it.
+        batch_fn: for batches of any structure: `batch_fn(forward, batch)` calls `forward` like the model
+            and returns (loss, logits); the joint loss is then called as `joint.backward(batch)`.
+
+    Attributes:
+        losses: the last unweighted loss of every mode, by its label; detached scalars.
+        weights: the last alpha of every mode, by its label.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: Callable[[Any, Any], Tensor] | None = None,
+        teacher: nn.Module | None = None,
+        batch_fn: BatchFunction | None = None,
+    ) -> None:
+        super().__init__()
+        self.model: QuantModel = as_prepared(model)
+        if (criterion is None) == (batch_fn is None):
+            raise InvalidArgument("pass either a criterion, for joint.backward(x, y), or a batch_fn")
+        self.criterion = criterion
+        self.batch_fn = batch_fn
+        # not registered: the teacher's parameters are not trained and its mode is its owner's business
+        self.__dict__["teacher"] = teacher
+        self.losses: dict[int | str, Tensor] = {}
+        self.weights: dict[int | str, float] = {}
+
+    def backward(self, *batch: Any) -> Tensor:
+        """Accumulate the gradients of all modes, one mode's graph in memory at a time.
+
+        Args:
+            batch: `x, y`; `inputs, y` with a tuple or dict of inputs; or one batch if `batch_fn` is given.
+
+        Returns:
+            The weighted sum of the losses, detached.
+        """
+        if self.model.scheme.mode_weights() is None:
+            return self._backward_min_norm(batch)
+        total: Tensor | None = None
+        for loss in self.losses_per_mode(*batch):
+            loss.backward()
+            total = loss.detach() if total is None else total + loss.detach()
+        assert total is not None
+        return total
+
+    def losses_per_mode(self, *batch: Any) -> Iterator[Tensor]:
+        """Yield each mode's weighted loss, teachers before students; call backward on each in turn.
+
+        Raises:
+            InvalidArgument: if the scheme solves for the weights, which needs all gradients at once.
+        """
+        weights = self.model.scheme.mode_weights()
+        if weights is None:
+            raise InvalidArgument(
+                "with moo='mgd' the weights follow from the gradients of all modes: use joint.backward(x, y)"
+            )
+        for row, loss in self._mode_losses(batch, weights):
+            yield loss * weights[row]
+
+    def forward(self, *batch: Any) -> Tensor:
+        """One differentiable loss over all modes; keeps the graphs of all modes in memory."""
+        losses = list(self.losses_per_mode(*batch))
+        return torch.stack(losses).sum()
+
+    def _mode_losses(
+        self, batch: tuple[Any, ...], weights: tuple[float, ...]
+    ) -> Iterator[tuple[int, Tensor]]:
+        scheme, model = self.model.scheme, self.model
+        if not model.training:
+            raise InvalidArgument("the joint loss trains: call model.train() first")
+        guide = self._teacher_logits(batch)
+        earlier: dict[int, Tensor] = {}
+        for row in scheme.training_order():
+            mode = model.prepared_modes[row]
+            active = ActiveMode(mode, row, 1.0 / weights[row] if weights[row] > 0 else 1.0)
+            task, logits = self._run(batch, lambda *a, active=active, **k: model.run(active, a, k))
+            if logits is None and scheme.needs_logits:
+                raise InvalidArgument(
+                    "distillation needs one tensor of logits: return (loss, logits) from batch_fn, "
+                    "or prepare with distillation=None"
+                )
+            loss = scheme.mode_loss(row, task, logits, earlier, guide)
+            if logits is not None:
+                earlier[row] = logits.detach()
+            self.losses[mode.label] = loss.detach()
+            self.weights[mode.label] = weights[row]
+            yield row, loss
+
+    def _run(
+        self, batch: tuple[Any, ...], forward: Callable[..., Any]
+    ) -> tuple[Callable[[], Tensor], Tensor | None]:
+        if self.batch_fn is not None:
+            result = self.batch_fn(forward, *batch)
+            if not (isinstance(result, tuple) and len(result) == 2):
+                raise InvalidInputType("batch_fn must return (loss, logits); logits may be None")
+            return lambda: result[0], result[1]
+        if len(batch) != 2:
+            raise InvalidArgument(
+                f"expected (x, y), got {len(batch)} values; for other batches pass batch_fn"
+            )
+        inputs, target = batch
+        output = _call(forward, inputs)
+        criterion = self.criterion
+        assert criterion is not None
+        return lambda: criterion(output, target), output if isinstance(output, Tensor) else None
+
+    def _teacher_logits(self, batch: tuple[Any, ...]) -> Tensor | None:
+        teacher: nn.Module | None = self.__dict__["teacher"]
+        if teacher is None:
+            return None
+        with torch.no_grad():
+            if self.batch_fn is not None:
+                return self.batch_fn(teacher, *batch)[1]
+            output = _call(teacher, batch[0])
+            if not isinstance(output, Tensor):
+                raise InvalidInputType(
+                    f"the teacher must return one tensor of logits, not {type(output).__name__}"
+                )
+            return output
+
+    def _backward_min_norm(self, batch: tuple[Any, ...]) -> Tensor:
+        """Own parameters get their mode's gradient; shared ones the min-norm combination (Eq. 10)."""
+        own = {id(parameter) for parameter in own_parameters(self.model)}
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        shared = [parameter for parameter in trained if id(parameter) not in own]
+        mine = [parameter for parameter in trained if id(parameter) in own]
+        count = len(self.model.prepared_modes)
+        gradients: dict[int, list[Tensor]] = {}
+        values: dict[int, Tensor] = {}
+        for row, loss in self._mode_losses(batch, (1.0,) * count):
+            found = torch.autograd.grad(loss, shared + mine, allow_unused=True, materialize_grads=True)
+            gradients[row], values[row] = list(found[: len(shared)]), loss.detach()
+            _accumulate(mine, found[len(shared) :], 1.0)
+        flat = [torch.cat([g.reshape(-1) for g in gradients[row]]).double() for row in range(count)]
+        stacked = torch.stack(flat)
+        alpha = min_norm_weights(stacked @ stacked.T).tolist()
+        for row in range(count):
+            _accumulate(shared, gradients[row], alpha[row])
+            self.weights[self.model.prepared_modes[row].label] = alpha[row]
+        return torch.stack([values[row] * alpha[row] for row in range(count)]).sum()
+
+
+def _call(function: Callable[..., Any], inputs: Any) -> Any:
+    if isinstance(inputs, dict):
+        return function(**inputs)
+    return function(*inputs) if isinstance(inputs, (tuple, list)) else function(inputs)
+
+
+def _accumulate(parameters: list[nn.Parameter], gradients: Any, factor: float) -> None:
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        scaled = gradient * factor
+        parameter.grad = scaled if parameter.grad is None else parameter.grad + scaled

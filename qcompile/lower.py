@@ -1,0 +1,80 @@
+"""`lower`: from a model or a file to something that runs on a target."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from .errors import InvalidArgument
+from .model import MultiModeModel, as_multi_mode, example_shapes
+from .modes import Mode, find_mode
+from .registry import find_target
+
+if TYPE_CHECKING:
+    from .backends.target import Executable
+
+
+def lower(
+    model: nn.Module | str | PathLike[str],
+    target: str,
+    bits: int | str | Mode | None = None,
+    batch: int = 1,
+    input_shapes: Sequence[Sequence[int]] | None = None,
+    threads: int | None = None,
+) -> Executable:
+    """Compile one mode for a target.
+
+    Args:
+        model: a prepared or loaded model, or the path of a `.qcm` file.
+        target: a name from `qcompile.targets()`.
+        bits: the mode; default: the active one.
+        batch: size of dimension 0 of every input.
+        input_shapes: one shape per input without the batch dimension; default: those of the example inputs.
+        threads: threads at run time; None leaves the choice to the runtime.
+
+    Returns:
+        An executable: call it with torch tensors, or `.export(folder)` it.
+
+    Raises:
+        InvalidArgument: for an unknown target or mode, or shapes that do not fit.
+        LoweringError: if the target lacks an operator; names the layer.
+        MissingExtra: if the target's packages are not installed.
+    """
+    from .backends.target import LoweringRequest
+
+    chosen_target = find_target(target)
+    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+        raise InvalidArgument(f"batch must be a positive whole number, not {batch!r}")
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
+        raise InvalidArgument(f"threads must be a positive whole number or None, not {threads!r}")
+    if isinstance(model, (str, PathLike)):
+        from .file.load import load
+
+        loaded = load(model, bits=bits)
+    else:
+        loaded = as_multi_mode(model)
+    mode = loaded.active if bits is None else find_mode(bits, loaded.prepared_modes)
+    shapes = _batched_shapes(loaded, batch, input_shapes)
+    integer = loaded.integer_model(mode, shapes)
+    return chosen_target().compile(LoweringRequest(integer, loaded.signature, shapes, batch, threads))
+
+
+def _batched_shapes(
+    model: MultiModeModel, batch: int, given: Sequence[Sequence[int]] | None
+) -> tuple[tuple[int, ...], ...]:
+    inputs = model.signature.inputs
+    if given is not None:
+        if len(given) != len(inputs):
+            raise InvalidArgument(
+                f"input_shapes has {len(given)} entries; the model takes {len(inputs)} inputs"
+            )
+        return tuple((batch, *(int(size) for size in shape)) for shape in given)
+    known = example_shapes(model.signature) or model.last_shapes
+    if known is None:
+        raise InvalidArgument(
+            "input shapes are unknown: pass input_shapes=((3, 224, 224),) without the batch"
+        )
+    return tuple((batch, *shape[1:]) for shape in known)

@@ -1,0 +1,55 @@
+"""Which parameters belong to single modes, and optimiser groups by role."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from .model import as_prepared
+from .passes.batchnorm import ModeBatchNorm
+from .passes.quantizers import ActivationQuantizer, WeightQuantizer
+
+
+def own_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters whose rows belong to one mode each: activation steps and split batch normalisation."""
+    found: list[nn.Parameter] = []
+    for module in model.modules():
+        if isinstance(module, ActivationQuantizer) or (
+            isinstance(module, ModeBatchNorm) and module.affine_rows > 1
+        ):
+            found.extend(module.parameters(recurse=False))
+    return found
+
+
+def param_groups(
+    model: nn.Module, lr: float, weight_decay: float = 1e-4, quantizer_lr: float | None = None
+) -> list[dict[str, Any]]:
+    """Parameters of a prepared model as optimiser groups.
+
+    Args:
+        model: from `qcompile.prepare`.
+        lr: learning rate of weights and batch normalisation.
+        weight_decay: decay of weights; step sizes and batch normalisation have none.
+        quantizer_lr: learning rate of step sizes; default: `lr` times the scheme's factor.
+
+    Returns:
+        Groups named `weights`, `quantizers` and `batch_norm`; empty groups are left out.
+    """
+    prepared = as_prepared(model)
+    quantizers: list[nn.Parameter] = []
+    normalisation: list[nn.Parameter] = []
+    for module in prepared.modules():
+        if isinstance(module, (ActivationQuantizer, WeightQuantizer)):
+            quantizers.extend(module.parameters())
+        elif isinstance(module, ModeBatchNorm):
+            normalisation.extend(module.parameters())
+    special = {id(parameter) for parameter in (*quantizers, *normalisation)}
+    weights = [parameter for parameter in prepared.parameters() if id(parameter) not in special]
+    step_lr = lr * prepared.scheme.quantizer_lr_factor if quantizer_lr is None else quantizer_lr
+    groups = [
+        {"name": "weights", "params": weights, "lr": lr, "weight_decay": weight_decay},
+        {"name": "quantizers", "params": quantizers, "lr": step_lr, "weight_decay": 0.0},
+        {"name": "batch_norm", "params": normalisation, "lr": lr, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]

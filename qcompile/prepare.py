@@ -1,0 +1,60 @@
+"""`prepare`: from a float model to a trainable multi-mode model."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from torch import nn
+
+from .errors import InvalidInputType
+from .float_state import load_float_state
+from .model import QuantModel
+from .modes import Mode, parse_modes
+from .passes.capture import capture
+from .passes.manager import PassManager
+from .registry import find_scheme
+
+
+def prepare(
+    model: nn.Module,
+    example_inputs: Any = None,
+    scheme: str = "vertical",
+    bits: Sequence[int] | None = None,
+    modes: Sequence[int | str | Mode] | None = None,
+    skip: Collection[str] = (),
+    config: Any = None,
+) -> QuantModel:
+    """Rewrite a float model into one trainable model that runs at several precisions.
+
+    Args:
+        model: any float `nn.Module`; it is left untouched.
+        example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs; dimension 0 is
+            the batch. With examples the model is captured by `torch.export`, without by `torch.fx`.
+        scheme: a quantisation scheme, see `qcompile.schemes()`.
+        bits: bit-widths for weights and activations alike, increasing; default: the scheme's.
+        modes: in place of `bits`, names such as `("w2a2", "w4a8")`.
+        skip: module paths that stay in float.
+        config: the scheme's options, for example `VerticalConfig(batch_norm="stats")`.
+
+    Returns:
+        The prepared model, in the training mode of `model`, its highest mode active.
+
+    Raises:
+        CaptureError: if the model cannot be captured; names the user's line.
+        InvalidArgument: for an unknown scheme or layer, or modes out of range.
+    """
+    if not isinstance(model, nn.Module):
+        raise InvalidInputType(f"model must be an nn.Module, not {type(model).__name__}")
+    if isinstance(model, QuantModel):
+        raise InvalidInputType("this model is already prepared; prepare the float model instead")
+    if isinstance(skip, str):
+        raise InvalidInputType(f"skip is a list of module paths, for example skip=[{skip!r}]")
+    scheme_type = find_scheme(scheme)
+    parsed = parse_modes(scheme_type.default_bits if bits is None and modes is None else bits, modes)
+    chosen = scheme_type(parsed, config)
+    captured = capture(model, example_inputs)
+    result = PassManager(chosen.passes(tuple(skip)))(captured.graph_module)
+    prepared = QuantModel(result.graph_module, captured.signature, chosen, captured.method)
+    prepared.register_load_state_dict_pre_hook(load_float_state)
+    return prepared.train(model.training)
