@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from qcompile.errors import CaptureError, InvalidInputType
 from qcompile.passes.capture_export import trace_with_export
+from qcompile.passes.capture_fx import trace_with_fx
 from qcompile.passes.compare_modes import check_same_in_both_modes
 from qcompile.passes.example_inputs import Examples, examples_of, required_parameters
 from qcompile.passes.normalise import normalise
@@ -75,9 +76,7 @@ def capture(
 
 
 def _trace(model: nn.Module, examples: Examples | None) -> Trace:
-    if examples is None:
-        raise CaptureError("pass example_inputs")
-    return trace_with_export(model, examples)
+    return trace_with_fx(model) if examples is None else trace_with_export(model, examples)
 
 
 def _signature(model: nn.Module, trace: Trace, examples: Examples | None) -> CallSignature:
@@ -100,7 +99,7 @@ def _signature(model: nn.Module, trace: Trace, examples: Examples | None) -> Cal
             )
             for node, example in zip(placeholders, examples.tensors, strict=True)
         )
-    outputs = [torch.empty(0) if isinstance(value, fx.Node) else value for value in trace.out_values]
+    outputs = [torch.empty(0) if isinstance(value, (fx.Node, fx.Proxy, Tensor)) else value for value in trace.out_values]
     return CallSignature(inputs, parameters, positional, trace.out_spec, leaves_of(outputs, 0, "the output"))
 
 

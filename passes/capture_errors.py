@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import copy
+import logging
 import re
-from collections.abc import Mapping
+import traceback
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from qcompile.errors import CaptureError
 from qcompile.passes.example_inputs import Examples
 from qcompile.passes.source_lines import UNKNOWN_LINE, line_of_error, line_of_stack
+
+# Where torch.export reports what it learns about symbolic sizes.
+SHAPES_LOGGER = "torch.fx.experimental.symbolic_shapes"
 
 # What tracing and running a user's forward raises.
 TRACING_ERRORS = (
@@ -66,19 +70,42 @@ def untraceable(error: BaseException) -> CaptureError:
     )
 
 
-def hard_coded_batch(model: nn.Module, examples: Examples, error: BaseException) -> CaptureError:
-    """The error for a model that works at one batch size only; runs it at another to find the line."""
+def hard_coded_batch(examples: Examples, retrace: Callable[[], object]) -> CaptureError:
+    """The error for a model that works at one batch size only.
 
-    def one_more(leaf: Any) -> Any:
-        batched = isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == examples.batch
-        return torch.cat([leaf, leaf[:1]]) if batched else leaf
-
-    failure = _run(model, *pytree.tree_map(one_more, (examples.args, examples.kwargs)))
-    line = line_of_error(failure) if failure is not None else None
+    Args:
+        examples: the inputs.
+        retrace: traces the model again, which fails again; torch's log then tells where the batch became a number.
+    """
+    finder = _SpecialisationFinder()
+    logger = logging.getLogger(SHAPES_LOGGER)
+    before = logger.disabled, logger.level, logger.propagate
+    logger.disabled, logger.propagate = False, False
+    logger.setLevel(logging.INFO)
+    handlers, logger.handlers = logger.handlers, [finder]
+    try:
+        retrace()
+    except TRACING_ERRORS:
+        pass  # it is the failure that we are looking into
+    finally:
+        logger.handlers = handlers
+        logger.disabled, logger.level, logger.propagate = before
     return CaptureError(
-        f"{line or UNKNOWN_LINE}: the model fixes the batch size to {examples.batch}; "
+        f"{finder.line or UNKNOWN_LINE}: the model fixes the batch size to {examples.batch}; "
         "use x.shape[0] or -1 instead of the number, so that it takes any batch"
     )
+
+
+class _SpecialisationFinder(logging.Handler):
+    """Remembers the user's line at which a symbolic size first became a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line: str | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.line is None and record.msg.startswith("set_replacement"):
+            self.line = line_of_stack("".join(traceback.format_stack()))
 
 
 def _run(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> BaseException | None:

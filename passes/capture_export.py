@@ -16,7 +16,7 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.export.graph_signature import InputKind, InputSpec, OutputKind
 
 from qcompile.errors import CaptureError
-from qcompile.passes.capture_errors import TRACING_ERRORS, hard_coded_batch, uncapturable
+from qcompile.passes.capture_errors import SHAPES_LOGGER, TRACING_ERRORS, hard_coded_batch, uncapturable
 from qcompile.passes.example_inputs import Examples
 from qcompile.passes.module_tree import CONSTANTS, attribute_target, graph_module_of
 from qcompile.passes.source_lines import UNKNOWN_LINE, line_of_stack, source_of
@@ -70,21 +70,24 @@ def _export(model: nn.Module, examples: Examples) -> ExportedProgram:
         # the first batch must stay dynamic; another input of that size may be no batch (a vector of two scales)
         dynamic = any(tensor is one for one in batched)
         shapes[tensor] = {0: Dim.DYNAMIC if tensor is first else Dim.AUTO} if dynamic else {}
-    with _quiet(), torch.enable_grad():
+
+    def trace() -> ExportedProgram:
+        with torch.enable_grad():
+            return torch.export.export(model, examples.args, examples.kwargs, dynamic_shapes=shapes, strict=False)
+
+    with _quiet():
         try:
-            return torch.export.export(
-                model, examples.args, examples.kwargs, dynamic_shapes=shapes, strict=False
-            )
+            return trace()
         except TRACING_ERRORS as error:
             if "specialized it to be a constant" in str(error):
-                raise hard_coded_batch(model, examples, error) from error
+                raise hard_coded_batch(examples, trace) from error
             raise uncapturable(model, examples, error) from error
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Export prints whole graphs on failure; our error says what matters in one line."""
-    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    logger = logging.getLogger(SHAPES_LOGGER)
     disabled, logger.disabled = logger.disabled, True
     try:
         with warnings.catch_warnings():

@@ -28,6 +28,12 @@ class IntegerModel(fx.GraphModule):
         self.mode = mode
         self.eval()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> IntegerModel:
+        """An independent copy, constants included."""
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(self.graph, {}))
+        return IntegerModel({name: value.clone() for name, value in self.constants().items()}, graph, self.mode)
+
     def constants(self) -> dict[str, Tensor]:
         """Every constant of the graph by name."""
         return {str(node.target): self.constant(node) for node in self.graph.nodes if node.op == "get_attr"}

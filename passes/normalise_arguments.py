@@ -44,8 +44,9 @@ def _unwritten(graph_module: fx.GraphModule) -> str | None:
 class NormaliseArguments(Pass):
     """Arguments positional, trailing defaults dropped, so equal calls look equal.
 
-    Keyword-only arguments stay keywords, without those equal to their default. Factories (`aten.empty`, `aten.rand`)
-    lose `pin_memory` and `layout` settings that equal what torch does without them.
+    Sizes that hold for several dimensions are written once per dimension, and the stride of a pool is explicit.
+
+    Keyword-only arguments stay keywords, without those equal to their default.
     """
 
     ensures = (Condition("has one way to write each call", _unwritten),)
@@ -64,6 +65,10 @@ class NormaliseArguments(Pass):
 def _canonical(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
     assert isinstance(node.target, OpOverload)
     bound = arguments_of(node)
+    if "kernel_size" in bound and bound.get("stride") == []:
+        bound["stride"] = bound["kernel_size"]
+    if node.target is torch.ops.aten.pad.default and bound["mode"] == "constant" and bound["value"] == 0:
+        bound["value"] = None
     positional: list[Any] = []
     needed = 0
     kwargs: dict[str, Any] = {}
@@ -71,6 +76,10 @@ def _canonical(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
         value = bound[argument.name]
         if isinstance(value, (list, tuple)):
             value = list(value)
+        if argument.N and type(value) is int:  # "int[2] stride" takes one number for both
+            value = [value]
+        if argument.N and isinstance(value, list) and len(value) == 1:
+            value = value * argument.N
         is_default = argument.has_default_value() and _same(value, argument.default_value)
         if argument.kwarg_only:
             if not is_default and not (argument.name == "pin_memory" and value is False):

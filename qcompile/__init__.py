@@ -1,8 +1,13 @@
 """qcompile: one low-bit model that serves every device."""
 
+from .calibrate import calibrate as calibrate
+from .convert import convert as convert
 from .errors import QCompileError as QCompileError
+from .file.load import load as load
+from .file.save import save as save
 from .float_state import float_state_dict as float_state_dict
 from .joint_loss import JointLoss as JointLoss
+from .lower import lower as lower
 from .model import at as at
 from .model import bits as bits
 from .model import modes as modes

@@ -25,12 +25,18 @@ class MultiModeModel(nn.Module):
         active: the mode that a plain call runs.
         signature: how a user's call maps to the graph's inputs and outputs.
         last_shapes: shapes of the inputs of the last call, or of the examples; None if neither is known.
+        layers: what became of every weighted layer.
+        scheme_name: the scheme that quantised it.
+        prefix_decodable: whether low modes' weight codes are the top bits of high modes'.
     """
 
     prepared_modes: tuple[Mode, ...]
     active: Mode
     signature: CallSignature
     last_shapes: tuple[tuple[int, ...], ...] | None
+    layers: tuple[LayerRecord, ...]
+    scheme_name: str
+    prefix_decodable: bool
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the active mode on the user's inputs; returns what the float model returned."""
@@ -43,6 +49,16 @@ class MultiModeModel(nn.Module):
     def integer_model(self, mode: Mode, shapes: Sequence[Sequence[int]] | None = None) -> IntegerModel:
         """The integer graph of one mode, for inputs of the given shapes (default: the last seen ones)."""
         raise TypeError(f"{type(self).__name__} does not define integer_model()")
+
+    def known_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the inputs.
+
+        Raises:
+            InvalidArgument: if the model saw neither examples nor a call.
+        """
+        if self.last_shapes is None:
+            raise InvalidArgument("input shapes are unknown: pass example_inputs to prepare, or call the model once")
+        return self.last_shapes
 
     def row(self, mode: Mode) -> int:
         """Index of a mode among the prepared ones."""
@@ -59,7 +75,6 @@ class QuantModel(MultiModeModel):
     Attributes:
         graph: the training graph; its last input is the active mode.
         scheme: the scheme that rewrote it.
-        layers: what became of every weighted layer.
         method: `export` or `fx`, how the model was captured.
     """
 
@@ -70,10 +85,11 @@ class QuantModel(MultiModeModel):
         self.graph = graph_module.graph
         self.signature = signature
         self.scheme = scheme
+        self.scheme_name, self.prefix_decodable = scheme.name, scheme.prefix_decodable
         self.method = method
         self.prepared_modes = scheme.modes
         self.active = scheme.modes[-1]
-        self.layers: tuple[LayerRecord, ...] = graph_module.meta.get("layers", ())
+        self.layers = graph_module.meta.get("layers", ())
         for name, child in graph_module.named_children():
             self.add_module(name, child)
         for name, parameter in graph_module.named_parameters(recurse=False):

@@ -1,1 +1,1 @@
-"""The `.qcm` file: one compact file that holds every precision of a model."""
+"""The `.qcm` file: one file that holds every precision of a model."""

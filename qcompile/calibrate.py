@@ -1,0 +1,142 @@
+"""`calibrate`: activation steps and batch normalisation statistics from data, without labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import InvalidArgument
+from .model import QuantModel, as_prepared
+from .modes import ActiveMode
+from .passes.batchnorm import ModeBatchNorm
+from .passes.lsq import SMALLEST_STEP, LsqActivationQuantizer
+from .passes.quantizers import ActivationQuantizer
+
+#: Values of a tensor that the step search looks at; more change the result by less than the grid's spacing.
+SEARCH_SAMPLES = 1 << 16
+
+#: Candidate steps, as fractions of the step that covers the largest value.
+SEARCH_GRID = 64
+
+
+def calibrate(model: nn.Module, batches: Iterable[Any], reset_steps: bool = False) -> None:
+    """Set activation steps that were never set, and re-estimate every mode's batch normalisation.
+
+    Steps come from the first batch: the one with the least squared rounding error, layer after layer, each
+    on inputs that the layers before it have already quantised. Steps that were trained are kept unless
+    `reset_steps` is given. Running means and variances become the averages over all batches.
+
+    Args:
+        model: from `prepare`; its training flags are as before afterwards.
+        batches: tensors, dicts of keyword inputs, or tuples of which the first entries are the model's
+            inputs (labels behind them are ignored). Any iterable; it is read once.
+        reset_steps: search all activation steps anew.
+
+    Raises:
+        InvalidArgument: if there are no batches, or they do not fit the model's inputs.
+    """
+    prepared = as_prepared(model)
+    if reset_steps:
+        for module in prepared.modules():
+            if isinstance(module, ActivationQuantizer):
+                module.initialised.zero_()
+                module.state_changed()
+    seen = 0
+    with torch.no_grad(), _statistics_from_scratch(prepared):
+        for batch in batches:
+            args, kwargs = _inputs(prepared, batch)
+            for row, mode in enumerate(prepared.prepared_modes):
+                with _step_search(prepared, row):
+                    prepared.run(ActiveMode(mode, row), args, kwargs)
+            seen += 1
+    if not seen:
+        raise InvalidArgument("calibrate needs at least one batch, and the iterable was empty")
+
+
+def _inputs(model: QuantModel, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(batch, dict):
+        return (), batch
+    if isinstance(batch, (tuple, list)):
+        return tuple(batch[: len(model.signature.inputs)]), {}
+    return (batch,), {}
+
+
+@contextmanager
+def _statistics_from_scratch(model: QuantModel) -> Iterator[None]:
+    """Float chain, everything in eval mode but batch normalisation, which averages from zero."""
+    flags = {module: module.training for module in model.modules()}
+    norms = [module for module in model.modules() if isinstance(module, ModeBatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    saved = {name: value.clone() for name, value in model.state_dict().items()}
+    model.eval()
+    model.training = True  # the root alone: a call then runs the float chain
+    for norm in norms:
+        norm.train()
+        norm.momentum = None
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.zero_()
+    try:
+        yield
+    except BaseException:
+        model.load_state_dict(saved)  # nothing half-calibrated stays behind
+        raise
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        model.train(flags[model])
+        for module, flag in flags.items():
+            module.training = flag
+
+
+@contextmanager
+def _step_search(model: QuantModel, row: int) -> Iterator[None]:
+    """Steps of this mode that are not set yet are searched when their tensor first comes by."""
+    hooks = [
+        module.register_forward_pre_hook(_search_once)
+        for module in model.modules()
+        if isinstance(module, LsqActivationQuantizer) and not bool(module.initialised[row])
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _search_once(module: nn.Module, args: tuple[Any, ...]) -> None:
+    assert isinstance(module, LsqActivationQuantizer)
+    x, active = args
+    if not bool(module.initialised[active.row]):
+        low, high = module.code_range(active.row)
+        module.set_step(active.row, least_squares_step(x, low, high))
+
+
+def least_squares_step(x: Tensor, low: int, high: int) -> float:
+    """The step with the least squared rounding error, among fractions of the one that covers max|x|.
+
+    Args:
+        x: float tensor of any shape.
+        low, high: range of codes.
+
+    Raises:
+        InvalidArgument: if `x` holds NaN or infinity.
+    """
+    flat = x.detach().float().reshape(-1)
+    if not bool(torch.isfinite(flat).all()):
+        raise InvalidArgument("cannot calibrate on a batch that holds NaN or infinity")
+    largest = float(flat.abs().max()) if flat.numel() else 0.0
+    if largest == 0.0:
+        return SMALLEST_STEP
+    sample = flat[:: max(1, flat.numel() // SEARCH_SAMPLES)]
+    best, best_error = largest / max(1, high), float("inf")
+    for index in range(1, SEARCH_GRID + 1):
+        step = largest / max(1, high) * index / SEARCH_GRID
+        rounded = torch.round(sample / step).clamp_(low, high).mul_(step)
+        error = float((rounded - sample).square_().sum(dtype=torch.float64))
+        if error < best_error:
+            best, best_error = step, error
+    return max(best, SMALLEST_STEP)

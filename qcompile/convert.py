@@ -1,0 +1,30 @@
+"""`convert`: the integer graph of one mode, as users get it."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+from torch import nn
+
+from .model import as_multi_mode
+from .modes import Mode, find_mode
+from .passes.integer_model import IntegerModel
+
+
+def convert(model: nn.Module, bits: int | str | Mode | None = None) -> IntegerModel:
+    """The integer graph of one mode: a few integer operators, and whatever stays in float.
+
+    Args:
+        model: a prepared or loaded model; it must have seen inputs, or been prepared with examples.
+        bits: the mode; default: the active one.
+
+    Returns:
+        A copy of the graph that the model runs in eval mode; called with flat tensors, it returns a tuple.
+
+    Raises:
+        InvalidArgument: if the mode was not prepared, or input shapes are unknown.
+        FoldError: if activation steps were never set.
+    """
+    checked = as_multi_mode(model)
+    mode = checked.active if bits is None else find_mode(bits, checked.prepared_modes)
+    return deepcopy(checked.integer_model(mode))

@@ -1,0 +1,205 @@
+"""Integer graphs as JSON, and back without running any code from the file.
+
+Only operators on a list can be named: qcompile's own, aten operators that neither write to their inputs nor
+touch anything outside of them, and size arithmetic.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..errors import FileFormatError, LoweringError
+from ..modes import Mode
+from ..passes.aten import AVERAGE, LAYOUT, MAX_POOL
+from ..passes.integer_model import IntegerModel
+
+_SIZE_ARITHMETIC: dict[str, Callable[..., Any]] = {
+    name: getattr(operator, name) for name in ("getitem", "add", "sub", "mul", "floordiv", "mod", "neg")
+}
+
+#: Operators that aten does not tag as core, but that models call.
+_COMPOSITES = (
+    LAYOUT
+    | MAX_POOL
+    | AVERAGE
+    | {"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear"}
+    | {"layer_norm", "group_norm", "batch_norm", "instance_norm", "rms_norm", "pad", "softmax", "log_softmax"}
+    | {"silu", "hardswish", "hardsigmoid", "mish", "softplus", "relu6", "selu", "glu", "prelu", "celu"}
+    | {"matmul", "einsum", "scaled_dot_product_attention", "stack", "hstack", "vstack", "where", "square"}
+    | {"upsample_bilinear2d", "upsample_bicubic2d", "upsample_linear1d", "upsample_trilinear3d", "dropout"}
+    | {"sym_size", "sym_numel", "embedding", "to", "type_as", "concat", "tile", "unfold", "im2col", "roll"}
+)
+
+#: Core operators that make tensors of sizes of their own choosing, or read the generator.
+_NOT_FROM_FILES = frozenset(
+    ("from_file", "empty_strided", "rand", "randn", "randint", "randperm", "bernoulli", "normal", "uniform", "resize_")
+)
+
+MAX_NODES = 100_000
+_META_KEYS = ("layer", "layers", "unit", "weight_bits", "weight_signed", "code_low", "code_high", "dtype")
+_DTYPES = {str(one).removeprefix("torch."): one for one in (torch.float32, torch.float64, torch.float16)} | {
+    str(one).removeprefix("torch."): one
+    for one in (torch.bfloat16, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
+}
+
+
+def encode_graph(model: IntegerModel) -> list[Any]:
+    """The graph as JSON values: one list [name, op, target, args, kwargs, meta] per node.
+
+    Raises:
+        LoweringError: if an operator may not stand in a file; names the layer.
+    """
+    return [_encode_node(node) for node in model.graph.nodes]
+
+
+def _encode_node(node: fx.Node) -> list[Any]:
+    target = node.target if node.op != "call_function" else _operator_name(node)
+    meta = {key: _encode(node.meta[key]) for key in _META_KEYS if key in node.meta}
+    return [node.name, node.op, target, _encode(list(node.args)), _encode(dict(node.kwargs)), meta]
+
+
+def _operator_name(node: fx.Node) -> str:
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        name = f"{target._schema.name}.{target._overloadname}"
+        if _allowed(target):
+            return name
+    else:
+        for name, function in _SIZE_ARITHMETIC.items():
+            if target is function:
+                return f"python::{name}"
+        name = str(target)
+    layer = node.meta.get("layer", node.name)
+    raise LoweringError(f"layer {layer!r}: operator {name} cannot be stored in a file; pass skip or replace it")
+
+
+def _allowed(target: torch._ops.OpOverload) -> bool:
+    namespace, _, name = target._schema.name.partition("::")
+    if namespace == "qcompile":
+        return True
+    pure = not any(argument.alias_info and argument.alias_info.is_write for argument in target._schema.arguments)
+    listed = torch.Tag.core in target.tags or torch.Tag.pointwise in target.tags or name in _COMPOSITES
+    return namespace == "aten" and pure and listed and name not in _NOT_FROM_FILES
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, fx.Node):
+        return {"node": value.name}
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else {"float": str(value)}
+    if isinstance(value, (list, tuple)):
+        return [_encode(one) for one in value]
+    if isinstance(value, dict):
+        return {"dict": [[str(key), _encode(one)] for key, one in value.items()]}
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
+    if isinstance(value, slice):
+        return {"slice": [_encode(one) for one in (value.start, value.stop, value.step)]}
+    if isinstance(value, torch.memory_format):
+        return {"memory_format": str(value).removeprefix("torch.")}
+    raise LoweringError(f"a {type(value).__name__} argument cannot be stored in a file")
+
+
+def decode_graph(nodes: Any, constants: Mapping[str, Tensor], mode: Mode) -> IntegerModel:
+    """Rebuild an integer graph.
+
+    Args:
+        nodes: what `encode_graph` returned.
+        constants: every constant that the graph reads.
+        mode: the graph's mode.
+
+    Raises:
+        FileFormatError: for anything that `encode_graph` cannot have written.
+    """
+    if not isinstance(nodes, list) or not 0 < len(nodes) <= MAX_NODES:
+        raise FileFormatError(f"the graph must be a list of 1 to {MAX_NODES} nodes")
+    graph = fx.Graph()
+    known: dict[str, fx.Node] = {}
+    for record in nodes:
+        _decode_node(graph, record, known, constants)
+    outputs = [node.op for node in known.values()].count("output")
+    if outputs != 1 or next(reversed(known.values())).op != "output":
+        raise FileFormatError("the graph must have one output, as its last node")
+    try:
+        graph.lint()
+        used = {str(node.target): constants[str(node.target)] for node in graph.nodes if node.op == "get_attr"}
+        return IntegerModel(used, graph, mode)
+    except (RuntimeError, AttributeError, SyntaxError, KeyError, TypeError) as cause:
+        raise FileFormatError(f"the graph is inconsistent: {str(cause).splitlines()[0]}") from cause
+
+
+def _decode_node(
+    graph: fx.Graph, record: Any, known: dict[str, fx.Node], constants: Mapping[str, Tensor]
+) -> None:
+    if not isinstance(record, list) or len(record) != 6:
+        raise FileFormatError("a graph node must be a list of 6 entries")
+    name, op, target, args, kwargs, meta = record
+    if not (isinstance(name, str) and name.isidentifier() and name not in known):
+        raise FileFormatError(f"{name!r} is no valid or no unused node name")
+    if not isinstance(target, str):
+        raise FileFormatError(f"node {name!r}: its target must be a string")
+    callee: Any = target
+    if op == "call_function":
+        callee = _find_operator(target)
+    elif op == "get_attr":
+        if target not in constants:
+            raise FileFormatError(f"node {name!r} reads the constant {target!r}, which the file does not hold")
+    elif op == "placeholder":
+        if not target.isidentifier():
+            raise FileFormatError(f"input {target!r} is no valid name")
+    elif op != "output":
+        raise FileFormatError(f"node {name!r}: {op!r} is no node kind of an integer graph")
+    decoded = _decode(kwargs, known)
+    if not isinstance(args, list) or not isinstance(decoded, dict) or not isinstance(meta, dict):
+        raise FileFormatError(f"node {name!r}: malformed arguments")
+    node = graph.create_node(op, callee, tuple(_decode(one, known) for one in args), decoded, name=name)
+    node.meta.update({key: _decode(meta[key], known) for key in _META_KEYS if key in meta})
+    known[name] = node
+
+
+def _find_operator(target: str) -> Any:
+    namespace, _, rest = target.partition("::")
+    name, _, overload = rest.partition(".")
+    if namespace == "python" and rest in _SIZE_ARITHMETIC:
+        return _SIZE_ARITHMETIC[rest]
+    found = None
+    if namespace in ("aten", "qcompile") and name.isidentifier():
+        packet = getattr(getattr(torch.ops, namespace), name, None)
+        known = isinstance(packet, torch._ops.OpOverloadPacket)
+        if known and (overload or "default") in packet.overloads():
+            found = getattr(packet, overload or "default")
+    if not isinstance(found, torch._ops.OpOverload) or not _allowed(found):
+        raise FileFormatError(f"operator {target!r} may not stand in a file")
+    return found
+
+
+def _decode(value: Any, known: Mapping[str, fx.Node]) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, list):
+        return [_decode(one, known) for one in value]
+    if isinstance(value, dict) and len(value) == 1:
+        kind, content = next(iter(value.items()))
+        if kind == "node" and isinstance(content, str) and content in known:
+            return known[content]
+        if kind == "float" and content in ("inf", "-inf", "nan"):
+            return float(content)
+        if kind == "dict" and isinstance(content, list):
+            pairs = [one for one in content if isinstance(one, list) and len(one) == 2 and isinstance(one[0], str)]
+            if len(pairs) == len(content):
+                return {key: _decode(one, known) for key, one in pairs}
+        if kind == "dtype" and content in _DTYPES:
+            return _DTYPES[content]
+        if kind == "slice" and isinstance(content, list) and len(content) == 3:
+            return slice(*(_decode(one, known) for one in content))
+        if kind == "memory_format" and content in ("contiguous_format", "preserve_format", "channels_last"):
+            return getattr(torch, content)
+    raise FileFormatError(f"malformed argument {str(value)[:80]}")

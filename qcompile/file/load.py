@@ -1,0 +1,206 @@
+"""`load`: a model from a `.qcm` file, reading only the sections that the wanted modes need."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from os import PathLike
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from ..errors import FileFormatError, InvalidArgument, QCompileError
+from ..model import MultiModeModel
+from ..modes import ActiveMode, Mode, find_mode
+from ..pack import plane_bytes, split_planes, unpack_planes
+from ..passes.integer_model import IntegerModel
+from ..passes.quantize_layers import LayerRecord
+from ..passes.signature import CallSignature
+from .container import Container
+from .graph_json import decode_graph
+from .strict_json import parse_json
+from .tensors import decode_tensors
+
+#: A stored graph may not inflate to more.
+MAX_GRAPH_BYTES = 64 << 20
+
+
+class DeployedModel(MultiModeModel):
+    """A model loaded from a file: it runs and lowers at the loaded modes, but does not train."""
+
+    def __init__(
+        self, graphs: dict[Mode, IntegerModel], metadata: _Metadata, prefix_decodable: bool
+    ) -> None:
+        super().__init__()
+        self.prepared_modes = tuple(graphs)
+        self.active = self.prepared_modes[-1]
+        self.signature = metadata.signature
+        self.last_shapes = metadata.shapes
+        self.layers = metadata.layers
+        self.scheme_name = metadata.scheme
+        self.prefix_decodable = prefix_decodable
+        self._graphs = torch.nn.ModuleDict({mode.name: graph for mode, graph in graphs.items()})
+        self.eval()
+
+    def integer_model(self, mode: Mode, shapes: Sequence[Sequence[int]] | None = None) -> IntegerModel:
+        """The stored graph.
+
+        Raises:
+            InvalidArgument: if the shapes, batch aside, are not those that the model was saved for.
+        """
+        assert self.last_shapes is not None
+        if shapes is not None:
+            for one, given, stored in zip(self.signature.inputs, shapes, self.last_shapes, strict=True):
+                if tuple(given[1:]) != tuple(stored[1:]):
+                    raise InvalidArgument(
+                        f"input {one.name!r} has shape {tuple(given)}; this file was saved for "
+                        f"(batch, {', '.join(str(size) for size in stored[1:])})"
+                    )
+        graph = self._graphs[mode.name]
+        assert isinstance(graph, IntegerModel)
+        return graph
+
+    def run(self, active: ActiveMode, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Run one mode; parameters do not require gradients."""
+        inputs = self.signature.bind(args, kwargs)
+        with torch.no_grad():
+            outputs = self.integer_model(active.mode, [one.shape for one in inputs])(*inputs)
+        return self.signature.restore(outputs)
+
+    def train(self, mode: bool = True) -> DeployedModel:
+        """Only eval mode exists.
+
+        Raises:
+            InvalidArgument: if asked to train.
+        """
+        if mode:
+            raise InvalidArgument("a model loaded from a file does not train: prepare the float model instead")
+        super().train(False)
+        return self
+
+
+class _Metadata:
+    """The header's description of the model, checked."""
+
+    def __init__(self, data: dict[str, Any]) -> None:
+        try:
+            self.scheme = str(data["scheme"])
+            self.signature = CallSignature.from_json(data["signature"])
+            self.shapes = tuple(tuple(_size(size) for size in shape) for shape in data["input_shapes"])
+            self.weights = [(str(one["name"]), tuple(_size(s) for s in one["shape"])) for one in data["weights"]]
+            self.layers = tuple(LayerRecord(str(n), bool(q), str(r)) for n, q, r in data["layers"])
+        except (KeyError, TypeError, ValueError) as cause:
+            raise FileFormatError(f"its model description is malformed ({cause})") from cause
+        if len(self.shapes) != len(self.signature.inputs):
+            raise FileFormatError("its input shapes do not match its inputs")
+
+
+def _size(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
+        raise ValueError(f"{value!r} is no size")
+    return value
+
+
+def load(source: str | PathLike[str] | BinaryIO, bits: int | str | Mode | None = None) -> DeployedModel:
+    """Read a model.
+
+    Args:
+        source: path, or a seekable binary file object.
+        bits: the one mode to load; only the sections it needs are read. Default: every mode that the file
+            holds completely (a truncated file holds fewer than its header lists).
+
+    Returns:
+        A model in eval mode, its highest loaded mode active.
+
+    Raises:
+        FileAccessError: if the path cannot be read.
+        FileFormatError: if the file is damaged, truncated before the mode, or not a `.qcm` file.
+        InvalidArgument: if the file has no such mode; lists the modes.
+    """
+    with Container.open(source) as container:
+        try:
+            return _load(container, bits)
+        except FileFormatError as error:
+            if str(error).startswith(container.name):
+                raise
+            raise FileFormatError(f"{container.name}: {error}") from error
+
+
+def _load(container: Container, bits: int | str | Mode | None) -> DeployedModel:
+    listed: dict[str, Mode] = {}
+    for entry in container.modes:
+        try:
+            mode = Mode.parse(entry.name)
+        except QCompileError as cause:
+            raise FileFormatError(f"mode {entry.name!r} is none that this version knows") from cause
+        if (mode.weight_bits, mode.activation_bits) != (entry.weight_bits, entry.activation_bits):
+            raise FileFormatError(f"mode {entry.name!r} contradicts its bit-widths")
+        listed[entry.name] = mode
+    if bits is None:
+        wanted = [listed[name] for name in listed if name in container.available]
+        if not wanted:
+            container.read(container.sections_of(next(iter(listed)))[-1])  # says what is missing
+            raise FileFormatError("it holds no complete mode")
+    else:
+        wanted = [find_mode(bits, tuple(listed.values()))]
+    metadata = _Metadata(container.model)
+    cache: dict[str, bytes] = {}
+    graphs = {mode: _read_mode(container, mode, metadata, cache) for mode in wanted}
+    return DeployedModel(graphs, metadata, container.prefix)
+
+
+def _read_mode(container: Container, mode: Mode, metadata: _Metadata, cache: dict[str, bytes]) -> IntegerModel:
+    def read(name: str) -> bytes:
+        if name not in cache:
+            cache[name] = container.read(name)
+        return cache[name]
+
+    names = container.sections_of(mode.name)
+    planes = [name for name in names if name.startswith("planes:")]
+    for required in ("shared", f"graph:{mode.name}", f"mode:{mode.name}"):
+        if required not in names:
+            raise FileFormatError(f"mode {mode.name!r} has no section {required!r}")
+    constants: dict[str, Tensor] = {}
+    for name in ("shared", f"mode:{mode.name}"):
+        constants.update({key: torch.from_numpy(value) for key, value in decode_tensors(read(name)).items()})
+    constants.update(_codes([read(name) for name in planes], mode, metadata))
+    inflater = zlib.decompressobj()
+    try:
+        text = inflater.decompress(read(f"graph:{mode.name}"), MAX_GRAPH_BYTES)
+    except zlib.error as cause:
+        raise FileFormatError(f"the graph of mode {mode.name!r} does not inflate") from cause
+    if not inflater.eof:
+        raise FileFormatError(f"the graph of mode {mode.name!r} is incomplete or larger than {MAX_GRAPH_BYTES} bytes")
+    return decode_graph(parse_json(text), constants, mode)
+
+
+def _codes(sections: list[bytes], mode: Mode, metadata: _Metadata) -> dict[str, Tensor]:
+    """Put the bit-planes of all sections together, layer by layer."""
+    sizes = [_numel(shape) for _, shape in metadata.weights]
+    per_plane = sum(plane_bytes(size) for size in sizes)
+    planes: list[list[memoryview]] = [[] for _ in sizes]
+    for data in sections:
+        if per_plane == 0 or len(data) % per_plane:
+            raise FileFormatError(f"a section of bit-planes has {len(data)} bytes, no multiple of {per_plane}")
+        count, position = len(data) // per_plane, 0
+        view = memoryview(data)
+        for index, size in enumerate(sizes):
+            length = count * plane_bytes(size)
+            planes[index].extend(split_planes(view[position : position + length], size, count))
+            position += length
+    codes: dict[str, Tensor] = {}
+    for (name, shape), layer in zip(metadata.weights, planes, strict=True):
+        if len(layer) != mode.weight_bits:
+            raise FileFormatError(f"mode {mode.name!r} needs {mode.weight_bits} bit-planes, the file has {len(layer)}")
+        codes[name] = torch.from_numpy(unpack_planes(layer, shape, True))
+    return codes
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    numel = 1
+    for size in shape:
+        numel *= size
+    if numel >= 2**40:
+        raise FileFormatError(f"a weight of shape {shape} is too large")
+    return numel
