@@ -18,7 +18,8 @@ from qcompile.passes.capture_export import trace_with_export
 from qcompile.passes.capture_fx import trace_with_fx
 from qcompile.passes.compare_modes import check_same_in_both_modes
 from qcompile.passes.example_inputs import Examples, examples_of, required_parameters
-from qcompile.passes.normalise import normalise
+from qcompile.passes.module_tree import module_at
+from qcompile.passes.normalise import normalise_evaluation, normalise_training
 from qcompile.passes.signature import CallSignature, Parameter, TensorInput, leaves_of
 from qcompile.passes.trace import Trace
 
@@ -64,14 +65,13 @@ def capture(
     copied = _copied(model)
     examples = None if example_inputs is None else examples_of(copied, example_inputs)
     traces: dict[bool, Trace] = {}
-    with _random_state_kept(model), _momentum_for_tracing(copied):
+    with _random_state_kept(model), _momentum_for_tracing(copied), _default_modes():
         for training in (False, True):
             traces[training] = _trace(copied.train(training), examples)
-    for training, trace in traces.items():
-        normalise(trace.graph_module, copied, training)
-    check_same_in_both_modes(traces[True].graph_module, traces[False].graph_module)
-    graph_module = traces[True].graph_module
-    graph_module.train(model.training)
+    graph_module = normalise_training(traces[True].graph_module, copied)
+    evaluation = normalise_evaluation(traces[False].graph_module, copied, graph_module)
+    check_same_in_both_modes(graph_module, evaluation)
+    _set_modes(graph_module, model)
     return Captured(graph_module, _signature(copied, traces[True], examples), "export" if examples else "fx")
 
 
@@ -99,17 +99,36 @@ def _signature(model: nn.Module, trace: Trace, examples: Examples | None) -> Cal
             )
             for node, example in zip(placeholders, examples.tensors, strict=True)
         )
-    outputs = [torch.empty(0) if isinstance(value, (fx.Node, fx.Proxy, Tensor)) else value for value in trace.out_values]
+    outputs = [
+        torch.empty(0) if isinstance(value, (fx.Node, fx.Proxy, Tensor)) else value
+        for value in trace.out_values
+    ]
     return CallSignature(inputs, parameters, positional, trace.out_spec, leaves_of(outputs, 0, "the output"))
 
 
+def _set_modes(graph_module: fx.GraphModule, model: nn.Module) -> None:
+    """Training flags as in the user's model, a layer that the user put in evaluation included."""
+    graph_module.train(model.training)
+    for path, module in graph_module.named_modules():
+        users = module_at(model, path)
+        if users is not None:
+            module.training = users.training
+
+
 def _copied(model: nn.Module) -> nn.Module:
+    # the old torch.nn.utils.weight_norm leaves a computed weight as attribute, which deepcopy refuses
+    memo = {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, memo)
     except (RuntimeError, TypeError) as cause:
         raise CaptureError(
             f"{type(model).__name__} cannot be copied ({str(cause).splitlines()[0]}); "
-            "capture it before its first forward, or remove what copy.deepcopy rejects"
+            "remove what copy.deepcopy rejects"
         ) from cause
 
 
@@ -123,6 +142,13 @@ def _random_state_kept(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         random.setstate(state)
+
+
+@contextmanager
+def _default_modes() -> Iterator[None]:
+    """Trace with gradients and in full precision, whatever the caller is in."""
+    with torch.enable_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
 
 
 @contextmanager

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import operator
 import re
+import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from qcompile.errors import CaptureError
 from qcompile.passes.capture_errors import SHAPES_LOGGER, TRACING_ERRORS, hard_coded_batch, uncapturable
 from qcompile.passes.example_inputs import Examples
 from qcompile.passes.module_tree import CONSTANTS, attribute_target, graph_module_of
-from qcompile.passes.source_lines import UNKNOWN_LINE, line_of_stack, source_of
+from qcompile.passes.source_lines import UNKNOWN_LINE, line_of_stack
 from qcompile.passes.trace import Trace
 
 _NO_GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled
@@ -72,8 +74,7 @@ def _export(model: nn.Module, examples: Examples) -> ExportedProgram:
         shapes[tensor] = {0: Dim.DYNAMIC if tensor is first else Dim.AUTO} if dynamic else {}
 
     def trace() -> ExportedProgram:
-        with torch.enable_grad():
-            return torch.export.export(model, examples.args, examples.kwargs, dynamic_shapes=shapes, strict=False)
+        return torch.export.export(model, examples.args, examples.kwargs, dynamic_shapes=shapes, strict=False)
 
     with _quiet():
         try:
@@ -84,15 +85,17 @@ def _export(model: nn.Module, examples: Examples) -> ExportedProgram:
             raise uncapturable(model, examples, error) from error
 
 
-@contextmanager
+@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Export prints whole graphs on failure; our error says what matters in one line."""
     logger = logging.getLogger(SHAPES_LOGGER)
     disabled, logger.disabled = logger.disabled, True
+    printed = io.StringIO()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stderr(printed):
             warnings.filterwarnings("ignore", message=".*was assigned during export.*")
             yield
+        sys.stderr.write(printed.getvalue())  # not on failure, which prints the whole graph
     finally:
         logger.disabled = disabled
 
@@ -128,13 +131,22 @@ def _copy(source: fx.GraphModule, graph: fx.Graph, environment: dict[fx.Node, An
             _inline_no_grad(source, node, graph, environment)
         elif node.op == "call_function":
             if isinstance(node.target, torch._ops.HigherOrderOperator):
-                raise CaptureError(
-                    f"{source_of(node)}: {node.target} cannot be captured; move this block out of forward"
-                )
+                raise _blocked(source, node)
             environment[node] = _copy_call(node, graph, environment)
         elif node.op == "output":
             return list(fx.map_arg(node.args[0], lambda used: environment[used]))  # type: ignore[arg-type]
     raise CaptureError("torch.export returned a graph without output; this torch version is not supported")
+
+
+def _blocked(source: fx.GraphModule, node: fx.Node) -> CaptureError:
+    """The error for a block of the user's code that torch.export keeps as one (autocast, checkpoint, cond)."""
+    bodies = [
+        getattr(source, str(argument.target)) for argument in node.all_input_nodes if argument.op == "get_attr"
+    ]
+    stacks = [one.meta.get("stack_trace") for body in bodies for one in getattr(body, "graph", fx.Graph()).nodes]
+    line = next((line for line in map(line_of_stack, [node.meta.get("stack_trace"), *stacks]) if line), UNKNOWN_LINE)
+    name = str(node.target).removeprefix("wrap_with_")
+    return CaptureError(f"{line}: a block of '{name}' inside forward cannot be captured; use it outside of forward")
 
 
 def _copy_call(node: fx.Node, graph: fx.Graph, environment: dict[fx.Node, Any]) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -82,6 +83,14 @@ class _Tracer(fx.Tracer):
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
 
+    def create_proxy(self, *args: Any, **kwargs: Any) -> fx.Proxy:
+        # proxies do not see these contexts, so the graph would be another function
+        if _in_autocast():
+            raise ValueError("autocast inside forward")
+        if not torch.is_grad_enabled():
+            raise ValueError("torch.no_grad() inside forward")
+        return super().create_proxy(*args, **kwargs)
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, nn.MultiheadAttention):
             return True
@@ -105,9 +114,15 @@ class _Tracer(fx.Tracer):
 
         def flat(root: nn.Module, *values: Any) -> tuple[Any, ...]:
             self.returned = root_fn(root, **dict(zip(names, values, strict=True)))
-            return tuple(leaf for leaf in pytree.tree_leaves(self.returned) if isinstance(leaf, (fx.Proxy, Tensor)))
+            return tuple(
+                leaf for leaf in pytree.tree_leaves(self.returned) if isinstance(leaf, (fx.Proxy, Tensor))
+            )
 
         return flat, [self.root, *inputs]
+
+
+def _in_autocast() -> bool:
+    return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
 
 
 def trace_with_fx(model: nn.Module) -> Trace:

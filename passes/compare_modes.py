@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from qcompile.errors import CaptureError
+from qcompile.passes.attention import ScaledDotProductAttention
 from qcompile.passes.module_tree import CONSTANTS, module_at, tensor_at
+from qcompile.passes.normalise_attention import attention_call, is_attention
 from qcompile.passes.source_lines import source_of
 from qcompile.passes.stochastic_depth import StochasticDepth
 
@@ -58,6 +60,17 @@ def _equal(
     evaluation: fx.GraphModule,
     same: dict[fx.Node, Any],
 ) -> bool:
+    attention = module_at(training, str(node.target)) if node.op == "call_module" else None
+    if isinstance(attention, ScaledDotProductAttention) and is_attention(other):
+        tensors, settings = attention_call(other)
+        expected = {**settings, "dropout_p": attention.dropout_p}
+        drops_nothing = settings["dropout_p"] == 0.0
+        return (
+            drops_nothing
+            and all(getattr(attention, name) == value for name, value in expected.items())
+            and len(tensors) == len(node.args)
+            and all(same.get(mine) is its for mine, its in zip(node.args, tensors, strict=True))  # type: ignore[arg-type]
+        )
     if node.op != other.op:
         return False
     if node.op == "placeholder":
@@ -98,7 +111,7 @@ def _difference(node: fx.Node | None, other: fx.Node | None) -> str:
     if node is not None and node.op == "output" and other is not None and other.op == "output":
         line, what = "forward", "returns something else"
     elif node is not None and node.op != "output":
-        line, what = source_of(node), f"does {_in_words(node)} where evaluation does {_in_words(other)}"
+        line, what = source_of(node), _both(node, other)
     else:
         line, what = (
             source_of(other) if other is not None else "forward",
@@ -111,7 +124,13 @@ def _difference(node: fx.Node | None, other: fx.Node | None) -> str:
     )
 
 
+def _both(node: fx.Node, other: fx.Node | None) -> str:
+    if other is not None and node.target == other.target:
+        return f"calls {_in_words(node)} with other arguments than evaluation"
+    return f"does {_in_words(node)} where evaluation does {_in_words(other)}"
+
+
 def _in_words(node: fx.Node | None) -> str:
     if node is None or node.op == "output":
         return "nothing"
-    return f"layer '{node.target}'" if node.op == "call_module" else str(node.target)
+    return f"layer '{node.target}'" if node.op == "call_module" else getattr(node.target, "__name__", str(node.target))

@@ -91,7 +91,17 @@ def _batch_norm(  # parameters as in torch.nn.functional
     input: Any, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None, training: bool = False,
     momentum: float = 0.1, eps: float = 1e-5,
 ) -> Call:  # fmt: skip
-    args = (input, weight, bias, running_mean, running_var, training, momentum, eps, torch.backends.cudnn.enabled)
+    args = (
+        input,
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        training,
+        momentum,
+        eps,
+        torch.backends.cudnn.enabled,
+    )
     return _aten.batch_norm.default, args
 
 
@@ -103,8 +113,17 @@ def _instance_norm(
     return _aten.instance_norm.default, (*args, torch.backends.cudnn.enabled)
 
 
-def _layer_norm(input: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Call:
-    return _aten.layer_norm.default, (input, normalized_shape, weight, bias, eps, torch.backends.cudnn.enabled)
+def _layer_norm(
+    input: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
+) -> Call:
+    return _aten.layer_norm.default, (
+        input,
+        normalized_shape,
+        weight,
+        bias,
+        eps,
+        torch.backends.cudnn.enabled,
+    )
 
 
 def _group_norm(input: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Call:
@@ -161,7 +180,9 @@ CALLS: dict[Callable[..., Any], Callable[..., Call | None]] = {
     F.dropout2d: _feature_dropout,
     F.dropout3d: _feature_dropout,
     F.alpha_dropout: _dropout(_aten.alpha_dropout.default, _aten.alpha_dropout_.default),
-    F.feature_alpha_dropout: _dropout(_aten.feature_alpha_dropout.default, _aten.feature_alpha_dropout_.default),
+    F.feature_alpha_dropout: _dropout(
+        _aten.feature_alpha_dropout.default, _aten.feature_alpha_dropout_.default
+    ),
     F.max_pool1d: _max_pool(_aten.max_pool1d.default),
     F.max_pool2d: _max_pool(_aten.max_pool2d.default),
     F.max_pool3d: _max_pool(_aten.max_pool3d.default),

@@ -32,7 +32,9 @@ class IntegerModel(fx.GraphModule):
         """An independent copy, constants included."""
         graph = fx.Graph()
         graph.output(graph.graph_copy(self.graph, {}))
-        return IntegerModel({name: value.clone() for name, value in self.constants().items()}, graph, self.mode)
+        return IntegerModel(
+            {name: value.clone() for name, value in self.constants().items()}, graph, self.mode
+        )
 
     def constants(self) -> dict[str, Tensor]:
         """Every constant of the graph by name."""

@@ -26,6 +26,9 @@ from .geometry import Geometry
 #: Integers up to here are exact in float32, and sums of them in any order.
 FLOAT32_EXACT = 2**24
 
+#: Elements that `requantize` works on at a time.
+REQUANTIZE_PIECE = 1 << 16
+
 _MAX_POOLS = {1: functional.max_pool1d, 2: functional.max_pool2d, 3: functional.max_pool3d}
 _AVG_POOLS = {1: functional.avg_pool1d, 2: functional.avg_pool2d, 3: functional.avg_pool3d}
 
@@ -45,35 +48,36 @@ def _float32_is_exact(x: Tensor) -> bool:
 
 
 def _exact(geometry: Geometry, codes: Tensor, weight: Tensor, bound: int) -> Tensor:
-    """The layer's sums in int64; floats carry the integers where they are exact."""
-    with torch.autocast(codes.device.type, enabled=False):
-        if bound >= 2**53:
-            raise OverflowError(f"accumulators of up to {bound} exceed 53 bits")
-        if not _float32_is_exact(codes):
-            return geometry.apply(codes.double(), weight.double()).to(torch.int64)
+    """The layer's sums; float32 or float64 carries the integers, whichever is exact."""
+    if bound >= 2**53:
+        raise OverflowError(f"accumulators of up to {bound} exceed 53 bits")
+    if not _float32_is_exact(codes):
+        return geometry.apply(codes.double(), weight.double())
+    if bound < FLOAT32_EXACT:
+        return geometry.apply(codes.float(), weight.float())
+    taps = weight[0].numel()
+    if bound // 16 + taps * 255 < FLOAT32_EXACT and taps * 15 * 255 < FLOAT32_EXACT:
+        # two planes of the weight are cheaper than float64
         x = codes.float()
-        if bound < FLOAT32_EXACT:
-            return geometry.apply(x, weight.float()).to(torch.int64)
-        taps = weight[0].numel()
         high, low = torch.div(weight, 16, rounding_mode="floor"), torch.remainder(weight, 16)
-        if bound // 16 + taps * 255 < FLOAT32_EXACT and taps * 15 * 255 < FLOAT32_EXACT:
-            # two planes of the weight are cheaper than float64
-            upper = geometry.apply(x, high.float()).to(torch.int64)
-            return upper * 16 + geometry.apply(x, low.float()).to(torch.int64)
-        return geometry.apply(codes.double(), weight.double()).to(torch.int64)
+        upper = geometry.apply(x, high.float()).double().mul_(16.0)
+        return upper.add_(geometry.apply(x, low.float()))
+    return geometry.apply(codes.double(), weight.double())
 
 
 def _accumulate(
     geometry: Geometry, codes: Tensor, weight: Tensor, numerator: int, shift: int, bound: int
 ) -> Tensor:
-    sums = _exact(geometry, codes, weight, bound)
-    if numerator == 0:
-        return (sums * 2**shift).to(torch.int32)
     with torch.autocast(codes.device.type, enabled=False):
-        window = geometry.window_sum(codes.double(), weight.shape).to(torch.int64)
-    if geometry.groups > 1:
-        window = window.repeat_interleave(weight.shape[0] // geometry.groups, dim=1)
-    return (sums * 2**shift + window * numerator).to(torch.int32)
+        sums = _exact(geometry, codes, weight, bound)
+        if numerator == 0:
+            return sums.to(torch.int32).mul_(2**shift)
+        # a window adds up to at most 255 per tap
+        small = weight[0].numel() * 255 < FLOAT32_EXACT and _float32_is_exact(codes)
+        window = geometry.window_sum(codes.float() if small else codes.double(), weight.shape)
+        if geometry.groups > 1:
+            window = window.repeat_interleave(weight.shape[0] // geometry.groups, dim=1)
+        return sums.to(torch.int32).mul_(2**shift).add_(window.to(torch.int32).mul_(numerator))
 
 
 def _conv_geometry(
@@ -162,13 +166,23 @@ def requantize(
     Every partial sum stays below 2^53 in magnitude (the fold chooses multipliers so), hence float64
     evaluates it exactly and fast; int64 gives the same.
     """
-    total = constant.double()
+    if any(value.dim() == 0 for value in inputs) or len({value.shape for value in inputs}) > 1:
+        return _requantize(inputs, multipliers, constant, shift, low, high)
+    # in pieces that stay in the cache: this is memory traffic, not arithmetic
+    output = inputs[0].new_empty(inputs[0].shape, dtype=code_dtype(low, high))
+    step = max(1, REQUANTIZE_PIECE * len(output) // max(1, output.numel()))
+    for start in range(0, len(output), step):
+        pieces = [value[start : start + step] for value in inputs]
+        output[start : start + step] = _requantize(pieces, multipliers, constant, shift, low, high)
+    return output
+
+
+def _requantize(
+    inputs: Sequence[Tensor], multipliers: Sequence[Tensor], constant: Tensor, shift: int, low: int, high: int
+) -> Tensor:
+    total: Tensor = constant.double()
     for value, multiplier in zip(inputs, multipliers, strict=True):
-        total = (
-            value.double().mul_(multiplier.double()).add_(total)
-            if value.dim()
-            else total + value * multiplier
-        )
+        total = torch.addcmul(total, value.double(), multiplier.double())
     return total.mul_(2.0**-shift).floor_().clamp_(low, high).to(code_dtype(low, high))
 
 
@@ -237,8 +251,10 @@ def _(
 def quantize(x: Tensor, step: float, low: int, high: int) -> Tensor:
     """Codes of a float tensor: clip(round(x / step), low, high), float32 division, ties to even."""
     divisor = torch.full((), step, dtype=torch.float32, device=x.device)
-    codes = torch.div(x.float(), divisor).round_().clamp_(low, high)
-    return codes.nan_to_num_(nan=0.0).to(code_dtype(low, high))
+    codes = torch.div(x.float(), divisor).round_()
+    if max(high, -low) > FLOAT32_EXACT:
+        codes = codes.double()  # float32 would round the bounds themselves
+    return codes.clamp_(low, high).nan_to_num_(nan=0.0).to(code_dtype(low, high))
 
 
 @quantize.register_fake

@@ -6,30 +6,54 @@ from torch import fx, nn
 
 from qcompile.passes.manager import Pass, PassManager
 from qcompile.passes.normalise_arguments import NormaliseArguments
+from qcompile.passes.normalise_attention import LiftAttention
 from qcompile.passes.normalise_dropout import LiftDropout
 from qcompile.passes.normalise_inplace import RemoveInPlace
 from qcompile.passes.normalise_layers import LiftLayers
-from qcompile.passes.normalise_no_ops import RemoveNoOps, RemoveUnused
+from qcompile.passes.normalise_no_ops import RemoveMemoryLayout, RemoveNoOps, RemoveUnused
 from qcompile.passes.normalise_stochastic_depth import LiftStochasticDepth
 
 
-def normalise(graph_module: fx.GraphModule, model: nn.Module, training: bool) -> fx.GraphModule:
-    """Bring a captured graph into the canonical form.
+def normalise_training(graph_module: fx.GraphModule, model: nn.Module) -> fx.GraphModule:
+    """Bring a graph that was traced in training mode into the canonical form.
 
     Args:
         graph_module: calls on aten; parameters and buffers as get_attr; `meta["module_path"]` names the user's
             module whose forward made a node.
         model: the (copied) user's model.
-        training: whether the graph was traced in training mode.
 
     Returns:
         The same graph module, functional, with weighted layers, norms, dropout and stochastic depth as modules.
 
     Raises:
-        CaptureError: for in-place writes that other views see.
+        CaptureError: for writes in place that other views see, or into parameters and buffers.
     """
-    passes: list[Pass] = [NormaliseArguments(), RemoveInPlace(), NormaliseArguments(), RemoveNoOps()]
-    if training:
-        passes += [LiftStochasticDepth(model), LiftDropout(model)]
-    passes += [LiftLayers(model, training), RemoveUnused()]
+    passes = [
+        *_FUNCTIONAL,
+        LiftStochasticDepth(model),
+        LiftDropout(model), LiftAttention(model),
+        LiftLayers(model, True),
+        RemoveUnused(),
+    ]
     return PassManager(passes)(graph_module).graph_module
+
+
+def normalise_evaluation(
+    graph_module: fx.GraphModule, model: nn.Module, training: fx.GraphModule
+) -> fx.GraphModule:
+    """Bring a graph that was traced in evaluation mode into the form that compares with the training graph.
+
+    Dropout and stochastic depth are gone, and the same layers are modules as in `training`: a norm that is frozen
+    in training stays a call in both.
+
+    Args:
+        graph_module: as for `normalise_training`.
+        model: the (copied) user's model.
+        training: the canonical graph of training mode.
+    """
+    modules = {str(node.target) for node in training.graph.nodes if node.op == "call_module"}
+    passes = [*_FUNCTIONAL, LiftLayers(model, False, modules), RemoveUnused()]
+    return PassManager(passes)(graph_module).graph_module
+
+
+_FUNCTIONAL: tuple[Pass, ...] = (NormaliseArguments(), RemoveInPlace(), NormaliseArguments(), RemoveMemoryLayout(), RemoveNoOps())

@@ -69,6 +69,8 @@ def _canonical(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
         bound["stride"] = bound["kernel_size"]
     if node.target is torch.ops.aten.pad.default and bound["mode"] == "constant" and bound["value"] == 0:
         bound["value"] = None
+    if bound.get("dropout") == 0.0 and "train" in bound:  # a recurrent layer whose mode says nothing
+        bound["train"] = True
     positional: list[Any] = []
     needed = 0
     kwargs: dict[str, Any] = {}

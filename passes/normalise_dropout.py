@@ -47,8 +47,12 @@ class LiftDropout(Pass):
                 self._model, graph_module, node, "dropout", {"kind": kind, "p": call["p"]}
             )
             replace_by_module(
-                graph_module, node, target, call["input"], lambda kind=kind, p=call["p"]: kind(p)
-            )  # type: ignore[misc]
+                graph_module,
+                node,
+                target,
+                (call["input"],),
+                lambda kind=kind, p=call["p"]: kind(p),  # type: ignore[misc]
+            )
             modified = True
         return PassResult(graph_module, modified)
 

@@ -25,7 +25,12 @@ def convert_indexing(graph: fx.Graph, node: fx.Node, tensors: set[fx.Node]) -> l
     Returns:
         The new nodes that are tensors.
     """
-    if node.op == "call_method" and node.target == "size" and len(node.args) == 2 and type(node.args[1]) is int:
+    if (
+        node.op == "call_method"
+        and node.target == "size"
+        and len(node.args) == 2
+        and type(node.args[1]) is int
+    ):
         _replace(graph, node, [(_aten.sym_size.int, node.args[1:])], node.args[0])
     elif node.op == "call_function" and node.target is operator.getitem:
         source, index = node.args
@@ -48,7 +53,11 @@ def convert_indexing(graph: fx.Graph, node: fx.Node, tensors: set[fx.Node]) -> l
 
 def _returns_list(node: fx.Node) -> bool:
     returns = getattr(getattr(node.target, "_schema", None), "returns", ())
-    return node.op == "call_module" or any(str(one.type).startswith("List") for one in returns) or len(returns) > 1
+    return (
+        node.op == "call_module"
+        or any(str(one.type).startswith("List") for one in returns)
+        or len(returns) > 1
+    )
 
 
 def _index_calls(index: tuple[Any, ...] | list[Any]) -> list[tuple[Any, tuple[Any, ...]]] | None:

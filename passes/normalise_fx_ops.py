@@ -27,7 +27,11 @@ _IN_PLACE_OPERATORS = {operator.iadd: operator.add, operator.isub: operator.sub,
 
 def _first_unknown_write(graph_module: fx.GraphModule) -> str | None:
     for node in graph_module.graph.nodes:
-        if node.op == "call_method" and str(node.target).endswith("_") and not str(node.target).startswith("__"):
+        if (
+            node.op == "call_method"
+            and str(node.target).endswith("_")
+            and not str(node.target).startswith("__")
+        ):
             return f"'{node.name}' calls {node.target}"
     return None
 
@@ -77,7 +81,9 @@ def _is_tensor(node: fx.Node, tensors: set[fx.Node]) -> bool:
 
 
 def _name(node: fx.Node) -> str:
-    return str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", str(node.target))
+    return (
+        str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", str(node.target))
+    )
 
 
 def _writes(node: fx.Node) -> bool:
@@ -165,7 +171,9 @@ def _bind(
 
 
 def _is_size(value: Any, tensors: set[fx.Node]) -> bool:
-    return type(value) is int or (isinstance(value, fx.Node) and value not in tensors and not _is_sizes(value))
+    return type(value) is int or (
+        isinstance(value, fx.Node) and value not in tensors and not _is_sizes(value)
+    )
 
 
 def _is_sizes(node: fx.Node) -> bool:

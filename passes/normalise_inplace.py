@@ -72,11 +72,7 @@ class RemoveInPlace(Pass):
                 memory[node] = memory[shared[0]] if shared else node
                 continue
             modified = True
-            written = node.args[0]
-            if not isinstance(written, fx.Node):
-                raise CaptureError(
-                    f"{source_of(node)}: {node.target} writes in place; use the form without '_'"
-                )
+            written = _written(node)
             if written.op == "get_attr":
                 _drop_buffer_update(graph_module, node, written)
                 continue
@@ -105,6 +101,21 @@ class RemoveInPlace(Pass):
                     f"{source_of(node)}: the in-place {node.target} also changes what {source_of(late[0])} reads "
                     "through another view; use the form without '_', or clone() before it"
                 )
+
+
+def _written(node: fx.Node) -> fx.Node:
+    """The tensor that a node writes into."""
+    assert isinstance(node.target, OpOverload)
+    arguments = arguments_of(node)
+    written = [
+        arguments[one.name]
+        for one in node.target._schema.arguments
+        if one.alias_info is not None and one.alias_info.is_write
+    ]
+    target = written[0] if len(written) == 1 else None
+    if isinstance(target, fx.Node) and (target is node.args[0] or target.op == "get_attr"):
+        return target
+    raise CaptureError(f"{source_of(node)}: {node.target} writes into its arguments; use the form without 'out='")
 
 
 def _drop_buffer_update(graph_module: fx.GraphModule, node: fx.Node, written: fx.Node) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from torch import fx, nn
@@ -32,13 +32,15 @@ class LiftLayers(Pass):
     Args:
         model: the (copied) user's model; norms take momentum and kind from its modules.
         training: whether the graph was traced in training mode.
+        only: paths that may become modules; None: all.
     """
 
     requires = (Condition("has no operator that writes in place", _first_write),)
 
-    def __init__(self, model: nn.Module, training: bool) -> None:
+    def __init__(self, model: nn.Module, training: bool, only: Collection[str] | None = None) -> None:
         self._model = model
         self._training = training
+        self._only = only
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         found: dict[str, list[tuple[fx.Node, Layer]]] = defaultdict(list)
@@ -49,6 +51,8 @@ class LiftLayers(Pass):
                     found[placed[1]].append((node, placed[0]))
         notes: list[str] = []
         for path, calls in found.items():
+            if self._only is not None and path not in self._only:
+                continue
             layer = self._common(path, calls)
             if layer is None:
                 notes.append(f"'{path}' is used with several geometries and stays a function")
@@ -56,7 +60,7 @@ class LiftLayers(Pass):
             place_module(graph_module, path, _build(graph_module, layer))
             for node, own in calls:
                 if own.key == layer.key:
-                    _replace(graph_module, node, path, arguments_of(node)[own.input])
+                    _replace(graph_module, node, path, (arguments_of(node)[own.input],))
         return PassResult(graph_module, bool(found), tuple(notes))
 
     def _layer_and_path(self, graph_module: fx.GraphModule, node: fx.Node) -> tuple[Layer, str] | None:
@@ -113,18 +117,22 @@ def _build(graph_module: fx.GraphModule, layer: Layer) -> nn.Module:
     return module
 
 
-def _replace(graph_module: fx.GraphModule, node: fx.Node, target: str, x: fx.Node) -> None:
+def _replace(graph_module: fx.GraphModule, node: fx.Node, target: str, inputs: tuple[fx.Node, ...]) -> None:
     with graph_module.graph.inserting_before(node):
-        call = graph_module.graph.call_module(target, (x,))
+        call = graph_module.graph.call_module(target, inputs)
     call.meta = dict(node.meta)
     node.replace_all_uses_with(call)
     graph_module.graph.erase_node(node)
 
 
 def replace_by_module(
-    graph_module: fx.GraphModule, node: fx.Node, target: str, x: fx.Node, build: Callable[[], nn.Module]
+    graph_module: fx.GraphModule,
+    node: fx.Node,
+    target: str,
+    inputs: tuple[fx.Node, ...],
+    build: Callable[[], nn.Module],
 ) -> None:
-    """Replace a call by `call_module target (x,)`, making the module unless one stands there already."""
+    """Replace a call by `call_module target (*inputs)`, making the module unless one stands there already."""
     if module_at(graph_module, target) is None:
         place_module(graph_module, target, build())
-    _replace(graph_module, node, target, x)
+    _replace(graph_module, node, target, inputs)

@@ -17,8 +17,6 @@ SLICE_END = 2**63 - 1  # what export writes for an open end
 
 _ALWAYS = (
     _aten.alias.default,
-    _aten.clone.default,
-    _aten.contiguous.default,
     _aten.lift_fresh.default,
     _aten.lift_fresh_copy.default,
 )
@@ -55,11 +53,32 @@ def _first_write(graph_module: fx.GraphModule) -> str | None:
     )
 
 
-class RemoveNoOps(Pass):
-    """Identities are bypassed.
+class RemoveMemoryLayout(Pass):
+    """Copies that only arrange memory (`clone`, `contiguous`) are bypassed, and `view` becomes `reshape`.
 
-    Copies (`clone`, `contiguous`) are identities only once nothing writes in place, hence the requirement.
+    The same function once nothing writes in place, hence the requirement; a `view` would fail on memory that the
+    user's `contiguous()` no longer arranges.
     """
+
+    requires = (Condition("has no operator that writes in place", _first_write),)
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        modified = False
+        for node in list(graph_module.graph.nodes):
+            if not is_aten(node):
+                continue
+            if node.target in (_aten.clone.default, _aten.contiguous.default):
+                node.replace_all_uses_with(node.args[0])
+                graph_module.graph.erase_node(node)
+                modified = True
+            elif node.target in (_aten.view.default, _aten._unsafe_view.default):
+                node.target = _aten.reshape.default
+                modified = True
+        return PassResult(graph_module, modified)
+
+
+class RemoveNoOps(Pass):
+    """Identities are bypassed: dropout that is switched off, slices of everything, detached constants."""
 
     requires = (Condition("has no operator that writes in place", _first_write),)
 

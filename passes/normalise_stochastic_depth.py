@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -59,8 +60,12 @@ class LiftStochasticDepth(Pass):
                 self._model, graph_module, node, "stochastic_depth", {"kind": StochasticDepth, **settings}
             )
             replace_by_module(
-                graph_module, node, target, x, lambda settings=settings: StochasticDepth(**settings)
-            )  # type: ignore[misc]
+                graph_module,
+                node,
+                target,
+                (x,),
+                lambda settings=settings: StochasticDepth(**settings),  # type: ignore[misc]
+            )
             notes.append(f"'{target}' is stochastic depth with p={settings['p']}")
         return PassResult(graph_module, bool(notes), tuple(notes))
 
@@ -97,6 +102,11 @@ def _mask(node: Any) -> _Mask | None:
 def _shaped(survival: Any, size: Any) -> _Mask | None:
     if not isinstance(survival, float) or not 0.0 <= survival <= 1.0:
         return None
+    if isinstance(size, fx.Node) and size.target is operator.add:
+        # without examples "(x.shape[0],) + (1,) * (x.ndim - 1)" is not evaluated
+        first, ones = size.args
+        if isinstance(first, (list, tuple)) and _calls(ones, (operator.mul,)) and ones.args[0] in ((1,), [1]):
+            size = first
     if isinstance(size, (list, tuple)) and size and all(one == 1 for one in size[1:]):
         if size[0] == 1:
             return _Mask(survival, "batch")

@@ -15,6 +15,7 @@ _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)[^\n]*(?:\n\s+(?
 _TORCH = str(Path(torch.__file__).parent) + os.sep
 _OURS = str(Path(__file__).parent) + os.sep
 _STANDARD_LIBRARY = sysconfig.get_paths()["stdlib"] + os.sep
+_LONGEST_CODE = 80
 UNKNOWN_LINE = "unknown line"
 
 
@@ -39,12 +40,14 @@ def line_of_error(error: BaseException) -> str | None:
     while current is not None:
         frames = [f for f in traceback.extract_tb(current.__traceback__) if _is_users(f.filename)]
         if frames:
-            code = f" ({frames[-1].line})" if frames[-1].line else ""
+            code = f" ({frames[-1].line[:_LONGEST_CODE]})" if frames[-1].line else ""
             return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}{code}"
         current = current.__cause__ or current.__context__
     return None
 
 
 def source_of(node: fx.Node) -> str:
-    """Line of the user's code that made this node, as "file.py:12", or "unknown line"."""
-    return node.meta.get("source") or line_of_stack(node.meta.get("stack_trace")) or UNKNOWN_LINE
+    """Where a node comes from: "file.py:12" of the user's code, else the layer that made it, else "unknown line"."""
+    source = node.meta.get("source") or UNKNOWN_LINE
+    path = node.meta.get("module_path")
+    return f"layer '{path}'" if source == UNKNOWN_LINE and path else source

@@ -147,7 +147,9 @@ def test_state_dict_keys_and_strict_load_both_ways(with_examples: bool) -> None:
     model = PlainNet()
     captured = capture(model, torch.randn(2, 1, 20, 20) if with_examples else None)
     assert list(captured.graph_module.state_dict()) == list(model.state_dict())
-    assert [n for n, _ in captured.graph_module.named_parameters()] == [n for n, _ in model.named_parameters()]
+    assert [n for n, _ in captured.graph_module.named_parameters()] == [
+        n for n, _ in model.named_parameters()
+    ]
     captured.graph_module.load_state_dict(PlainNet().state_dict(), strict=True)
     PlainNet().load_state_dict(captured.graph_module.state_dict(), strict=True)
 
@@ -230,7 +232,9 @@ def test_momentum_none_survives() -> None:
         for _ in range(3):
             x = torch.randn(4, 3, 4, 4)
             torch.testing.assert_close(run(captured, x), reference(x), rtol=0, atol=0)
-        torch.testing.assert_close(captured.graph_module.bn.running_var, reference.bn.running_var, rtol=0, atol=0)
+        torch.testing.assert_close(
+            captured.graph_module.bn.running_var, reference.bn.running_var, rtol=0, atol=0
+        )
 
 
 class Pair(nn.Module):

@@ -93,7 +93,9 @@ def test_auxiliary_head_is_refused(with_examples: bool) -> None:
 @pytest.mark.parametrize("with_examples", [True, False])
 def test_noise_in_training_is_refused(with_examples: bool) -> None:
     model = NoisyInTraining()
-    assert refused(model, torch.randn(2, 4) if with_examples else None).startswith(line_of(model, "randn_like"))
+    assert refused(model, torch.randn(2, 4) if with_examples else None).startswith(
+        line_of(model, "randn_like")
+    )
 
 
 @pytest.mark.parametrize("with_examples", [True, False])
@@ -145,7 +147,9 @@ class DropPath(nn.Module):
             noise = torch.empty([x.shape[0], 1, 1, 1], dtype=x.dtype, device=x.device).bernoulli_(self.keep)
             return x * noise.div_(self.keep)
         if self.spelling == "batch":
-            return x * torch.empty([1, 1, 1, 1], dtype=x.dtype, device=x.device).bernoulli_(self.keep).div_(self.keep)
+            return x * torch.empty([1, 1, 1, 1], dtype=x.dtype, device=x.device).bernoulli_(self.keep).div_(
+                self.keep
+            )
         if self.spelling == "floor":
             mask = self.keep + torch.rand(rows, dtype=x.dtype, device=x.device)
             mask.floor_()

@@ -1,0 +1,212 @@
+"""Train one ResNet-20 for 2, 3 and 4 bits on real CIFAR-10 images, from pretrained float weights.
+
+    python examples/cifar10_resnet20.py                    the short recipe, about 12 minutes on two cores
+    python examples/cifar10_resnet20.py --long             about an hour
+    python examples/cifar10_resnet20.py --single-bit       a quarter of the budget, against one model per width
+    python examples/cifar10_resnet20.py --ablations        a quarter of the budget, one part left out at a time
+
+The two changed lines of an ordinary training loop are `qcompile.prepare` and `joint.backward`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import cifar10
+import torch
+from torch import Tensor, nn
+
+import qcompile
+from qcompile.passes.schemes.vertical import VerticalConfig
+
+DATA = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"
+BITS = (2, 3, 4)
+
+#: What the ablations leave out or exchange, against the default config.
+VARIANTS = {
+    "default": VerticalConfig(),
+    "no compensation": VerticalConfig(compensation=False),
+    "BatchNorm stats": VerticalConfig(batch_norm="stats"),
+    "BatchNorm shared": VerticalConfig(batch_norm="shared"),
+    "no self-distillation": VerticalConfig(distillation=None),
+    "MGD": VerticalConfig(moo="mgd"),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides a run."""
+
+    steps: int = 1500
+    batch: int = 64
+    learning_rate: float = 0.01
+    weight_decay: float = 1e-4
+    seed: int = 0
+    bits: tuple[int, ...] = BITS
+    variant: str = "default"
+    teacher: bool = True
+
+
+def train(recipe: Recipe, data: Path) -> tuple[nn.Module, float]:
+    """The trained model and the seconds that training took."""
+    torch.manual_seed(recipe.seed)
+    images, labels = cifar10.exact(data, "train")
+    teacher = cifar10.pretrained(data).to(memory_format=torch.channels_last)
+    model = qcompile.prepare(
+        cifar10.pretrained(data), images[:2], scheme="vertical", bits=recipe.bits, config=VARIANTS[recipe.variant]
+    )
+    model = model.to(memory_format=torch.channels_last).train()
+    joint = qcompile.JointLoss(model, nn.CrossEntropyLoss(), teacher=teacher if recipe.teacher else None)
+    groups = qcompile.param_groups(model, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.steps)
+    batches = cifar10.AugmentedBatches(images, labels, recipe.batch, recipe.seed)
+    started = time.perf_counter()
+    for step in range(recipe.steps):
+        x, y = batches.next()
+        optimizer.zero_grad()
+        joint.backward(x, y)
+        optimizer.step()
+        schedule.step()
+        if (step + 1) % 100 == 0:
+            losses = ", ".join(f"{label}: {float(loss):.3f}" for label, loss in joint.losses.items())
+            print(f"step {step + 1}/{recipe.steps}, {time.perf_counter() - started:.0f} s, {losses}", file=sys.stderr)
+    return model.eval(), time.perf_counter() - started
+
+
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor, chunk: int = 128) -> float:
+    """Top-1 in percent."""
+    correct = 0
+    with torch.no_grad():
+        for start in range(0, len(labels), chunk):
+            outputs = model(images[start : start + chunk])
+            correct += int((outputs.argmax(1) == labels[start : start + chunk]).sum())
+    return 100.0 * correct / len(labels)
+
+
+def lowered_accuracy(model: nn.Module, bits: int, images: Tensor, labels: Tensor, chunk: int = 128) -> float:
+    """Top-1 in percent of the model lowered to ONNX, run by ONNX Runtime."""
+    executable = qcompile.lower(model, target="onnx-qdq", bits=bits, batch=chunk)
+    padding = -len(labels) % chunk
+    padded = torch.cat([images, images[:padding]])
+    outputs = torch.cat([executable(padded[start : start + chunk]) for start in range(0, len(padded), chunk)])
+    return 100.0 * float((outputs[: len(labels)].argmax(1) == labels).float().mean())
+
+
+def run_one(recipe: Recipe, data: Path, jpeg: bool) -> dict[str, object]:
+    """Train, score every width on the exact test images (and the JPEG ones), return a record."""
+    model, seconds = train(recipe, data)
+    scores: dict[str, dict[int, float]] = {"exact": {}, "jpeg": {}}
+    images, labels = cifar10.exact(data, "test")
+    for bits in recipe.bits:
+        scores["exact"][bits] = accuracy(qcompile.at(model, bits), images, labels)
+    if jpeg:
+        more, targets = cifar10.jpeg_test(data)
+        for bits in recipe.bits:
+            scores["jpeg"][bits] = lowered_accuracy(model, bits, more, targets)
+    return {"recipe": {**recipe.__dict__}, "seconds": round(seconds), **scores}
+
+
+def main() -> None:
+    """Read the options and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=DATA, help="folder with the images and weights")
+    parser.add_argument("--steps", type=int, help="optimiser steps; default 1500, with --long 7500")
+    parser.add_argument("--long", action="store_true", help="the hour-long recipe")
+    parser.add_argument("--single-bit", action="store_true", help="compare with single-bit models")
+    parser.add_argument("--ablations", action="store_true", help="compare the variants of the scheme")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of the comparisons")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time in the comparisons, one thread each")
+    parser.add_argument("--save", type=Path, help="write the trained model to this .qcm file")
+    parser.add_argument("--log", type=Path, help="append one JSON record per run to this file")
+    parser.add_argument("--one-run", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if not (options.data / "cifar10_exact" / "labels.npz").exists():
+        parser.error(f"no CIFAR-10 data in {options.data}; pass --data FOLDER")
+    base = Recipe(steps=options.steps or (7500 if options.long else 1500))
+    if options.one_run:
+        torch.set_num_threads(1)
+        fields = json.loads(options.one_run)
+        print(json.dumps(run_one(Recipe(**{**fields, "bits": tuple(fields["bits"])}), options.data, jpeg=True)))
+    elif options.ablations or options.single_bit:
+        quarter = replace(base, steps=options.steps or base.steps // 4)
+        runs = [replace(quarter, seed=seed, variant=name) for name in VARIANTS for seed in range(options.seeds)]
+        if options.single_bit:
+            widths = [BITS, *((bits,) for bits in BITS)]
+            runs = [replace(quarter, seed=seed, bits=bits) for bits in widths for seed in range(options.seeds)]
+        print_comparison(run_many(runs, options))
+    else:
+        print_main_table(base, options)
+
+
+def print_main_table(recipe: Recipe, options: argparse.Namespace) -> None:
+    """The result of one run: float and every width, in PyTorch and in ONNX Runtime."""
+    model, seconds = train(recipe, options.data)
+    images, labels = cifar10.exact(options.data, "test")
+    float_accuracy = accuracy(cifar10.pretrained(options.data), images, labels)
+    print(f"{recipe.steps} steps in {seconds / 60:.1f} minutes, torch {torch.__version__}")
+    print("| mode | exact test images | against float | ONNX Runtime |\n|---|---|---|---|")
+    print(f"| float | {float_accuracy:.2f} | | |")
+    record: dict[str, object] = {"recipe": {**recipe.__dict__}, "seconds": round(seconds), "float": float_accuracy}
+    for bits in reversed(recipe.bits):
+        scored = accuracy(qcompile.at(model, bits), images, labels)
+        lowered = lowered_accuracy(model, bits, images, labels)
+        print(f"| {bits} bits | {scored:.2f} | {scored - float_accuracy:+.2f} | {lowered:.2f} |")
+        record[str(bits)] = scored
+    if options.save:
+        qcompile.save(model, options.save)
+    write_log(options, record)
+
+
+def run_many(runs: list[Recipe], options: argparse.Namespace) -> list[dict]:
+    """Run recipes in processes of one thread each, several at a time."""
+    command = [sys.executable, __file__, "--data", str(options.data), "--one-run"]
+    waiting, active, records = list(runs), [], []
+    while waiting or active:
+        while waiting and len(active) < options.jobs:
+            job = json.dumps(waiting.pop(0).__dict__)
+            active.append(subprocess.Popen([*command, job], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL))
+        done = [process for process in active if process.poll() is not None]
+        for process in done:
+            active.remove(process)
+            if process.returncode:
+                raise SystemExit(f"a run failed with exit code {process.returncode}: {process.args}")
+            records.append(json.loads(process.stdout.read()))
+            write_log(options, records[-1])
+            print(f"{len(records)}/{len(runs)} runs", file=sys.stderr)
+        time.sleep(1.0)
+    return records
+
+
+def write_log(options: argparse.Namespace, record: dict) -> None:
+    """Append a record to the log, if there is one."""
+    if options.log:
+        with options.log.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def print_comparison(records: list[dict]) -> None:
+    """Mean and standard deviation over seeds, exact and JPEG images pooled by their number."""
+    rows: dict[tuple[str, tuple[int, ...]], list[dict[int, float]]] = {}
+    for record in records:
+        pooled = {
+            int(bits): (1017 * score + 10000 * record["jpeg"][bits]) / 11017 for bits, score in record["exact"].items()
+        }
+        rows.setdefault((record["recipe"]["variant"], tuple(record["recipe"]["bits"])), []).append(pooled)
+    print("| variant | trained widths | 2 bits | 3 bits | 4 bits |\n|---|---|---|---|---|")
+    for (variant, widths), scores in rows.items():
+        cells = []
+        for bits in BITS:
+            values = torch.tensor([score[bits] for score in scores if bits in score], dtype=torch.float64)
+            cells.append(f"{values.mean():.2f} ± {values.std():.2f}" if len(values) > 1 else "")
+        print(f"| {variant} | {', '.join(map(str, widths))} | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()
