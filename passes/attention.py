@@ -26,8 +26,17 @@ class ScaledDotProductAttention(nn.Module):
         self.enable_gqa = enable_gqa
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        """Args: query: [batch, heads, length, width]; key, value: [batch, heads, other length, width]; attn_mask:
-        broadcast to [batch, heads, length, other length]. Returns: [batch, heads, length, width of value]."""
+        """Attend.
+
+        Args:
+            query: [batch, heads, length, width].
+            key: [batch, heads, other length, width].
+            value: [batch, heads, other length, other width].
+            attn_mask: broadcasts to [batch, heads, length, other length].
+
+        Returns:
+            [batch, heads, length, other width].
+        """
         return F.scaled_dot_product_attention(
             query,
             key,

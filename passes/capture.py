@@ -29,8 +29,8 @@ class Captured:
     """A captured model.
 
     Attributes:
-        graph_module: the canonical graph. It owns copies of the parameters, under the user's state_dict keys, and
-            returns a flat tuple of tensors.
+        graph_module: the canonical graph. It owns copies of the parameters, under the user's state_dict keys,
+            and returns a flat tuple of tensors.
         signature: how a call of the user's model maps to the graph's inputs, and back.
         method: the tracer that was used.
     """
@@ -47,10 +47,10 @@ def capture(
 
     Args:
         model: the user's float model; it is left untouched.
-        example_inputs: a tuple (or list) of positional inputs, a dict of keyword inputs, or one tensor; tensors may
-            be nested in tuples, lists and dicts. Dimension 0 of the first tensor is the batch, which stays dynamic;
-            an example of batch 1 is repeated. Without examples the model is traced symbolically, which fewer models
-            allow.
+        example_inputs: a tuple (or list) of positional inputs, a dict of keyword inputs, or one tensor;
+            tensors may be nested in tuples, lists and dicts. Dimension 0 of the first tensor is the batch,
+            which stays dynamic; an example of batch 1 is repeated. Without examples the model is traced
+            symbolically, which fewer models allow.
 
     Returns:
         The graph, its signature, and the tracer that was used.
@@ -146,9 +146,14 @@ def _random_state_kept(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _default_modes() -> Iterator[None]:
-    """Trace with gradients and in full precision, whatever the caller is in."""
-    with torch.enable_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-        yield
+    """Trace with gradients, in full precision, and without attention kernels that only evaluation uses."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.enable_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 @contextmanager

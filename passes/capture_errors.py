@@ -30,22 +30,20 @@ TRACING_ERRORS = (
     ArithmeticError,
 )
 
-_REASONS = (
+# (what torch says, what that means)
+_DATA_DEPENDENT = re.compile(r"data-dependent|unbacked|\.item\(\)|GuardOnDataDependent", re.I)
+_WITHOUT_EXAMPLES = (
+    (re.compile(r"item assignment"), "a value is assigned into a tensor"),
     (
-        re.compile(r"data-dependent|unbacked|\.item\(\)|GuardOnDataDependent", re.I),
-        "control flow or a size depends on the values of a tensor",
-        "rewrite it with torch.where, or move it out of forward",
-    ),
-    (
-        re.compile(r"symbolically traced variables cannot be used|control flow|iterated|Proxy", re.I),
+        re.compile(r"symbolically traced variables cannot be used|iterated"),
         "control flow depends on an input",
-        "pass example_inputs",
     ),
+    (re.compile(r"Proxy"), "a number or an array is made of an input"),
 )
 
 
 def uncapturable(model: nn.Module, examples: Examples, error: BaseException) -> CaptureError:
-    """The error for a model that torch.export cannot trace; tells apart a model that fails on its own examples."""
+    """The error for a model that torch.export cannot trace, or that fails on its own examples."""
     failure = _run(model, examples.args, examples.kwargs)
     if failure is not None:
         return CaptureError(
@@ -53,18 +51,22 @@ def uncapturable(model: nn.Module, examples: Examples, error: BaseException) -> 
             f"({_first_line(failure)}); pass an example that it accepts"
         )
     line = line_of_error(error) or line_of_stack(str(error)) or UNKNOWN_LINE
-    for pattern, reason, remedy in _REASONS[:1]:
-        if pattern.search(str(error)) or pattern.search(type(error).__name__):
-            return CaptureError(f"{line}: {reason}; {remedy}")
+    if _DATA_DEPENDENT.search(str(error)) or _DATA_DEPENDENT.search(type(error).__name__):
+        return CaptureError(
+            f"{line}: control flow or a size depends on the values of a tensor; "
+            "rewrite it with torch.where, or move it out of forward"
+        )
     return CaptureError(f"{line}: torch.export cannot trace this ({_first_line(error)}); rewrite this line")
 
 
 def untraceable(error: BaseException) -> CaptureError:
     """The error for a model that symbolic tracing without examples cannot follow."""
     line = line_of_error(error) or UNKNOWN_LINE
-    for pattern, reason, remedy in _REASONS[1:]:
+    for pattern, reason in _WITHOUT_EXAMPLES:
         if pattern.search(str(error)):
-            return CaptureError(f"{line}: {reason}, which tracing without examples cannot follow; {remedy}")
+            return CaptureError(
+                f"{line}: {reason}, which tracing without examples cannot follow; pass example_inputs"
+            )
     return CaptureError(
         f"{line}: tracing without examples failed ({_first_line(error)}); pass example_inputs"
     )
@@ -75,7 +77,8 @@ def hard_coded_batch(examples: Examples, retrace: Callable[[], object]) -> Captu
 
     Args:
         examples: the inputs.
-        retrace: traces the model again, which fails again; torch's log then tells where the batch became a number.
+        retrace: traces the model again, which fails again; torch's log then tells where the batch became a
+            number.
     """
     finder = _SpecialisationFinder()
     logger = logging.getLogger(SHAPES_LOGGER)

@@ -21,7 +21,7 @@ from qcompile.errors import CaptureError
 from qcompile.passes.capture_errors import SHAPES_LOGGER, TRACING_ERRORS, hard_coded_batch, uncapturable
 from qcompile.passes.example_inputs import Examples
 from qcompile.passes.module_tree import CONSTANTS, attribute_target, graph_module_of
-from qcompile.passes.source_lines import UNKNOWN_LINE, line_of_stack
+from qcompile.passes.source_lines import UNKNOWN_LINE, line_of_stack, origin_of
 from qcompile.passes.trace import Trace
 
 _NO_GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled
@@ -69,12 +69,13 @@ def _export(model: nn.Module, examples: Examples) -> ExportedProgram:
     batched = [x for x in examples.tensors if x.ndim > 0 and x.shape[0] == examples.batch]
     first = next((x for x in batched if x.ndim > 1), batched[0] if batched else None)
     for tensor in examples.tensors:
-        # the first batch must stay dynamic; another input of that size may be no batch (a vector of two scales)
+        # the first batch must stay dynamic; another input of that size may be no batch (two scales)
         dynamic = any(tensor is one for one in batched)
         shapes[tensor] = {0: Dim.DYNAMIC if tensor is first else Dim.AUTO} if dynamic else {}
 
     def trace() -> ExportedProgram:
-        return torch.export.export(model, examples.args, examples.kwargs, dynamic_shapes=shapes, strict=False)
+        spec: Any = shapes  # accepted since torch 2.5, its annotation says otherwise
+        return torch.export.export(model, examples.args, examples.kwargs, dynamic_shapes=spec, strict=False)
 
     with _quiet():
         try:
@@ -139,14 +140,22 @@ def _copy(source: fx.GraphModule, graph: fx.Graph, environment: dict[fx.Node, An
 
 
 def _blocked(source: fx.GraphModule, node: fx.Node) -> CaptureError:
-    """The error for a block of the user's code that torch.export keeps as one (autocast, checkpoint, cond)."""
+    """The error for a block of the user's code that torch.export keeps as one (autocast, cond)."""
     bodies = [
-        getattr(source, str(argument.target)) for argument in node.all_input_nodes if argument.op == "get_attr"
+        getattr(source, str(argument.target))
+        for argument in node.all_input_nodes
+        if argument.op == "get_attr"
     ]
-    stacks = [one.meta.get("stack_trace") for body in bodies for one in getattr(body, "graph", fx.Graph()).nodes]
-    line = next((line for line in map(line_of_stack, [node.meta.get("stack_trace"), *stacks]) if line), UNKNOWN_LINE)
+    stacks = [
+        one.meta.get("stack_trace") for body in bodies for one in getattr(body, "graph", fx.Graph()).nodes
+    ]
+    line = next(
+        (line for line in map(line_of_stack, [node.meta.get("stack_trace"), *stacks]) if line), UNKNOWN_LINE
+    )
     name = str(node.target).removeprefix("wrap_with_")
-    return CaptureError(f"{line}: a block of '{name}' inside forward cannot be captured; use it outside of forward")
+    return CaptureError(
+        f"{line}: a block of '{name}' inside forward cannot be captured; use it outside of forward"
+    )
 
 
 def _copy_call(node: fx.Node, graph: fx.Graph, environment: dict[fx.Node, Any]) -> Any:
@@ -158,11 +167,9 @@ def _copy_call(node: fx.Node, graph: fx.Graph, environment: dict[fx.Node, Any]) 
     kwargs = fx.map_arg(node.kwargs, lambda used: environment[used])
     new = graph.create_node("call_function", node.target, args, kwargs, name=node.name)  # type: ignore[arg-type]
     modules = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
-    new.meta = {
-        "source": line_of_stack(node.meta.get("stack_trace")) or UNKNOWN_LINE,
-        # a module that is called again has "@1", "@2" after its path
-        "module_path": re.sub(r"@\d+", "", modules[-1]) if modules else "",
-    }
+    # a module that is called again has "@1", "@2" after its path
+    path = re.sub(r"@\d+", "", modules[-1]) if modules else ""
+    new.meta = dict(origin_of(node.meta.get("stack_trace"), path))
     if "val" in node.meta:
         new.meta["val"] = node.meta["val"]
     return new

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils import _pytree as pytree
 
@@ -25,11 +26,11 @@ from qcompile.passes.module_tree import (
     tensor_at,
 )
 from qcompile.passes.normalise_fx_ops import ConvertToAten
-from qcompile.passes.source_lines import UNKNOWN_LINE, line_of_stack
+from qcompile.passes.source_lines import origin_of
 from qcompile.passes.trace import Trace
 
-# Modules of torch.nn whose forward only calls one function of torch.nn.functional: tracing goes through them, so
-# that both ways of capture see the same calls. The others (attention, recurrent layers) stay modules.
+# Modules of torch.nn whose forward only calls one function of torch.nn.functional: tracing goes through them,
+# so that both ways of capture see the same calls. The others (attention, recurrent layers) stay modules.
 _THIN = frozenset(
     f"torch.nn.modules.{name}"
     for name in (
@@ -53,8 +54,8 @@ _THIN = frozenset(
 
 
 class _Proxy(fx.Proxy):
-    """A proxy that records `x += y` as in place; plain proxies turn it into `x = x + y`, which other names of the
-    same tensor would not see."""
+    """A proxy that records `x += y` as in place; plain proxies turn it into `x = x + y`, which other names of
+    the same tensor would not see."""
 
     def __iadd__(self, other: Any) -> fx.Proxy:
         return self._in_place(operator.iadd, other)
@@ -102,6 +103,8 @@ class _Tracer(fx.Tracer):
         if isinstance(m, _InstanceNorm) and type(m).forward is _InstanceNorm.forward:
             # its own forward asks for the rank of the input, which is not known here
             return super().call_module(m, m._apply_instance_norm, args, kwargs)
+        if isinstance(m, nn.SyncBatchNorm):  # one process computes the same as with an ordinary batch norm
+            forward = functools.partial(_BatchNorm.forward, m)
         return super().call_module(m, forward, args, kwargs)
 
     def create_args_for_root(
@@ -148,10 +151,7 @@ def trace_with_fx(model: nn.Module) -> Trace:
     leaves: set[str] = set()
     for node in graph.nodes:
         modules = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
-        node.meta = {
-            "source": line_of_stack(node.stack_trace) or UNKNOWN_LINE,
-            "module_path": modules[-1] if modules else "",
-        }
+        node.meta = dict(origin_of(node.stack_trace, modules[-1] if modules else ""))
         if node.op == "get_attr":
             node.target = _attribute(model, str(node.target), constants)
         elif node.op == "call_module":

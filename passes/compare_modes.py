@@ -60,24 +60,6 @@ def _equal(
     evaluation: fx.GraphModule,
     same: dict[fx.Node, Any],
 ) -> bool:
-    attention = module_at(training, str(node.target)) if node.op == "call_module" else None
-    if isinstance(attention, ScaledDotProductAttention) and is_attention(other):
-        tensors, settings = attention_call(other)
-        expected = {**settings, "dropout_p": attention.dropout_p}
-        drops_nothing = settings["dropout_p"] == 0.0
-        return (
-            drops_nothing
-            and all(getattr(attention, name) == value for name, value in expected.items())
-            and len(tensors) == len(node.args)
-            and all(same.get(mine) is its for mine, its in zip(node.args, tensors, strict=True))  # type: ignore[arg-type]
-        )
-    if node.op != other.op:
-        return False
-    if node.op == "placeholder":
-        return node.name == other.name
-    if node.op != "output" and node.target != other.target:
-        return False
-
     def match(left: Any, right: Any) -> bool:
         if isinstance(left, fx.Node) and isinstance(right, fx.Node):
             if left.op == "get_attr":
@@ -90,6 +72,19 @@ def _equal(
         if isinstance(left, slice) and isinstance(right, slice):
             return all(map(match, (left.start, left.stop, left.step), (right.start, right.stop, right.step)))
         return type(left) is type(right) and bool(left == right)
+
+    attention = module_at(training, str(node.target)) if node.op == "call_module" else None
+    if isinstance(attention, ScaledDotProductAttention) and is_attention(other):
+        tensors, settings = attention_call(other)
+        drops_nothing = settings.pop("dropout_p") == 0.0
+        settings_equal = all(getattr(attention, name) == value for name, value in settings.items())
+        return drops_nothing and settings_equal and match(node.args, tensors)
+    if node.op != other.op:
+        return False
+    if node.op == "placeholder":
+        return node.name == other.name
+    if node.op != "output" and node.target != other.target:
+        return False
 
     return match(node.args, other.args) and match(node.kwargs, other.kwargs)
 
@@ -108,29 +103,27 @@ def _equal_state(left: fx.Node, right: fx.Node, training: fx.GraphModule, evalua
 
 
 def _difference(node: fx.Node | None, other: fx.Node | None) -> str:
-    if node is not None and node.op == "output" and other is not None and other.op == "output":
-        line, what = "forward", "returns something else"
-    elif node is not None and node.op != "output":
-        line, what = source_of(node), _both(node, other)
+    """One line about the first pair that differs; None stands for the end of a graph."""
+    mine, its = _in_words(node), _in_words(other)
+    if node is not None and node.op != "output":
+        line = source_of(node)
+        what = f"calls {mine} with other arguments than evaluation"
+        if mine != its:
+            what = f"does {mine} where evaluation does {its}"
+    elif other is not None and other.op != "output":
+        line, what = source_of(other), f"lacks {its} of evaluation"
     else:
-        line, what = (
-            source_of(other) if other is not None else "forward",
-            f"lacks {_in_words(other)} of evaluation",
-        )
+        line, what = "forward", "returns something else than evaluation"
     return (
-        f"{line}: training {what}; only dropout, stochastic depth and batch norm may differ: "
-        "switch the rest off, for example auxiliary heads with aux_logits=False, or pass training=self.training "
-        "to functional dropout"
+        f"{line}: training {what}; only dropout, stochastic depth and batch norm may differ: switch the "
+        "rest off, for example auxiliary heads with aux_logits=False, or pass training=self.training to "
+        "functional dropout"
     )
-
-
-def _both(node: fx.Node, other: fx.Node | None) -> str:
-    if other is not None and node.target == other.target:
-        return f"calls {_in_words(node)} with other arguments than evaluation"
-    return f"does {_in_words(node)} where evaluation does {_in_words(other)}"
 
 
 def _in_words(node: fx.Node | None) -> str:
     if node is None or node.op == "output":
         return "nothing"
-    return f"layer '{node.target}'" if node.op == "call_module" else getattr(node.target, "__name__", str(node.target))
+    if node.op == "call_module":
+        return f"layer '{node.target}'"
+    return str(getattr(node.target, "__name__", node.target))

@@ -113,9 +113,10 @@ class Emitter:
     def moved(self, affine: Affine, node: fx.Node, axis: int = 1, rank: int | None = None) -> Affine:
         """A plain tensor whose elements another node has moved or selected; 0 may have been added."""
         term = affine.terms[0]
-        low, high = np.minimum(term.low, 0.0), np.maximum(term.high, 0.0)
+        low, high = term.bounds  # channels may have moved, so bounds of single ones do not hold any more
+        low, high = min(low, 0.0), max(high, 0.0)
         node.meta["unit"] = float(term.coefficient)
-        moved = Term(node, term.coefficient, low, high)
+        moved = Term(node, term.coefficient, np.float64(low), np.float64(high))
         return Affine((moved,), affine.constant, rank or affine.rank, axis, layers=affine.layers)
 
     def fixed_point(self, source: fx.Node, value: fx.Node) -> Affine | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -126,9 +125,7 @@ def _max_pool(emitter: Emitter, node: fx.Node, values: dict[fx.Node, Value]) -> 
     padding, dilation = _each(given["padding"], dims), _each(given["dilation"], dims)
     pool = (plain.terms[0].node, kernel, stride, padding, dilation, bool(given["ceil_mode"]))
     pooled = emitter.call(_OPS.max_pool.default, pool, f"{node.name}", layer=node.name)
-    # maxima stay within the bounds, so 0 is not added to them
-    moved = emitter.moved(plain, pooled)
-    return replace(moved, terms=(replace(plain.terms[0], node=pooled),))
+    return emitter.moved(plain, pooled)
 
 
 def _each(value: Any, dims: int) -> list[int]:
@@ -141,8 +138,9 @@ def _averaged(plain: Affine, node: fx.Node, count: int, rank: int) -> Affine:
     term = plain.terms[0]
     coefficient = np.float64(term.coefficient / count)
     node.meta["unit"] = float(coefficient)
-    low, high = np.minimum(term.low * count, 0), np.maximum(term.high * count, 0)
-    return Affine((Term(node, coefficient, low, high),), np.float64(0.0), rank, 1, layers=plain.layers)
+    low, high = term.bounds
+    summed = Term(node, coefficient, np.float64(min(low * count, 0.0)), np.float64(max(high * count, 0.0)))
+    return Affine((summed,), np.float64(0.0), rank, 1, layers=plain.layers)
 
 
 def _window_average(emitter: Emitter, node: fx.Node, values: dict[fx.Node, Value]) -> Value | None:
@@ -199,8 +197,7 @@ def _cat(emitter: Emitter, node: fx.Node, values: dict[fx.Node, Value]) -> Value
     joined = emitter.call(torch.ops.aten.cat.default, (nodes, axis), node.name, layer=node.name)
     layers = tuple(dict.fromkeys(layer for plain in plains for layer in plain.layers))
     coefficients = [float(plain.terms[0].coefficient) for plain in plains]
-    lows = [float(plain.terms[0].low) for plain in plains]
-    highs = [float(plain.terms[0].high) for plain in plains]
+    lows, highs = zip(*(plain.terms[0].bounds for plain in plains), strict=True)
     if len(set(coefficients)) == 1:
         joined.meta["unit"] = coefficients[0]
         term = Term(joined, np.float64(coefficients[0]), np.float64(min(lows)), np.float64(max(highs)))

@@ -100,7 +100,7 @@ def required_parameters(model: nn.Module) -> tuple[str, ...]:
 def _names(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[list[str], tuple[str, ...], dict[str, Any]]:
-    """Names of all given inputs in call order, of all positional parameters, and the keyword inputs in order."""
+    """Names of all given inputs in call order and of all positional parameters, and the keyword inputs."""
     signature = inspect.signature(model.forward)
     try:
         signature.bind(*args, **kwargs)

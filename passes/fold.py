@@ -47,6 +47,11 @@ class Term:
     low: Array
     high: Array
 
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Bounds over all channels."""
+        return float(np.min(self.low)), float(np.max(self.high))
+
     def real_range(self) -> tuple[Array, Array]:
         """Bounds of `coefficient * node`."""
         a, b = self.coefficient * self.low, self.coefficient * self.high

@@ -1,7 +1,8 @@
 """Which aten overload a torch function, tensor method or Python operator stands for.
 
-Rules are data: `OVERLOADS` lists, for each name, the overloads to try in order; the first whose schema accepts the
-arguments is taken. `CALLS` holds the functions of torch.nn.functional whose parameters differ from aten's.
+Rules are data: `OVERLOADS` lists, for each name, the overloads to try in order; the first whose schema
+accepts the arguments is taken. `CALLS` holds the functions of torch.nn.functional whose parameters differ
+from aten's.
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ def _overloads(names: str) -> tuple[OpOverload, ...]:
     return tuple(found)
 
 
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
 def _table(*rows: str) -> dict[str, tuple[OpOverload, ...]]:
     """Rows "names...: overloads...", or one word for a name whose only overload is "default"."""
     table = {}
@@ -38,31 +43,52 @@ def _table(*rows: str) -> dict[str, tuple[OpOverload, ...]]:
 
 # Names of functions in torch and torch.nn.functional, and of tensor methods.
 OVERLOADS: dict[str, tuple[OpOverload, ...]] = _table(
-    "relu", "relu_", "relu6", "relu6_", "hardtanh", "hardtanh_", "sigmoid", "sigmoid_", "silu", "silu_", "gelu",
-    "tanh", "tanh_", "leaky_relu", "leaky_relu_", "prelu", "hardswish", "hardswish_", "hardsigmoid",
-    "hardsigmoid_", "elu", "elu_", "celu", "celu_", "selu", "selu_", "mish", "mish_", "softplus", "log_sigmoid",
-    "hardshrink", "softshrink", "exp", "exp_", "log", "log_", "sqrt", "sqrt_", "rsqrt", "abs", "abs_", "neg", "neg_",
-    "floor", "floor_", "ceil", "round", "sign", "erf", "reciprocal", "matmul", "bmm", "mm", "linear",
-    "clamp: clamp clamp.Tensor", "clip: clamp clamp.Tensor", "clamp_", "clamp_min", "clamp_max",
-    "threshold", "square",
-    "conv1d: conv1d conv1d.padding", "conv2d: conv2d conv2d.padding", "conv3d: conv3d conv3d.padding",
-    "conv_transpose1d", "conv_transpose2d: conv_transpose2d.input", "conv_transpose3d: conv_transpose3d.input",
-    "avg_pool1d", "avg_pool2d", "avg_pool3d",
-    "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
-    "flatten: flatten.using_ints", "reshape", "view", "permute", "transpose: transpose.int", "t", "contiguous",
-    "clone", "detach", "unsqueeze", "squeeze: squeeze squeeze.dim squeeze.dims", "expand", "repeat",
-    "movedim: movedim.int movedim.intlist", "unflatten: unflatten.int", "roll", "flip",
-    "cat concat: cat", "stack", "chunk", "split: split.Tensor split.sizes", "unbind: unbind.int",
-    "add: add.Tensor", "add_: add_.Tensor add_.Scalar", "sub: sub.Tensor", "sub_: sub_.Tensor sub_.Scalar",
-    "mul multiply: mul.Tensor", "mul_: mul_.Tensor mul_.Scalar", "div divide true_divide: div.Tensor div.Tensor_mode",
-    "div_: div_.Tensor div_.Scalar", "rsub: rsub.Scalar rsub.Tensor",
-    "pow: pow.Tensor_Scalar pow.Tensor_Tensor", "maximum", "minimum", "where: where.self",
-    "mean: mean.dim mean", "sum: sum.dim_IntList sum", "amax", "amin", "var: var.correction var.dim var",
-    "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "scaled_dot_product_attention",
-    "bernoulli: bernoulli bernoulli.p", "bernoulli_: bernoulli_.float bernoulli_.Tensor", "rand", "empty: empty.memory_format",
-    "new_empty", "full", "new_full", "zeros", "ones", "zeros_like", "ones_like", "rand_like", "new_zeros", "new_ones",
-    "softmax: softmax.int", "log_softmax: log_softmax.int", "einsum",
-)  # fmt: skip
+    *_words("""
+    relu relu_ relu6 relu6_ hardtanh hardtanh_ sigmoid sigmoid_ silu silu_ gelu tanh tanh_ leaky_relu
+    leaky_relu_ prelu hardswish hardswish_ hardsigmoid hardsigmoid_ elu elu_ celu celu_ selu selu_ mish
+    mish_ softplus log_sigmoid hardshrink softshrink exp exp_ log log_ sqrt sqrt_ rsqrt abs abs_ neg neg_
+    floor floor_ ceil round sign erf reciprocal matmul bmm mm linear clamp_ clamp_min clamp_max threshold
+    square conv_transpose1d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
+    adaptive_avg_pool3d reshape view permute t contiguous clone detach unsqueeze expand repeat roll flip
+    stack chunk maximum minimum amax amin pixel_shuffle pixel_unshuffle channel_shuffle
+    scaled_dot_product_attention rand new_empty full new_full zeros ones zeros_like ones_like rand_like
+    new_zeros new_ones einsum
+    """),
+    "clamp: clamp clamp.Tensor",
+    "clip: clamp clamp.Tensor",
+    "conv1d: conv1d conv1d.padding",
+    "conv2d: conv2d conv2d.padding",
+    "conv3d: conv3d conv3d.padding",
+    "conv_transpose2d: conv_transpose2d.input",
+    "conv_transpose3d: conv_transpose3d.input",
+    "flatten: flatten.using_ints",
+    "transpose: transpose.int",
+    "squeeze: squeeze squeeze.dim squeeze.dims",
+    "movedim: movedim.int movedim.intlist",
+    "unflatten: unflatten.int",
+    "cat concat: cat",
+    "split: split.Tensor split.sizes",
+    "unbind: unbind.int",
+    "add: add.Tensor",
+    "add_: add_.Tensor add_.Scalar",
+    "sub: sub.Tensor",
+    "sub_: sub_.Tensor sub_.Scalar",
+    "mul multiply: mul.Tensor",
+    "mul_: mul_.Tensor mul_.Scalar",
+    "div divide true_divide: div.Tensor div.Tensor_mode",
+    "div_: div_.Tensor div_.Scalar",
+    "rsub: rsub.Scalar rsub.Tensor",
+    "pow: pow.Tensor_Scalar pow.Tensor_Tensor",
+    "where: where.self",
+    "mean: mean.dim mean",
+    "sum: sum.dim_IntList sum",
+    "var: var.correction var.dim var",
+    "bernoulli: bernoulli bernoulli.p",
+    "bernoulli_: bernoulli_.float bernoulli_.Tensor",
+    "empty: empty.memory_format",
+    "softmax: softmax.int",
+    "log_softmax: log_softmax.int",
+)
 
 # Python operators between tensors (or a tensor and a number), by the name in OVERLOADS.
 OPERATORS: dict[Callable[..., Any], str] = {
@@ -88,8 +114,8 @@ def _choose(in_place: bool, overload: OpOverload, written: OpOverload) -> OpOver
 
 
 def _batch_norm(  # parameters as in torch.nn.functional
-    input: Any, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None, training: bool = False,
-    momentum: float = 0.1, eps: float = 1e-5,
+    input: Any, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None,
+    training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
 ) -> Call:  # fmt: skip
     args = (
         input,

@@ -1,8 +1,8 @@
-"""The torch.nn module that one aten call with weights is, read off the call's own arguments and weight shapes."""
+"""The torch.nn module that one aten call with weights is, read off the call's arguments and weight shapes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -185,7 +185,7 @@ def _rank(x: Any) -> int | None:
     return _CONV_RANK.get(name)
 
 
-def _statistics_norm(base: type[nn.Module], by_rank: dict[int, type[nn.Module]], flag: str) -> _Reader:
+def _statistics_norm(base: type[nn.Module], by_rank: Mapping[int, type[nn.Module]], flag: str) -> _Reader:
     """BatchNorm and InstanceNorm; `flag` names the argument that says "statistics of this batch"."""
 
     def read(node: fx.Node, shapes: dict[str, torch.Size], origin: Origin) -> Layer | None:

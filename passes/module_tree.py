@@ -1,8 +1,9 @@
 """The user's tree of modules reduced to its parameters and buffers, and the graph module that holds it.
 
 A captured graph must keep every `state_dict` key of the user's model, the unused ones included, in the same
-order, and with the same sharing. So the canonical graph module starts as a copy of the user's tree in which each
-module is an empty `nn.Module` with the same parameters, buffers and children; passes then replace single modules.
+order, and with the same sharing. So the canonical graph module starts as a copy of the user's tree in which
+each module is an empty `nn.Module` with the same parameters, buffers and children; passes then replace single
+modules.
 """
 
 from __future__ import annotations
@@ -11,15 +12,16 @@ from torch import Tensor, fx, nn
 
 from qcompile.errors import CaptureError
 
-# Tensors outside the state_dict live in this child: fx copies tensors of the root itself as persistent buffers.
+# Tensors outside the state_dict live in this child: fx copies tensors of the root itself as persistent
+# buffers.
 CONSTANTS = "_constants"
 
 
 def bare_tree(model: nn.Module) -> nn.Module:
     """Copy of a module tree with the same Parameter and buffer objects but no behaviour.
 
-    Modules without any parameter or buffer below them are left out; a module that the user registered under two
-    names stays one object under two names.
+    Modules without any parameter or buffer below them are left out; a module that the user registered under
+    two names stays one object under two names.
     """
     return _bare(model, {})
 
@@ -104,8 +106,8 @@ def module_at(module: nn.Module, path: str) -> nn.Module | None:
 def place_module(root: nn.Module, path: str, module: nn.Module) -> None:
     """Put a module at a dotted path of a bare tree, keeping everything else that lives at or below that path.
 
-    Parameters, buffers and children of the module that was there and that the new module lacks move over, so no
-    state_dict key is lost. If the old module had several names, all of them get the new one.
+    Parameters, buffers and children of the module that was there and that the new module lacks move over, so
+    no state_dict key is lost. If the old module had several names, all of them get the new one.
     """
     parent_path, _, name = path.rpartition(".")
     old = module_at(root, path)

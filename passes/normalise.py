@@ -18,12 +18,13 @@ def normalise_training(graph_module: fx.GraphModule, model: nn.Module) -> fx.Gra
     """Bring a graph that was traced in training mode into the canonical form.
 
     Args:
-        graph_module: calls on aten; parameters and buffers as get_attr; `meta["module_path"]` names the user's
-            module whose forward made a node.
+        graph_module: calls on aten; parameters and buffers as get_attr; `meta["module_path"]` names the
+            user's module whose forward made a node.
         model: the (copied) user's model.
 
     Returns:
-        The same graph module, functional, with weighted layers, norms, dropout and stochastic depth as modules.
+        The same graph module, functional, with weighted layers, norms, dropout and stochastic depth as
+        modules.
 
     Raises:
         CaptureError: for writes in place that other views see, or into parameters and buffers.
@@ -31,7 +32,8 @@ def normalise_training(graph_module: fx.GraphModule, model: nn.Module) -> fx.Gra
     passes = [
         *_FUNCTIONAL,
         LiftStochasticDepth(model),
-        LiftDropout(model), LiftAttention(model),
+        LiftDropout(model),
+        LiftAttention(model),
         LiftLayers(model, True),
         RemoveUnused(),
     ]
@@ -43,8 +45,8 @@ def normalise_evaluation(
 ) -> fx.GraphModule:
     """Bring a graph that was traced in evaluation mode into the form that compares with the training graph.
 
-    Dropout and stochastic depth are gone, and the same layers are modules as in `training`: a norm that is frozen
-    in training stays a call in both.
+    Dropout and stochastic depth are gone, and the same layers are modules as in `training`: a norm that is
+    frozen in training stays a call in both.
 
     Args:
         graph_module: as for `normalise_training`.
@@ -52,8 +54,14 @@ def normalise_evaluation(
         training: the canonical graph of training mode.
     """
     modules = {str(node.target) for node in training.graph.nodes if node.op == "call_module"}
-    passes = [*_FUNCTIONAL, LiftLayers(model, False, modules), RemoveUnused()]
+    passes = [*_FUNCTIONAL, LiftStochasticDepth(model), LiftLayers(model, False, modules), RemoveUnused()]
     return PassManager(passes)(graph_module).graph_module
 
 
-_FUNCTIONAL: tuple[Pass, ...] = (NormaliseArguments(), RemoveInPlace(), NormaliseArguments(), RemoveMemoryLayout(), RemoveNoOps())
+_FUNCTIONAL: tuple[Pass, ...] = (
+    NormaliseArguments(),
+    RemoveInPlace(),
+    NormaliseArguments(),
+    RemoveMemoryLayout(),
+    RemoveNoOps(),
+)

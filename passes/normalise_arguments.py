@@ -1,4 +1,5 @@
-"""Write every aten call in one way: positional arguments, trailing defaults dropped, lists instead of tuples."""
+"""Write every aten call in one way: positional arguments, trailing defaults dropped, lists instead of
+tuples."""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ def _unwritten(graph_module: fx.GraphModule) -> str | None:
 class NormaliseArguments(Pass):
     """Arguments positional, trailing defaults dropped, so equal calls look equal.
 
-    Sizes that hold for several dimensions are written once per dimension, and the stride of a pool is explicit.
+    Sizes that hold for several dimensions are written once per dimension, and the stride of a pool is
+    explicit.
 
     Keyword-only arguments stay keywords, without those equal to their default.
     """
@@ -78,10 +80,11 @@ def _canonical(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
         value = bound[argument.name]
         if isinstance(value, (list, tuple)):
             value = list(value)
-        if argument.N and type(value) is int:  # "int[2] stride" takes one number for both
+        per_dimension = getattr(argument, "N", None)  # the 2 of "int[2] stride"
+        if per_dimension and type(value) is int:
             value = [value]
-        if argument.N and isinstance(value, list) and len(value) == 1:
-            value = value * argument.N
+        if per_dimension and isinstance(value, list) and len(value) == 1:
+            value = value * per_dimension
         is_default = argument.has_default_value() and _same(value, argument.default_value)
         if argument.kwarg_only:
             if not is_default and not (argument.name == "pin_memory" and value is False):

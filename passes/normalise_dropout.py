@@ -24,8 +24,8 @@ _KINDS: dict[Any, tuple[type[nn.Module], ...]] = {
 class LiftDropout(Pass):
     """`aten.dropout(x, p, True)` becomes `call_module (x,)`.
 
-    For graphs traced in training mode. A graph traced in evaluation has a dropout left only if the model drops in
-    evaluation too; it stays a function there, so the comparison of both graphs reports it.
+    For graphs traced in training mode. A graph traced in evaluation has a dropout left only if the model
+    drops in evaluation too; it stays a function there, so the comparison of both graphs reports it.
 
     Args:
         model: the (copied) user's model, which names the modules.
@@ -73,8 +73,8 @@ def stateless_path(
     """Path for a module without parameters that a call becomes.
 
     The user's own module if the call was made in one without parameters and children (nn.Dropout, DropPath);
-    otherwise a new name below the module whose forward made the call. A path that is taken is shared if the module
-    there has the same settings, which are compared as attributes ("kind" as its type).
+    otherwise a new name below the module whose forward made the call. A path that is taken is shared if the
+    module there has the same settings, which are compared as attributes ("kind" as its type).
     """
     inner = node.meta.get("module_path", "")
     owner = module_at(model, inner)

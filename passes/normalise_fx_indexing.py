@@ -18,8 +18,8 @@ def convert_indexing(graph: fx.Graph, node: fx.Node, tensors: set[fx.Node]) -> l
 
     Args:
         graph: the graph, which is changed.
-        node: any node; nodes other than sizes and operator.getitem are left alone, as are indices that need the
-            rank of the tensor, or that are tensors.
+        node: any node; nodes other than sizes and operator.getitem are left alone, as are indices that need
+            the rank of the tensor, or that are tensors.
         tensors: the nodes that are tensors.
 
     Returns:

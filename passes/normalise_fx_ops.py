@@ -37,7 +37,8 @@ def _first_unknown_write(graph_module: fx.GraphModule) -> str | None:
 
 
 class ConvertToAten(Pass):
-    """What the table knows becomes aten; the rest stays as it is, except writes in place, which must be known."""
+    """What the table knows becomes aten; the rest stays as it is, except writes in place, which must be
+    known."""
 
     ensures = (Condition("has no in-place method outside aten", _first_unknown_write),)
 
@@ -189,9 +190,9 @@ def _fits(value: Any, kind: str, tensors: set[fx.Node]) -> bool:
     if kind == "Tensor":
         # numbers stand for tensors in arithmetic ("mul.Tensor(x, 2)"), as torch.export writes it
         return value in tensors if isinstance(value, fx.Node) else isinstance(value, (int, float))
-    if kind.startswith("List[Tensor") or kind.startswith("List[Optional[Tensor"):
+    if kind.startswith(("List[Tensor", "List[Optional[Tensor")):
         return isinstance(value, (list, tuple)) and all(item is None or item in tensors for item in value)
-    if kind.startswith("List[int") or kind.startswith("List[SymInt"):
+    if kind.startswith(("List[int", "List[SymInt")):
         if isinstance(value, (list, tuple)):
             return all(_is_size(item, tensors) for item in value)
         return type(value) is int or (isinstance(value, fx.Node) and value not in tensors)

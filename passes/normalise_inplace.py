@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch._ops import OpOverload
 
 from qcompile.errors import CaptureError
@@ -21,6 +21,15 @@ _RENAMED: dict[OpOverload, OpOverload] = {
 }
 
 
+_VIEWS_OUTSIDE_THE_TABLE = ("narrow", "swapaxes", "swapdims", "moveaxis", "ravel", "diagonal", "tensor_split")
+_SAME_WITHOUT_TRAINING = (
+    _aten.dropout.default,
+    _aten.feature_dropout.default,
+    _aten.alpha_dropout.default,
+    _aten.feature_alpha_dropout.default,
+)
+
+
 def is_write(node: fx.Node) -> bool:
     """Whether a node writes into one of its arguments."""
     return is_aten(node) and node.target._schema.is_mutable  # type: ignore[union-attr]
@@ -32,15 +41,18 @@ def _first_write(graph_module: fx.GraphModule) -> str | None:
     )
 
 
+FUNCTIONAL = Condition("has no operator that writes in place", _first_write)
+
+
 def _may_alias(node: fx.Node) -> list[fx.Node]:
     """Arguments whose memory the result of a node may share."""
-    if node.op != "call_function":
-        return []
-    if node.target is operator.getitem:
-        return [argument for argument in node.all_input_nodes[:1]]
+    if node.op == "call_method" or node.target in (operator.getitem, getattr):
+        return node.all_input_nodes[:1]  # x.T, x.narrow(...), x.float(): may be a view
+    if node.op == "call_function" and getattr(node.target, "__name__", "") in _VIEWS_OUTSIDE_THE_TABLE:
+        return node.all_input_nodes[:1]
     if not is_aten(node):
         return []
-    if node.target in (_aten.dropout.default, _aten.feature_dropout.default, _aten.alpha_dropout.default):
+    if node.target in _SAME_WITHOUT_TRAINING:
         # no alias in the schema, but without training these return their argument itself
         arguments = arguments_of(node)
         return [] if arguments["train"] else [arguments["input"]]
@@ -58,7 +70,7 @@ class RemoveInPlace(Pass):
     raises. The update of BatchNorm's counter is dropped, since the BatchNorm modules count for themselves.
     """
 
-    ensures = (Condition("has no operator that writes in place", _first_write),)
+    ensures = (FUNCTIONAL,)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Raises: CaptureError if a write is seen through another view, or goes to a parameter or buffer."""
@@ -81,9 +93,9 @@ class RemoveInPlace(Pass):
             order[replacement] = order[node]
             # the result takes over the memory of what was written
             memory[replacement] = memory[written]
-            written.replace_all_uses_with(
-                replacement, delete_user_cb=lambda user, at=order[node]: order.get(user, at + 1) > at
-            )
+            for user in list(written.users):
+                if order.get(user, -1) > order[node]:
+                    user.replace_input_with(written, replacement)
             node.replace_all_uses_with(replacement)
             graph_module.graph.erase_node(node)
         return PassResult(graph_module, modified)
@@ -97,9 +109,10 @@ class RemoveInPlace(Pass):
                 continue
             late = [user for user in other.users if order.get(user, -1) > order[node]]
             if late:
+                reader = "forward" if late[0].op == "output" else source_of(late[0])
                 raise CaptureError(
-                    f"{source_of(node)}: the in-place {node.target} also changes what {source_of(late[0])} reads "
-                    "through another view; use the form without '_', or clone() before it"
+                    f"{source_of(node)}: the in-place {node.target} also changes what {reader} "
+                    "reads through another view; use the form without '_', or clone() before it"
                 )
 
 
@@ -115,7 +128,9 @@ def _written(node: fx.Node) -> fx.Node:
     target = written[0] if len(written) == 1 else None
     if isinstance(target, fx.Node) and (target is node.args[0] or target.op == "get_attr"):
         return target
-    raise CaptureError(f"{source_of(node)}: {node.target} writes into its arguments; use the form without 'out='")
+    raise CaptureError(
+        f"{source_of(node)}: {node.target} writes into its arguments; use the form without 'out='"
+    )
 
 
 def _drop_buffer_update(graph_module: fx.GraphModule, node: fx.Node, written: fx.Node) -> None:
@@ -140,4 +155,16 @@ def _functional(graph_module: fx.GraphModule, node: fx.Node) -> fx.Node:
     with graph_module.graph.inserting_before(node):
         replacement = graph_module.graph.call_function(functional, node.args, node.kwargs)
     replacement.meta = dict(node.meta)
-    return replacement
+    return _with_dtype_of(graph_module, node, replacement)
+
+
+def _with_dtype_of(graph_module: fx.GraphModule, node: fx.Node, replacement: fx.Node) -> fx.Node:
+    """In place the dtype stays; the functional form may promote to that of another argument."""
+    values = [one.meta.get("val") for one in node.all_input_nodes]
+    dtypes = [value.dtype for value in values if isinstance(value, Tensor)]
+    if not dtypes or all(torch.promote_types(dtypes[0], dtype) == dtypes[0] for dtype in dtypes):
+        return replacement
+    with graph_module.graph.inserting_before(node):
+        cast = graph_module.graph.call_function(_aten.to.dtype, (replacement, dtypes[0]))
+    cast.meta = dict(node.meta)
+    return cast

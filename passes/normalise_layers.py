@@ -9,25 +9,20 @@ from typing import Any
 from torch import fx, nn
 
 from qcompile.passes.layer_from_node import Layer, Origin, layer_of
-from qcompile.passes.manager import Condition, Pass, PassResult
+from qcompile.passes.manager import Pass, PassResult
 from qcompile.passes.module_tree import module_at, place_module, tensor_at
 from qcompile.passes.normalise_arguments import arguments_of, is_aten
-from qcompile.passes.normalise_inplace import is_write
-
-
-def _first_write(graph_module: fx.GraphModule) -> str | None:
-    return next(
-        (f"'{node.name}' writes in place" for node in graph_module.graph.nodes if is_write(node)), None
-    )
+from qcompile.passes.normalise_inplace import FUNCTIONAL
 
 
 class LiftLayers(Pass):
-    """`aten.conv2d(x, get_attr conv.weight, ...)` becomes `call_module conv (x,)`, and so for all weighted layers.
+    """`aten.conv2d(x, get_attr conv.weight, ...)` becomes `call_module conv (x,)`, and so for all weighted
+    layers.
 
     The module is made from the call's own arguments, so a subclass of nn.Conv2d that pads by itself and calls
-    F.conv2d with padding 0 becomes a convolution without padding. Calls that no module under the weight's own name
-    can express (a computed weight, a weight under another attribute name, one weight with two geometries) stay as
-    they are.
+    F.conv2d with padding 0 becomes a convolution without padding. Calls that no module under the weight's own
+    name can express (a computed weight, a weight under another attribute name, one weight with two
+    geometries) stay as they are.
 
     Args:
         model: the (copied) user's model; norms take momentum and kind from its modules.
@@ -35,7 +30,7 @@ class LiftLayers(Pass):
         only: paths that may become modules; None: all.
     """
 
-    requires = (Condition("has no operator that writes in place", _first_write),)
+    requires = (FUNCTIONAL,)
 
     def __init__(self, model: nn.Module, training: bool, only: Collection[str] | None = None) -> None:
         self._model = model

@@ -10,7 +10,7 @@ from torch import fx
 
 from qcompile.passes.manager import Condition, Pass, PassResult
 from qcompile.passes.normalise_arguments import arguments_of, is_aten
-from qcompile.passes.normalise_inplace import is_write
+from qcompile.passes.normalise_inplace import FUNCTIONAL
 
 _aten = torch.ops.aten
 SLICE_END = 2**63 - 1  # what export writes for an open end
@@ -47,20 +47,14 @@ _IDENTITY_IF: dict[Any, Callable[[dict[str, Any]], bool]] = {
 }
 
 
-def _first_write(graph_module: fx.GraphModule) -> str | None:
-    return next(
-        (f"'{node.name}' writes in place" for node in graph_module.graph.nodes if is_write(node)), None
-    )
-
-
 class RemoveMemoryLayout(Pass):
     """Copies that only arrange memory (`clone`, `contiguous`) are bypassed, and `view` becomes `reshape`.
 
-    The same function once nothing writes in place, hence the requirement; a `view` would fail on memory that the
-    user's `contiguous()` no longer arranges.
+    The same function once nothing writes in place, hence the requirement; a `view` would fail on memory that
+    the user's `contiguous()` no longer arranges.
     """
 
-    requires = (Condition("has no operator that writes in place", _first_write),)
+    requires = (FUNCTIONAL,)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         modified = False
@@ -80,7 +74,7 @@ class RemoveMemoryLayout(Pass):
 class RemoveNoOps(Pass):
     """Identities are bypassed: dropout that is switched off, slices of everything, detached constants."""
 
-    requires = (Condition("has no operator that writes in place", _first_write),)
+    requires = (FUNCTIONAL,)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         modified = False

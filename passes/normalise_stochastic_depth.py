@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import fx, nn
@@ -45,12 +45,16 @@ class LiftStochasticDepth(Pass):
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         notes: list[str] = []
         for node in list(graph_module.graph.nodes):
-            if not is_aten(node) or node.target is not _aten.mul.Tensor:
-                continue
-            match = _product(node.args[0], node.args[1]) or _product(node.args[1], node.args[0])
+            match = _wrapped(node)
+            if is_aten(node) and node.target is _aten.mul.Tensor:
+                match = _product(node.args[0], node.args[1]) or _product(node.args[1], node.args[0])
             if match is None:
                 continue
             x, mask, scale = match
+            if mask.survival == 1.0:
+                node.replace_all_uses_with(x)
+                graph_module.graph.erase_node(node)
+                continue
             settings: dict[str, Any] = {
                 "p": round(1.0 - mask.survival, 12),
                 "mode": mask.mode,
@@ -68,6 +72,17 @@ class LiftStochasticDepth(Pass):
             )
             notes.append(f"'{target}' is stochastic depth with p={settings['p']}")
         return PassResult(graph_module, bool(notes), tuple(notes))
+
+
+def _wrapped(node: fx.Node) -> tuple[fx.Node, _Mask, bool] | None:
+    """Match torchvision's function, which symbolic tracing keeps as one call."""
+    if node.op != "call_function" or getattr(node.target, "__name__", "") != "stochastic_depth":
+        return None
+    call = dict(zip(("input", "p", "mode", "training"), node.args, strict=False)) | node.kwargs
+    x, p, mode = call["input"], call["p"], call["mode"]
+    if not isinstance(x, fx.Node) or not isinstance(p, (int, float)) or mode not in ("row", "batch"):
+        return None
+    return x, _Mask(1.0 - p if call.get("training", True) else 1.0, mode), True  # type: ignore[arg-type]
 
 
 def _product(x: Any, random: Any) -> tuple[fx.Node, _Mask, bool] | None:
@@ -104,7 +119,7 @@ def _shaped(survival: Any, size: Any) -> _Mask | None:
         return None
     if isinstance(size, fx.Node) and size.target is operator.add:
         # without examples "(x.shape[0],) + (1,) * (x.ndim - 1)" is not evaluated
-        first, ones = size.args
+        first, ones = size.args[:2]
         if isinstance(first, (list, tuple)) and _calls(ones, (operator.mul,)) and ones.args[0] in ((1,), [1]):
             size = first
     if isinstance(size, (list, tuple)) and size and all(one == 1 for one in size[1:]):
@@ -115,5 +130,5 @@ def _shaped(survival: Any, size: Any) -> _Mask | None:
     return None
 
 
-def _calls(node: Any, targets: tuple[Any, ...]) -> bool:
+def _calls(node: Any, targets: tuple[Any, ...]) -> TypeGuard[fx.Node]:
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets

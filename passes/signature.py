@@ -1,4 +1,5 @@
-"""How a user's call maps to the flat tensors of a graph, and a graph's flat outputs back to the user's structure."""
+"""How a user's call maps to the flat tensors of a graph, and a graph's flat outputs back to the user's
+structure."""
 
 from __future__ import annotations
 
@@ -106,7 +107,8 @@ class CallSignature:
             One tensor per placeholder, in order.
 
         Raises:
-            InvalidArgument: if an input is missing, unknown, or differs in structure, shape or constant value.
+            InvalidArgument: if an input is missing, unknown, or differs in structure, shape or constant
+                value.
             InvalidInputType: if a leaf is not a tensor or has another dtype than at capture.
         """
         given = self._by_name(args, dict(kwargs or {}))
@@ -116,14 +118,14 @@ class CallSignature:
             if spec != parameter.spec:
                 raise InvalidArgument(
                     f"input '{parameter.name}' has structure {_in_words(spec)} but was captured as "
-                    f"{_in_words(parameter.spec)}; prepare the model again with an example of the new structure"
+                    f"{_in_words(parameter.spec)}; prepare the model again with such an example"
                 )
             for leaf, value in zip(parameter.leaves, leaves, strict=True):
                 if isinstance(leaf, Constant):
                     if type(value) is not type(leaf.value) or value != leaf.value:
                         raise InvalidArgument(
-                            f"input '{parameter.name}' is {value!r} but {leaf.value!r} was compiled into the graph; "
-                            "prepare the model again with the new value"
+                            f"input '{parameter.name}' is {value!r} but {leaf.value!r} was compiled into "
+                            "the graph; prepare the model again with the new value"
                         )
                 else:
                     flat[leaf] = self.inputs[leaf].check(value)

@@ -52,7 +52,7 @@ def _structure(value: Any, inputs: int | None, depth: int) -> Any:
         if (
             kind == "tensor"
             and type(content) is int
-            and 0 <= content
+            and content >= 0
             and (inputs is None or content < inputs)
         ):
             return Leaf(content)

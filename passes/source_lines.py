@@ -31,8 +31,14 @@ def line_of_stack(stack_trace: str | None) -> str | None:
     return f"{Path(found[-1]['file']).name}:{found[-1]['line']}" if found else None
 
 
+def origin_of(stack_trace: str | None, module_path: str) -> dict[str, str]:
+    """What a node remembers: its "module_path", and its "source" where a line outside torch is known."""
+    line = line_of_stack(stack_trace)
+    return {"module_path": module_path} | ({"source": line} if line else {})
+
+
 def line_of_error(error: BaseException) -> str | None:
-    """Innermost line outside torch, as "file.py:12 (code)", that an exception passed through; None if there is none.
+    """Innermost line outside torch, as "file.py:12 (code)", that an exception passed through; or None.
 
     The chain of causes is searched as well, because torch re-raises errors of the traced code.
     """
@@ -47,7 +53,6 @@ def line_of_error(error: BaseException) -> str | None:
 
 
 def source_of(node: fx.Node) -> str:
-    """Where a node comes from: "file.py:12" of the user's code, else the layer that made it, else "unknown line"."""
-    source = node.meta.get("source") or UNKNOWN_LINE
+    """Where a node comes from: "file.py:12" of the user's code, else its layer, else "unknown line"."""
     path = node.meta.get("module_path")
-    return f"layer '{path}'" if source == UNKNOWN_LINE and path else source
+    return node.meta.get("source") or (f"layer '{path}'" if path else UNKNOWN_LINE)

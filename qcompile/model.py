@@ -223,15 +223,30 @@ def as_prepared(model: nn.Module) -> QuantModel:
 
 
 def modes(model: nn.Module) -> tuple[int | str, ...]:
-    """The prepared modes: bit-widths, or names such as `w2a4` where weights and activations differ."""
+    """The modes of a prepared or loaded model, increasing.
+
+    Args:
+        model: from `qcompile.prepare` or `qcompile.load`.
+
+    Returns:
+        Bit-widths, or names such as `w2a4` where weights and activations differ.
+
+    Raises:
+        InvalidInputType: if the model is neither.
+    """
     return tuple(mode.label for mode in as_multi_mode(model).prepared_modes)
 
 
 def set_bits(model: nn.Module, bits: int | str | Mode) -> None:
     """Make one prepared mode the active one. No weights are copied.
 
+    Args:
+        model: from `qcompile.prepare` or `qcompile.load`.
+        bits: a bit-width, a name such as `w2a4`, or a `Mode`.
+
     Raises:
         InvalidArgument: if the mode was not prepared; the message lists those that were.
+        InvalidInputType: if the model was neither prepared nor loaded.
     """
     checked = as_multi_mode(model)
     checked.active = find_mode(bits, checked.prepared_modes)
@@ -239,7 +254,16 @@ def set_bits(model: nn.Module, bits: int | str | Mode) -> None:
 
 @contextmanager
 def bits(model: nn.Module, value: int | str | Mode) -> Iterator[nn.Module]:
-    """Run a block at one mode and return to the previous one afterwards."""
+    """Run a block at one mode and return to the previous one afterwards.
+
+    Args:
+        model: from `qcompile.prepare` or `qcompile.load`; it is what the block is given.
+        value: a bit-width, a name such as `w2a4`, or a `Mode`.
+
+    Raises:
+        InvalidArgument: if the mode was not prepared.
+        InvalidInputType: if the model was neither prepared nor loaded.
+    """
     checked = as_multi_mode(model)
     before = checked.active
     set_bits(checked, value)
@@ -252,8 +276,16 @@ def bits(model: nn.Module, value: int | str | Mode) -> Iterator[nn.Module]:
 def at(model: nn.Module, bits: int | str | Mode) -> ModeView:
     """A view of the model at one mode, for threads, teachers and serving; it shares every parameter.
 
+    Args:
+        model: from `qcompile.prepare` or `qcompile.load`.
+        bits: a bit-width, a name such as `w2a4`, or a `Mode`.
+
+    Returns:
+        A module that is called like the model; the active mode of the model does not matter to it.
+
     Raises:
         InvalidArgument: if the mode was not prepared.
+        InvalidInputType: if the model was neither prepared nor loaded.
     """
     checked = as_multi_mode(model)
     return ModeView(checked, find_mode(bits, checked.prepared_modes))

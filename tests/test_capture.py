@@ -134,7 +134,8 @@ def test_canonical_operators_of_a_residual_network() -> None:
     block = ["conv1", "bn1", "aten.relu.default", "conv2", "bn2"]
     expected = [
         "x", "conv1", "bn1", "aten.relu.default",
-        *(f"layer1.0.{one}" if "." not in one else one for one in block), "aten.add.Tensor", "aten.relu.default",
+        *(f"layer1.0.{one}" if "." not in one else one for one in block),
+        "aten.add.Tensor", "aten.relu.default",
         *(f"layer1.1.{one}" if "." not in one else one for one in block),
         "aten.slice.Tensor", "aten.slice.Tensor", "aten.pad.default", "aten.add.Tensor", "aten.relu.default",
         "aten.mean.dim", "linear", "output",

@@ -1,0 +1,130 @@
+"""Commands and their options; each calls the same functions that Python users call."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from ..version import __version__
+from .tables import print_json, print_table
+
+app = typer.Typer(
+    name="qcompile",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="One low-bit model for every device: quantise, inspect, verify and lower .qcm files. "
+    "--debug anywhere shows tracebacks.",
+)
+
+File = Annotated[Path, typer.Argument(help="A .qcm file.")]
+Bits = Annotated[Optional[str], typer.Option("--bits", help="A mode, for example 2 or w2a4.")]  # noqa: UP045
+Json = Annotated[bool, typer.Option("--json", help="Print JSON in place of a table.")]
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"qcompile {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    pass
+
+
+@app.command(epilog="Example: qcompile quantize net:build --weights w.safetensors --calibrate data.npz -o net.qcm")
+def quantize(
+    factory: Annotated[str, typer.Argument(help="module:function that returns the float model.")],
+    calibrate: Annotated[Path, typer.Option(help=".npz with inputs in `x` (or its first array).")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The .qcm file to write.")],
+    weights: Annotated[Optional[Path], typer.Option(help="safetensors file with the model's state dict.")] = None,  # noqa: UP045
+    scheme: Annotated[str, typer.Option(help="Quantisation scheme.")] = "vertical",
+    bits: Annotated[Optional[str], typer.Option(help="Bit-widths, for example 2,3,4.")] = None,  # noqa: UP045
+    modes: Annotated[Optional[str], typer.Option(help="In place of --bits: w2a2,w4a8.")] = None,  # noqa: UP045
+    skip: Annotated[Optional[list[str]], typer.Option(help="A layer to leave in float; repeatable.")] = None,  # noqa: UP045
+    batch: Annotated[int, typer.Option(help="Samples per calibration batch.")] = 64,
+) -> None:
+    """Quantise without training: step sizes and batch normalisation from sample inputs."""
+    from .quantize import quantize_command
+
+    quantize_command(factory, weights, scheme, bits, modes, skip or [], calibrate, batch, output)
+
+
+@app.command(epilog="Example: qcompile inspect model.qcm --json")
+def inspect(file: File, json: Json = False) -> None:
+    """Show modes, sections, layers, sizes, BitOPs and checksums of a file."""
+    from .inspect import inspect_command
+
+    inspect_command(file, json)
+
+
+@app.command("eval", epilog="Example: qcompile eval model.qcm --data test.npz --bits 2")
+def evaluate(
+    file: File,
+    data: Annotated[Path, typer.Option(help=".npz with inputs in `x` and labels in `y`.")],
+    bits: Bits = None,
+    target: Annotated[Optional[str], typer.Option(help="Run it lowered to this target.")] = None,  # noqa: UP045
+    batch: Annotated[int, typer.Option(help="Samples per call.")] = 64,
+    json: Json = False,
+) -> None:
+    """Top-1 accuracy of every mode (or of one) on labelled inputs."""
+    from .evaluate import evaluate_command
+
+    evaluate_command(file, data, bits, target, batch, json)
+
+
+@app.command(epilog="Example: qcompile lower model.qcm --target onnx-qdq --bits 2 -o build/")
+def lower(
+    file: File,
+    target: Annotated[str, typer.Option(help="See `qcompile targets`.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    bits: Bits = None,
+    batch: Annotated[int, typer.Option(help="Samples per call of the lowered model.")] = 1,
+) -> None:
+    """Compile one mode for a target and write what a device needs."""
+    from ..lower import lower as lower_model
+
+    for path in lower_model(file, target, bits, batch).export(output):
+        print(path)
+
+
+@app.command(epilog="Example: qcompile verify model.qcm --target onnx-qdq --data test.npz")
+def verify(
+    file: File,
+    target: Annotated[Optional[str], typer.Option(help="Check this target too; default: the integer graph.")] = None,  # noqa: UP045
+    bits: Bits = None,
+    data: Annotated[Optional[Path], typer.Option(help=".npz with inputs; default: random inputs.")] = None,  # noqa: UP045
+    samples: Annotated[int, typer.Option(help="How many samples to check.")] = 16,
+    json: Json = False,
+) -> None:
+    """Prove that a mode computes exactly its integers; exit code 1 if it does not."""
+    from .verify import verify_command
+
+    if not verify_command(file, target, bits, data, samples, json):
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: qcompile targets --json")
+def targets(json: Json = False) -> None:
+    """List what models can be lowered to."""
+    from ..registry import find_target
+    from ..registry import targets as names
+
+    rows = [{"target": name, "summary": find_target(name).summary} for name in names()]
+    print_json(rows) if json else print_table("Targets", rows)
+
+
+@app.command(epilog="Example: qcompile demo")
+def demo(
+    output: Annotated[Optional[Path], typer.Option("--output", "-o", help="Keep the .qcm file here.")] = None,  # noqa: UP045
+    json: Json = False,
+) -> None:
+    """Train a small network on scikit-learn's digits, save it, lower it, and print what every mode does."""
+    from .demo import demo_command
+
+    demo_command(output, json)

@@ -1,0 +1,52 @@
+"""`qcompile eval`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InvalidArgument
+from ..file.load import load
+from ..lower import lower
+from ..model import at
+from .data import read_labelled
+from .tables import print_json, print_table
+
+
+def evaluate_command(
+    file: Path, data: Path, bits: str | None, target: str | None, batch: int, as_json: bool
+) -> None:
+    """Print top-1 accuracy per mode."""
+    if batch < 1:
+        raise InvalidArgument(f"--batch must be at least 1, not {batch}")
+    x, y = read_labelled(data)
+    model = load(file, bits=bits)
+    rows: list[dict[str, Any]] = []
+    for mode in model.prepared_modes:
+        run: Callable[..., Any] = at(model, mode)
+        if target is not None:
+            run = lower(model, target, bits=mode, batch=batch)
+        accuracy = top1(run, x, y, batch)
+        rows.append({"mode": mode.label, "target": target or "torch", "samples": len(y), "accuracy %": accuracy})
+    print_json(rows) if as_json else print_table(f"Accuracy of {file.name}", rows)
+
+
+def top1(run: Callable[..., Any], x: Tensor, y: Tensor, batch: int) -> float:
+    """Top-1 accuracy in percent; the last batch is filled up, since lowered models have a fixed batch size.
+
+    Raises:
+        InvalidArgument: if the model does not return (batch, classes).
+    """
+    correct = 0
+    for start in range(0, len(y), batch):
+        part = x[start : start + batch]
+        filled = torch.cat([part, part[-1:].expand(batch - len(part), *part.shape[1:])])
+        outputs = run(filled)
+        if not isinstance(outputs, Tensor) or outputs.dim() != 2:
+            raise InvalidArgument("accuracy needs a model that returns one tensor of (batch, classes)")
+        correct += int((outputs[: len(part)].argmax(1) == y[start : start + batch]).sum())
+    return 100.0 * correct / len(y)

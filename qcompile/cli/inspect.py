@@ -1,0 +1,69 @@
+"""`qcompile inspect`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..costs import layer_costs
+from ..file.container import Container
+from ..file.load import load
+from ..modes import Mode
+from .tables import print_json, print_table
+
+
+def inspect_command(file: Path, as_json: bool) -> None:
+    """Print what a file holds; every section that is there is read and its checksum compared."""
+    description = describe(file)
+    if as_json:
+        print_json(description)
+        return
+    print(f"{file}: scheme {description['scheme']}, {description['bytes']} bytes")
+    print_table("Modes", description["modes"])
+    print_table("Sections", description["sections"])
+    print_table("Layers", description["layers"])
+
+
+def describe(file: Path) -> dict[str, Any]:
+    """Modes, sections and layers of a file, as JSON values.
+
+    Raises:
+        FileFormatError: if a section does not match its checksum.
+    """
+    with Container.open(file) as container:
+        available = container.available
+        present = {name for mode in available for name in container.sections_of(mode)}
+        for name in present:
+            container.read(name)
+        sections = [
+            {
+                "section": section.name,
+                "kind": section.kind,
+                "bytes": section.length,
+                "state": "ok" if section.name in present else "not in this file",
+                "sha256": section.sha256[:16],
+            }
+            for section in container.sections
+        ]
+        modes = [
+            {
+                "mode": Mode.parse(mode.name).label,
+                "weight bits": mode.weight_bits,
+                "activation bits": mode.activation_bits,
+                "bytes to read": container.end_of(mode.name),
+                "available": mode.name in available,
+            }
+            for mode in container.modes
+        ]
+        size, scheme, records = container.size, container.model.get("scheme"), container.model.get("layers", [])
+    layers = {name: {"layer": name, "state": "quantised" if done else reason} for name, done, reason in records}
+    if available:
+        model = load(file)
+        for mode in model.prepared_modes:
+            costs = layer_costs(model.integer_model(mode), model.known_shapes())
+            for cost in costs:
+                layers.setdefault(cost.name, {"layer": cost.name, "state": ""})["MACs"] = cost.macs
+                layers[cost.name][f"bytes at {mode.label}"] = cost.weight_bytes
+            listed = next(one for one in modes if one["mode"] == mode.label)
+            listed["BitOPs of quantised layers"] = sum(cost.bitops for cost in costs if cost.weight_bits < 32)
+    return {"scheme": scheme, "bytes": size, "modes": modes, "sections": sections, "layers": list(layers.values())}

@@ -1,0 +1,160 @@
+"""Compare the target with the reference that runs on its own values from the inputs on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import fx
+
+from .chain import ReferenceGraph, as_array
+from .checks import NodeCheck
+from .report import Difference, EndToEnd
+from .subject import Subject
+
+#: Outputs agree to this fraction of the largest one, where no code differs.
+LOGITS_ERROR = 1e-5
+
+
+class EndToEndCheck:
+    """Collects differing codes and output errors over all pieces of the inputs.
+
+    Args:
+        graph: the expected graph.
+        subject: what is checked.
+    """
+
+    def __init__(self, graph: ReferenceGraph, subject: Subject) -> None:
+        self.graph, self.subject = graph, subject
+        self.causes: dict[str, str | None] = {}
+        self.compared = 0
+        self.untapped_equal = True
+        self.failures: list[str] = []
+        self._totals: dict[str, int] = {}
+        self._different: dict[str, tuple[int, str | None]] = {}
+        self._logits, self._own_logits = _OutputError(), _OutputError()
+
+    def start_piece(self) -> None:
+        """Forget what fed what in the previous piece."""
+        self.causes = {}
+
+    def is_code(self, node: fx.Node) -> bool:
+        """Whether the node holds codes that a layer or pool reads, not a high-precision tensor."""
+        if self.graph.model.operator_name(node) not in ("requantize", "quantize"):
+            return False
+        low, high = node.args[-2:]
+        return bool(low >= -128 and high <= 255)
+
+    def compare(self, node: fx.Node, ours: Any, theirs: Any | None, check: NodeCheck, flips: int) -> None:
+        """Compare a node's value from the reference chain with the target's.
+
+        Args:
+            node: the node.
+            ours: the reference's value.
+            theirs: the target's, None if it was not tapped.
+            check: the node's layer check of this piece.
+            flips: how many flips the node had before this piece.
+        """
+        cause = next((c for one in node.all_input_nodes if (c := self.causes.get(one.name))), None)
+        if cause is None and node.name in self.graph.islands and not self.subject.in_process:
+            cause = "island"
+        if self.is_code(node) and theirs is not None:
+            self._compare_codes(node, as_array(ours), as_array(theirs), cause, len(check.flips) > flips)
+        if cause is None and len(check.flips) > flips:
+            cause = "flip"
+        if cause is None and check.rounds:
+            cause = "rounding"
+        if cause is None and (check.mismatches or node.name in self._different):
+            cause = "difference"
+        self.causes[node.name] = cause
+
+    def _compare_codes(
+        self, node: fx.Node, ours: NDArray[Any], theirs: NDArray[Any], cause: str | None, flipped: bool
+    ) -> None:
+        self.compared += ours.size
+        self._totals[node.name] = self._totals.get(node.name, 0) + ours.size
+        same_shape = ours.shape == theirs.shape
+        count = int(np.count_nonzero(ours != theirs)) if same_shape else ours.size
+        if not count:
+            return
+        if cause is None and flipped:
+            cause = "flip"
+        before, known = self._different.get(node.name, (0, cause))
+        self._different[node.name] = (before + count, None if known is None else cause)
+
+    def compare_outputs(
+        self, ours: Sequence[Any], own: Sequence[Any], theirs: Sequence[Any], untapped: Sequence[Any]
+    ) -> None:
+        """Compare one piece of the outputs.
+
+        Args:
+            ours: the reference's, from the inputs on.
+            own: the reference's, fed with the target's own values.
+            theirs: the target's.
+            untapped: those of the run without taps.
+        """
+        for index, (a, b, c, d) in enumerate(zip(ours, own, theirs, untapped, strict=True)):
+            tapped, plain = as_array(c), as_array(d)
+            self._logits.add(index, as_array(a), tapped)
+            self._own_logits.add(index, as_array(b), tapped)
+            same = tapped.shape == plain.shape and tapped.dtype == plain.dtype
+            if not same or tapped.tobytes() != plain.tobytes():
+                self.untapped_equal = False
+
+    def result(self, has_flips: bool) -> EndToEnd:
+        """The record for the report; failures are collected in `failures`."""
+        differences = []
+        for node in self.graph.nodes:
+            if node.name in self._different:
+                count, behind = self._different[node.name]
+                layer = self.graph.layer(node)
+                differences.append(Difference(layer, node.name, count, self._totals[node.name], behind))
+                if behind is None:
+                    self.failures.append(
+                        f"layer {layer!r}: {count} codes differ end to end, and no float operator or flip feeds it"
+                    )
+        logits, own = self._logits.relative(), self._own_logits.relative()
+        if own > LOGITS_ERROR:
+            self.failures.append(f"outputs: {own:.1e} of the largest away from what the last codes give")
+        elif logits > LOGITS_ERROR and not differences and not has_flips:
+            self.failures.append(f"outputs: {logits:.1e} of the largest away from the reference")
+        if not self.untapped_equal:
+            self.failures.append("outputs: the untapped run differs from the tapped one")
+        codes = [node for node in self.graph.nodes if self.is_code(node)]
+        required = self.subject.in_process or any(node.name not in self.graph.islands for node in codes)
+        return EndToEnd(required, self.compared, tuple(differences), logits, own, self.untapped_equal)
+
+
+class _OutputError:
+    """Largest difference relative to the largest value, per output, over all pieces."""
+
+    def __init__(self) -> None:
+        self.difference: dict[int, float] = {}
+        self.largest: dict[int, float] = {}
+
+    def add(self, index: int, expected: NDArray[Any], actual: NDArray[Any]) -> None:
+        worst = float("inf")
+        if expected.shape == actual.shape:
+            a, b = expected.astype(np.float64), actual.astype(np.float64)
+            with np.errstate(invalid="ignore"):
+                distance = np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0.0, np.abs(a - b))
+            worst = float("inf") if np.isnan(distance).any() else float(distance.max(initial=0.0))
+            largest = float(np.abs(a[np.isfinite(a)]).max(initial=0.0))
+            self.largest[index] = max(self.largest.get(index, 0.0), largest)
+        self.difference[index] = max(self.difference.get(index, 0.0), worst)
+
+    def relative(self) -> float:
+        return max(
+            (worst / (self.largest.get(index) or 1.0) for index, worst in self.difference.items()),
+            default=0.0,
+        )
+
+
+def values_equal(ours: Any, theirs: Any) -> bool:
+    """Whether two values of a chain are the same numbers, NaN included, so that one may stand for the other."""
+    a, b = as_array(ours), as_array(theirs)
+    if a.shape != b.shape or (a.dtype.kind == "f") != (b.dtype.kind == "f"):
+        return False
+    return bool(np.array_equal(a, b, equal_nan=a.dtype.kind == "f"))

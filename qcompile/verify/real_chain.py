@@ -1,0 +1,262 @@
+"""The training graph's eval-mode meaning in float64, from the trained parameters, against the integer codes.
+
+Every quantised tensor restarts the chain: its value is that of the codes under test. So each tensor between
+two quantisers is a real number that depends on codes and parameters alone, and its code must be the nearest
+one. Nothing here knows of multipliers or shifts; a fold that lost or changed something shows up as codes
+that lie beyond the rounding interval of their real value.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from ..model import QuantModel
+from ..modes import Mode
+from ..passes.batchnorm import ModeBatchNorm
+from ..passes.integer_model import IntegerModel
+from ..passes.layers import QuantizedLayer
+from ..passes.mode_input import MODE_INPUT
+from ..passes.quantizers import ActivationQuantizer
+from . import reference
+from .chain import as_array
+from .formulas import DeclaredFormulas, ReferenceGrid, ReferenceWeight, SchemeFormulas, find_formulas
+from .structure import array_difference
+
+#: A code may lie this far beyond the rounding interval of its real value, in codes, ...
+FOLD_ERROR = 2.0**-12
+
+#: ... plus what rounding the multipliers to integers may do, plus this fraction of the tensor's largest
+#: value, because float32 operators take part, ...
+FLOAT_ERROR = 2.0**-16
+
+#: and outputs of the float64 chain differ by at most this much of the largest.
+OUTPUT_ERROR = 1e-4
+
+
+class RealChain:
+    """One mode of a prepared model in float64.
+
+    Args:
+        model: the prepared model.
+        mode: the mode.
+        expected: its integer graph; its nodes tell which codes belong to which quantiser.
+
+    Attributes:
+        recomputed: whether the scheme's formula is independent of the conversion.
+        fold_errors: per node of the integer graph, how far a real value lies beyond the rounding interval of
+            its code at most, in codes.
+        output_error: largest difference of an output, relative to the largest output.
+    """
+
+    def __init__(self, model: QuantModel, mode: Mode, expected: IntegerModel) -> None:
+        self.model, self.mode, self.row = model, mode, model.row(mode)
+        formulas = find_formulas(model.scheme.name)
+        self.recomputed = formulas is not None
+        self.formulas: SchemeFormulas = DeclaredFormulas() if formulas is None else formulas
+        self.expected = expected
+        self.fold_errors: dict[str, float] = {}
+        self.output_error = 0.0
+        self._failures: dict[str, str] = {}
+        self._weights: dict[str, ReferenceWeight] = {}
+        self._codes: dict[str, list[fx.Node]] = defaultdict(list)
+        for node in expected.graph.nodes:
+            if expected.operator_name(node) in ("requantize", "quantize"):
+                self._codes[str(node.meta["layer"])].append(node)
+
+    # ---- what holds the weights ---------------------------------------------------------------------------
+
+    def weight_differences(self) -> list[str]:
+        """One line per layer whose codes or offset in the integer graph are not those of the formula."""
+        lines = []
+        for node in self.expected.graph.nodes:
+            if not self.expected.operator_name(node).startswith("accumulate_"):
+                continue
+            path = str(node.meta["layer"])
+            weight = self._weight(path)
+            codes = as_array(self.expected.constant(node.args[1])).astype(np.int64)
+            found = array_difference(weight.codes, codes)
+            if found is not None:
+                lines.append(f"layer {path!r}: weight code {found} by the scheme's formula")
+            if (weight.numerator, weight.shift) != (node.args[2], node.args[3]):
+                lines.append(
+                    f"layer {path!r}: weight offset is {node.args[2]} / 2^{node.args[3]}, "
+                    f"expected {weight.numerator} / 2^{weight.shift} by the scheme's formula"
+                )
+        return lines
+
+    def _weight(self, path: str) -> ReferenceWeight:
+        if path not in self._weights:
+            layer = self.model.get_submodule(path)
+            assert isinstance(layer, QuantizedLayer)
+            self._weights[path] = self.formulas.weight(self.model, layer, self.mode)
+        return self._weights[path]
+
+    # ---- the chain ----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def run(
+        self, inputs: Sequence[Tensor], codes: Mapping[str, Any], outputs: Sequence[NDArray[Any]]
+    ) -> None:
+        """Compare one piece of the inputs.
+
+        Args:
+            inputs: flat inputs.
+            codes: arrays of codes by node name of the integer graph.
+            outputs: the reference's outputs.
+        """
+        values: dict[fx.Node, Any] = {}
+        remaining, calls = iter(inputs), defaultdict(int)
+        for node in self.model.graph.nodes:
+            if node.op == "placeholder":
+                values[node] = None if node.meta.get(MODE_INPUT) else _double(next(remaining).cpu())
+            elif node.op == "output":
+                real = fx.map_arg(node.args[0], lambda one: values[one])
+                self._compare_outputs(real, outputs)
+            elif node.op == "call_module":
+                module = self.model.get_submodule(str(node.target))
+                x = values[node.all_input_nodes[0]]
+                if isinstance(module, ActivationQuantizer):
+                    path = str(node.target)
+                    values[node] = self._quantised(path, calls[path], module, x, codes)
+                    calls[path] += 1
+                else:
+                    values[node] = self._module(str(node.target), module, x)
+            elif node.op == "get_attr":
+                values[node] = _double(_attribute(self.model, str(node.target)))
+            else:
+                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda one: values[one])
+                values[node] = pytree.tree_map_only(Tensor, _double, node.target(*args, **kwargs))
+
+    def failures(self) -> list[str]:
+        """One line per quantiser or output where the integer graph is not the real chain."""
+        return list(self._failures.values())
+
+    def _quantised(
+        self, path: str, call: int, module: ActivationQuantizer, x: Tensor, codes: Mapping[str, Any]
+    ) -> Tensor:
+        grid = self.formulas.activation(self.model, module, self.mode)
+        nodes = self._codes[path]
+        node = nodes[call] if call < len(nodes) else None
+        if node is None:  # no quantised layer reads it
+            assert grid is not None
+            return (x / grid.step).round().clamp(grid.low, grid.high) * grid.step
+        array = as_array(codes[node.name]).astype(np.float64)
+        if grid is None:
+            return torch.from_numpy(array * float(node.meta["unit"]))
+        self._compare_codes(path, node, grid, x.numpy(), array, codes)
+        return torch.from_numpy(array * grid.step)
+
+    def _compare_codes(
+        self,
+        path: str,
+        node: fx.Node,
+        grid: ReferenceGrid,
+        x: NDArray[np.float64],
+        codes: NDArray[np.float64],
+        values: Mapping[str, Any],
+    ) -> None:
+        if codes.shape != x.shape:
+            self._failures[node.name] = f"layer {path!r}: codes have shape {codes.shape}, expected {x.shape}"
+            return
+        real = x / grid.step
+        bound = FOLD_ERROR + FLOAT_ERROR * float(np.abs(real[np.isfinite(real)]).max(initial=0.0))
+        clipped = np.clip(np.nan_to_num(real, nan=0.0), grid.low, grid.high)
+        beyond = np.abs(clipped - codes) - 0.5
+        worst = float(beyond.max(initial=0.0))
+        self.fold_errors[node.name] = max(self.fold_errors.get(node.name, 0.0), worst)
+        if worst <= bound or node.name in self._failures:
+            return
+        excess = beyond - bound - self._multiplier_rounding(node, values)
+        count = int(np.count_nonzero(excess > 0))
+        if count:
+            index = np.unravel_index(int(excess.argmax()), excess.shape)
+            self._failures[node.name] = (
+                f"layer {path!r}: {count} of {codes.size} codes are not the nearest to the real value of the "
+                f"trained chain; worst at {[int(i) for i in index]}: code {int(codes[index])} for {real[index]:.4f}"
+            )
+
+    def _multiplier_rounding(self, node: fx.Node, values: Mapping[str, Any]) -> NDArray[np.float64] | float:
+        """Half a unit in the last place of every multiplier and of the constant, in codes."""
+        if self.expected.operator_name(node) != "requantize":
+            return 0.0
+        inputs: Any = node.args[0]
+        shift: Any = node.args[3]
+        total = sum(
+            (np.abs(as_array(values[one.name]).astype(np.float64)) for one in inputs), np.float64(1.0)
+        )
+        return np.asarray(total) * 2.0 ** -(shift + 1)
+
+    def _module(self, path: str, module: nn.Module, x: Tensor) -> Tensor:
+        if isinstance(module, QuantizedLayer):
+            return self._layer(path, module, x)
+        if isinstance(module, ModeBatchNorm):
+            return self._normalised(module, x)
+        tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        if not tensors:
+            return x  # dropout, stochastic depth
+        doubles = {name: _double(value.detach().cpu()) for name, value in tensors.items()}
+        result: Tensor = torch.func.functional_call(module, doubles, (x,))
+        return _double(result)
+
+    def _layer(self, path: str, layer: QuantizedLayer, x: Tensor) -> Tensor:
+        weight, geometry = self._weight(path).real, layer.geometry
+        bias = 0.0 if layer.bias is None else as_array(layer.bias).astype(np.float64)
+        array = as_array(x)
+        if geometry.kind == "linear":
+            return torch.from_numpy(np.matmul(array, weight.T) + bias)
+        sums = reference.convolve(
+            array, weight, geometry.stride, geometry.padding, geometry.dilation, geometry.groups
+        )
+        return torch.from_numpy(sums + np.reshape(bias, (-1, *[1] * (sums.ndim - 2))))
+
+    def _normalised(self, module: ModeBatchNorm, x: Tensor) -> Tensor:
+        def row(value: Tensor | None) -> Tensor | None:
+            # shared parameters have one row
+            return None if value is None else _double(value.detach().cpu()[min(self.row, len(value) - 1)])
+
+        mean, variance = row(module.running_mean), row(module.running_var)
+        weight, bias = row(module.weight), row(module.bias)
+        return nn.functional.batch_norm(x, mean, variance, weight, bias, mean is None, 0.0, module.eps)
+
+    def _compare_outputs(self, real: Sequence[Any], outputs: Sequence[NDArray[Any]]) -> None:
+        for index, (mine, given) in enumerate(zip(real, outputs, strict=True)):
+            error = relative_error(as_array(mine), given)
+            self.output_error = max(self.output_error, error)
+            if error > OUTPUT_ERROR:
+                self._failures[f"output {index}"] = (
+                    f"output {index}: differs from the trained chain by {error:.1e} of the largest value"
+                )
+
+
+def relative_error(expected: NDArray[Any], actual: NDArray[Any]) -> float:
+    """Largest difference relative to the largest magnitude of `expected`; infinite if shapes or NaNs differ."""
+    if expected.shape != actual.shape:
+        return float("inf")
+    a, b = expected.astype(np.float64), actual.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        difference = np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0.0, np.abs(a - b))
+    if np.isnan(difference).any():
+        return float("inf")
+    largest = float(np.abs(a[np.isfinite(a)]).max(initial=0.0))
+    worst = float(difference.max(initial=0.0))
+    return worst / largest if largest > 0 else worst
+
+
+def _double(value: Tensor) -> Tensor:
+    return value.double() if value.is_floating_point() else value
+
+
+def _attribute(model: nn.Module, path: str) -> Tensor:
+    owner: Any = model
+    for part in path.split("."):
+        owner = getattr(owner, part)
+    tensor: Tensor = owner.detach().cpu()
+    return tensor

@@ -1,0 +1,164 @@
+"""`verify`: does an artefact compute what the prepared model defines?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InvalidArgument, InvalidInputType
+from ..lower import lower
+from ..model import MultiModeModel, QuantModel, as_multi_mode
+from ..modes import ActiveMode, Mode, find_mode
+from ..passes.convert import convert_graph
+from ..passes.integer_model import IntegerModel
+from .chain import ReferenceGraph
+from .inputs import call_arguments, flat_inputs, piece_samples, pieces, sample_count
+from .real_chain import RealChain
+from .report import VerificationReport
+from .subject import ExecutableSubject, GraphSubject, Subject, flat_outputs
+from .walk import Walk
+
+if TYPE_CHECKING:
+    from ..backends.target import Executable
+
+
+def verify(
+    model: nn.Module,
+    x: Any,
+    bits: int | str | Mode | None = None,
+    target: str | Executable | IntegerModel | None = None,
+) -> VerificationReport:
+    """Check the numerics contract of one mode on given inputs.
+
+    The reference is the model's own fold, converted afresh and evaluated by a numpy implementation that
+    shares no code with passes or backends. Each layer of the artefact is fed with what the artefact itself
+    produced, so that a wrong layer is found where it is; then the reference runs from the inputs on and
+    codes and outputs are compared end to end. For prepared models the weight codes and every quantiser are
+    also derived from the trained parameters in float64. Large inputs are checked in pieces.
+
+    Args:
+        model: a prepared or loaded model. A prepared one is put in eval mode meanwhile.
+        x: a tensor, a tuple of positional inputs or a dict of keyword inputs; dimension 0 is the batch.
+        bits: the mode; default: that of a given artefact, or the active one.
+        target: None for the integer graph that the model runs in eval mode; the name of a target, lowered
+            afresh at the batch size of `x` (or the largest divisor that keeps memory bounded); an
+            executable from `qcompile.lower`; or an integer graph from `qcompile.convert`.
+
+    Returns:
+        The report; `report.exact` and `report.failures` sum it up.
+
+    Raises:
+        InvalidInputType: if the model was not prepared, or an input or the target is of a wrong type.
+        InvalidArgument: for an unknown mode or target, or inputs that do not fit the model or the executable.
+    """
+    checked = as_multi_mode(model)
+    inputs = flat_inputs(checked.signature, x)
+    shapes = tuple(tuple(one.shape) for one in inputs)
+    mode = _mode(checked, bits, target)
+    with _evaluation(checked):
+        subject, size = _subject(checked, mode, inputs, target)
+        expected = _fresh_graph(checked, mode, shapes)
+        chain = RealChain(checked, mode, expected) if isinstance(checked, QuantModel) else None
+        failures = subject.differences(expected)
+        if chain is not None:
+            failures += chain.weight_differences()
+        walk = Walk(ReferenceGraph(expected), subject, chain)
+        for first, piece in pieces(inputs, size):
+            if not walk.piece(first, piece):
+                break
+    samples = sample_count(inputs)
+    return walk.report(mode.label, 1 if samples is None else samples, failures)
+
+
+def _mode(model: MultiModeModel, bits: int | str | Mode | None, target: Any) -> Mode:
+    artefact: Mode | None = None
+    if isinstance(target, IntegerModel):
+        artefact = target.mode
+    elif target is not None and not isinstance(target, str):
+        artefact = _as_executable(target).request.model.mode
+    if bits is None:
+        return model.active if artefact is None else find_mode(artefact, model.prepared_modes)
+    mode = find_mode(bits, model.prepared_modes)
+    if artefact is not None and artefact != mode:
+        raise InvalidArgument(f"the target is of mode {artefact.label}, not {mode.label}; leave bits out")
+    return mode
+
+
+def _as_executable(target: Any) -> Executable:
+    from ..backends.target import Executable
+
+    if not isinstance(target, Executable):
+        raise InvalidInputType(
+            "target must be None, the name of a target, an executable or an integer graph, "
+            f"not {type(target).__name__}"
+        )
+    return target
+
+
+def _subject(
+    model: MultiModeModel, mode: Mode, inputs: Sequence[Tensor], target: Any
+) -> tuple[Subject, int | None]:
+    """What to check, and how many samples at a time."""
+    samples = sample_count(inputs)
+    size = None if samples is None else piece_samples(inputs)
+    if isinstance(target, IntegerModel):
+        return GraphSubject(target, "integer graph as given"), size
+    if target is None:
+
+        def call(flat: Sequence[Tensor]) -> tuple[Any, ...]:
+            args, kwargs = call_arguments(model.signature, flat)
+            result = model.run(ActiveMode(mode, model.row(mode)), args, kwargs)
+            return flat_outputs(model.signature, result)
+
+        graph = model.integer_model(mode, [tuple(one.shape) for one in inputs])
+        return GraphSubject(graph, "integer graph", call), size
+    if samples is None or size is None:
+        raise InvalidArgument("inputs with different batch sizes cannot be lowered: pass equal dimensions 0")
+    if isinstance(target, str):
+        size = next(one for one in range(size, 0, -1) if samples % one == 0)
+        shapes = [tuple(one.shape[1:]) for one in inputs]
+        executable = lower(model, target, bits=mode, batch=size, input_shapes=shapes)
+        return ExecutableSubject(executable, model.signature, fresh=True), size
+    executable = _as_executable(target)
+    request = executable.request
+    if len(request.input_shapes) != len(inputs):
+        raise InvalidArgument(
+            f"the executable takes {len(request.input_shapes)} inputs, the model {len(inputs)}; lower this model"
+        )
+    for one, value, shape in zip(model.signature.inputs, inputs, request.input_shapes, strict=True):
+        if tuple(value.shape[1:]) != tuple(shape[1:]):
+            raise InvalidArgument(
+                f"input {one.name!r} has shape {tuple(value.shape)}; the executable was compiled for {tuple(shape)}"
+            )
+    if samples % request.batch:
+        raise InvalidArgument(
+            f"{samples} samples cannot be split into batches of {request.batch}, which the executable takes"
+        )
+    return ExecutableSubject(executable, model.signature, fresh=False), request.batch
+
+
+def _fresh_graph(model: MultiModeModel, mode: Mode, shapes: Sequence[Sequence[int]]) -> IntegerModel:
+    """The expected graph; not the cached one that eval mode runs, which may be what is checked."""
+    if isinstance(model, QuantModel):
+        return convert_graph(model, model.graph, mode, model.row(mode), shapes)
+    return model.integer_model(mode, shapes)
+
+
+@contextmanager
+def _evaluation(model: MultiModeModel) -> Iterator[None]:
+    """Eval mode; flags and recorded shapes are as before afterwards."""
+    flags = {module: module.training for module in model.modules()}
+    shapes = model.last_shapes
+    if any(flags.values()):
+        model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.last_shapes = shapes
+        for module, flag in flags.items():
+            module.training = flag

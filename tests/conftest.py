@@ -1,0 +1,24 @@
+"""What several test modules use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+DATA = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_seed() -> None:
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """The folder with real images and weights."""
+    if not (DATA / "cifar10_exact" / "labels.npz").exists():
+        pytest.skip("real images and weights are not at ../shared/data")
+    return DATA

@@ -1,0 +1,121 @@
+"""Epilogues: integers that stand for real affine maps."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import vertical as reference
+
+from qcompile.errors import FoldError
+from qcompile.passes import integer_ops
+from qcompile.passes.fold import Affine, Term, integer_epilogue, wide_epilogue
+
+
+def _affine(seed: int, terms: int, channels: int) -> tuple[Affine, list[np.ndarray]]:
+    generator = np.random.default_rng(seed)
+    made, values = [], []
+    for _ in range(terms):
+        reach = int(2 ** generator.integers(4, 24))
+        coefficient = generator.normal(0, 1, channels) * 10.0 ** generator.integers(-4, 1)
+        made.append(Term(None, coefficient, np.float64(-reach), np.float64(reach)))
+        values.append(generator.integers(-reach, reach + 1, (3, channels)))
+    return Affine(tuple(made), generator.normal(0, 5, channels), 2, 1), values
+
+
+def _exact(affine: Affine, values: list[np.ndarray], row: int, channel: int) -> Fraction:
+    total = Fraction(float(affine.constant[channel]))
+    for term, value in zip(affine.terms, values, strict=True):
+        total += Fraction(float(term.coefficient[channel])) * int(value[row, channel])
+    return total
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 3), st.floats(1e-2, 10.0))
+@settings(max_examples=60, deadline=None)
+def test_codes_are_the_nearest_except_at_ties(seed, terms, unit):
+    affine, values = _affine(seed, terms, 4)
+    epilogue = integer_epilogue(affine, unit, -(2**30), 2**30)
+    codes = reference.requantise(
+        values, [m.astype(np.int64) for m in epilogue.multipliers], epilogue.constant, epilogue.shift, epilogue.low, epilogue.high
+    )
+    reach = sum(float(term.high) for term in affine.terms)
+    slack = (reach + 1) * 2.0 ** -(epilogue.shift + 1) + 1e-9
+    for row in range(3):
+        for channel in range(4):
+            real = _exact(affine, values, row, channel) / Fraction(unit)
+            assert abs(float(real - int(codes[row, channel]))) <= 0.5 + slack
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 3))
+@settings(max_examples=60, deadline=None)
+def test_sums_stay_below_53_bits_and_float64_equals_int64(seed, terms):
+    affine, values = _affine(seed, terms, 4)
+    epilogue = integer_epilogue(affine, 0.37, 0, 255)
+    bound = np.abs(epilogue.constant).astype(object)
+    for multiplier, term in zip(epilogue.multipliers, affine.terms, strict=True):
+        bound = bound + np.abs(multiplier.astype(object)) * int(term.high)
+    assert max(bound) < 2**53
+    found = integer_ops.requantize(
+        [torch.from_numpy(v) for v in values],
+        [torch.from_numpy(m) for m in epilogue.multipliers],
+        torch.from_numpy(epilogue.constant),
+        epilogue.shift,
+        epilogue.low,
+        epilogue.high,
+    )
+    expected = reference.requantise(
+        values, [m.astype(np.int64) for m in epilogue.multipliers], epilogue.constant, epilogue.shift, 0, 255
+    )
+    np.testing.assert_array_equal(found.numpy(), expected)
+
+
+def test_multipliers_use_their_bits():
+    affine = Affine((Term(None, np.array([0.01, 1.0]), np.float64(-1000), np.float64(1000)),), np.zeros(2), 2, 1)
+    epilogue = integer_epilogue(affine, 0.5, 0, 15)
+    assert 2**29 <= int(np.abs(epilogue.multipliers[0]).max()) <= 2**30
+
+
+def test_a_clip_becomes_a_code_range():
+    term = Term(None, np.float64(0.5), np.float64(-100), np.float64(100))
+    affine = Affine((term,), np.float64(0.0), 4, 1).clipped(0.0, 6.0)
+    epilogue = integer_epilogue(affine, 1.0, 0, 15)
+    assert (epilogue.low, epilogue.high) == (0, 6)
+    assert integer_epilogue(affine, 1.0, 0, 3).high == 3
+
+
+def test_a_clip_that_cannot_act_is_left_out():
+    term = Term(None, np.float64(0.5), np.float64(0), np.float64(100))
+    assert not Affine((term,), np.float64(0.0), 4, 1).clipped(0.0, math.inf).is_clipped
+
+
+def test_wide_tensors_keep_at_least_29_bits_of_their_range():
+    affine, _ = _affine(1, 2, 3)
+    epilogue = wide_epilogue(affine)
+    low, high = affine.real_range()
+    reach = max(abs(low.min()), abs(high.max()))
+    assert reach / epilogue.unit == pytest.approx(2**30 - 1)
+    assert -(2**30) < epilogue.low <= epilogue.high < 2**30
+
+
+@pytest.mark.parametrize("unit", [0.0, -1.0, math.nan, math.inf])
+def test_bad_steps_are_named(unit):
+    term = Term(None, np.float64(0.5), np.float64(0), np.float64(100))
+    with pytest.raises(FoldError, match="conv7"):
+        integer_epilogue(Affine((term,), np.float64(0.0), 4, 1, layers=("conv7",)), unit, 0, 15)
+
+
+def test_a_hopelessly_small_step_is_an_error():
+    term = Term(None, np.float64(1e12), np.float64(0), np.float64(2.0**30))
+    with pytest.raises(FoldError, match="calibrate"):
+        integer_epilogue(Affine((term,), np.float64(0.0), 4, 1, layers=("conv7",)), 1e-3, 0, 15)
+
+
+def test_nan_parameters_are_an_error():
+    term = Term(None, np.float64(math.nan), np.float64(0), np.float64(100))
+    with pytest.raises(FoldError, match="NaN"):
+        integer_epilogue(Affine((term,), np.float64(0.0), 4, 1, layers=("conv7",)), 1.0, 0, 15)
