@@ -59,7 +59,11 @@ def train(recipe: Recipe, data: Path) -> tuple[nn.Module, float]:
     images, labels = cifar10.exact(data, "train")
     teacher = cifar10.pretrained(data).to(memory_format=torch.channels_last)
     model = qcompile.prepare(
-        cifar10.pretrained(data), images[:2], scheme="vertical", bits=recipe.bits, config=VARIANTS[recipe.variant]
+        cifar10.pretrained(data),
+        images[:2],
+        scheme="vertical",
+        bits=recipe.bits,
+        config=VARIANTS[recipe.variant],
     )
     model = model.to(memory_format=torch.channels_last).train()
     joint = qcompile.JointLoss(model, nn.CrossEntropyLoss(), teacher=teacher if recipe.teacher else None)
@@ -76,7 +80,10 @@ def train(recipe: Recipe, data: Path) -> tuple[nn.Module, float]:
         schedule.step()
         if (step + 1) % 100 == 0:
             losses = ", ".join(f"{label}: {float(loss):.3f}" for label, loss in joint.losses.items())
-            print(f"step {step + 1}/{recipe.steps}, {time.perf_counter() - started:.0f} s, {losses}", file=sys.stderr)
+            print(
+                f"step {step + 1}/{recipe.steps}, {time.perf_counter() - started:.0f} s, {losses}",
+                file=sys.stderr,
+            )
     return model.eval(), time.perf_counter() - started
 
 
@@ -115,14 +122,18 @@ def run_one(recipe: Recipe, data: Path, jpeg: bool) -> dict[str, object]:
 
 def main() -> None:
     """Read the options and run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, default=DATA, help="folder with the images and weights")
     parser.add_argument("--steps", type=int, help="optimiser steps; default 1500, with --long 7500")
     parser.add_argument("--long", action="store_true", help="the hour-long recipe")
     parser.add_argument("--single-bit", action="store_true", help="compare with single-bit models")
     parser.add_argument("--ablations", action="store_true", help="compare the variants of the scheme")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of the comparisons")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time in the comparisons, one thread each")
+    parser.add_argument(
+        "--jobs", type=int, default=2, help="runs at a time in the comparisons, one thread each"
+    )
     parser.add_argument("--save", type=Path, help="write the trained model to this .qcm file")
     parser.add_argument("--log", type=Path, help="append one JSON record per run to this file")
     parser.add_argument("--one-run", help=argparse.SUPPRESS)
@@ -133,13 +144,19 @@ def main() -> None:
     if options.one_run:
         torch.set_num_threads(1)
         fields = json.loads(options.one_run)
-        print(json.dumps(run_one(Recipe(**{**fields, "bits": tuple(fields["bits"])}), options.data, jpeg=True)))
+        print(
+            json.dumps(run_one(Recipe(**{**fields, "bits": tuple(fields["bits"])}), options.data, jpeg=True))
+        )
     elif options.ablations or options.single_bit:
         quarter = replace(base, steps=options.steps or base.steps // 4)
-        runs = [replace(quarter, seed=seed, variant=name) for name in VARIANTS for seed in range(options.seeds)]
+        runs = [
+            replace(quarter, seed=seed, variant=name) for name in VARIANTS for seed in range(options.seeds)
+        ]
         if options.single_bit:
             widths = [BITS, *((bits,) for bits in BITS)]
-            runs = [replace(quarter, seed=seed, bits=bits) for bits in widths for seed in range(options.seeds)]
+            runs = [
+                replace(quarter, seed=seed, bits=bits) for bits in widths for seed in range(options.seeds)
+            ]
         print_comparison(run_many(runs, options))
     else:
         print_main_table(base, options)
@@ -153,7 +170,11 @@ def print_main_table(recipe: Recipe, options: argparse.Namespace) -> None:
     print(f"{recipe.steps} steps in {seconds / 60:.1f} minutes, torch {torch.__version__}")
     print("| mode | exact test images | against float | ONNX Runtime |\n|---|---|---|---|")
     print(f"| float | {float_accuracy:.2f} | | |")
-    record: dict[str, object] = {"recipe": {**recipe.__dict__}, "seconds": round(seconds), "float": float_accuracy}
+    record: dict[str, object] = {
+        "recipe": {**recipe.__dict__},
+        "seconds": round(seconds),
+        "float": float_accuracy,
+    }
     for bits in reversed(recipe.bits):
         scored = accuracy(qcompile.at(model, bits), images, labels)
         lowered = lowered_accuracy(model, bits, images, labels)
@@ -171,7 +192,9 @@ def run_many(runs: list[Recipe], options: argparse.Namespace) -> list[dict]:
     while waiting or active:
         while waiting and len(active) < options.jobs:
             job = json.dumps(waiting.pop(0).__dict__)
-            active.append(subprocess.Popen([*command, job], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL))
+            active.append(
+                subprocess.Popen([*command, job], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+            )
         done = [process for process in active if process.poll() is not None]
         for process in done:
             active.remove(process)
@@ -196,7 +219,8 @@ def print_comparison(records: list[dict]) -> None:
     rows: dict[tuple[str, tuple[int, ...]], list[dict[int, float]]] = {}
     for record in records:
         pooled = {
-            int(bits): (1017 * score + 10000 * record["jpeg"][bits]) / 11017 for bits, score in record["exact"].items()
+            int(bits): (1017 * score + 10000 * record["jpeg"][bits]) / 11017
+            for bits, score in record["exact"].items()
         }
         rows.setdefault((record["recipe"]["variant"], tuple(record["recipe"]["bits"])), []).append(pooled)
     print("| variant | trained widths | 2 bits | 3 bits | 4 bits |\n|---|---|---|---|---|")

@@ -239,5 +239,5 @@ RULES: dict[str, Rule] = {
     "detach": _identity,
     "contiguous": _identity,
     "clone": _identity,
-    **{name: _move for name in LAYOUT - {"detach", "contiguous", "clone"}},
+    **dict.fromkeys(LAYOUT - {"detach", "contiguous", "clone"}, _move),
 }

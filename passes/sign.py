@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx, nn
 
-from .aten import AVERAGE, LAYOUT, MAX_POOL, aten_name, arguments
+from .aten import AVERAGE, LAYOUT, MAX_POOL, arguments, aten_name
 
 _NON_NEGATIVE = frozenset(
     ("relu", "relu6", "sigmoid", "hardsigmoid", "softmax", "_softmax", "abs", "exp", "square")

@@ -40,21 +40,16 @@ def calibrate(model: nn.Module, batches: Iterable[Any], reset_steps: bool = Fals
         InvalidArgument: if there are no batches, or they do not fit the model's inputs.
     """
     prepared = as_prepared(model)
-    if reset_steps:
-        for module in prepared.modules():
-            if isinstance(module, ActivationQuantizer):
-                module.initialised.zero_()
-                module.state_changed()
     seen = 0
-    with torch.no_grad(), _statistics_from_scratch(prepared):
+    with torch.no_grad(), _statistics_from_scratch(prepared, reset_steps):
         for batch in batches:
             args, kwargs = _inputs(prepared, batch)
             for row, mode in enumerate(prepared.prepared_modes):
                 with _step_search(prepared, row):
                     prepared.run(ActiveMode(mode, row), args, kwargs)
             seen += 1
-    if not seen:
-        raise InvalidArgument("calibrate needs at least one batch, and the iterable was empty")
+        if not seen:
+            raise InvalidArgument("calibrate needs at least one batch, and the iterable was empty")
 
 
 def _inputs(model: QuantModel, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -66,12 +61,17 @@ def _inputs(model: QuantModel, batch: Any) -> tuple[tuple[Any, ...], dict[str, A
 
 
 @contextmanager
-def _statistics_from_scratch(model: QuantModel) -> Iterator[None]:
+def _statistics_from_scratch(model: QuantModel, reset_steps: bool) -> Iterator[None]:
     """Float chain, everything in eval mode but batch normalisation, which averages from zero."""
     flags = {module: module.training for module in model.modules()}
     norms = [module for module in model.modules() if isinstance(module, ModeBatchNorm)]
     momenta = [norm.momentum for norm in norms]
     saved = {name: value.clone() for name, value in model.state_dict().items()}
+    if reset_steps:
+        for module in model.modules():
+            if isinstance(module, ActivationQuantizer):
+                module.initialised.zero_()
+                module.state_changed()
     model.eval()
     model.training = True  # the root alone: a call then runs the float chain
     for norm in norms:

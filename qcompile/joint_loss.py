@@ -32,7 +32,8 @@ class JointLoss(nn.Module):
     Args:
         model: from `qcompile.prepare`.
         criterion: criterion(output, y) -> scalar loss.
-        teacher: optional float model; the highest mode is distilled from it.
+        teacher: optional float model, whose logits the scheme may distil from. It is not trained; call
+            `teacher.eval()` yourself.
         batch_fn: for batches of any structure: `batch_fn(forward, batch)` calls `forward` like the model
             and returns (loss, logits); the joint loss is then called as `joint.backward(batch)`.
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from .errors import InvalidArgument, InvalidInputType
 from .modes import ActiveMode, Mode, find_mode
@@ -57,7 +57,9 @@ class MultiModeModel(nn.Module):
             InvalidArgument: if the model saw neither examples nor a call.
         """
         if self.last_shapes is None:
-            raise InvalidArgument("input shapes are unknown: pass example_inputs to prepare, or call the model once")
+            raise InvalidArgument(
+                "input shapes are unknown: pass example_inputs to prepare, or call the model once"
+            )
         return self.last_shapes
 
     def row(self, mode: Mode) -> int:

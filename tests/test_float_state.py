@@ -33,7 +33,11 @@ def test_loading_float_weights_resets_steps():
     model, _ = example("residual", seed=5)
     prepared.load_state_dict(model.state_dict())
     fresh = qcompile.prepare(model, x)
-    assert all(torch.equal(value, fresh.state_dict()[key]) for key, value in prepared.state_dict().items() if "weight_quantizer" in key)
+    assert all(
+        torch.equal(value, fresh.state_dict()[key])
+        for key, value in prepared.state_dict().items()
+        if "weight_quantizer" in key
+    )
     assert not any(bool(m.initialised.any()) for m in prepared.modules() if hasattr(m, "initialised"))
 
 
@@ -83,7 +87,11 @@ def test_resumed_training_equals_uninterrupted_training():
         torch.manual_seed(3)
         for step in range(6):
             if interrupt and step == 3:
-                saved = (copy.deepcopy(prepared.state_dict()), copy.deepcopy(optimizer.state_dict()), torch.get_rng_state())
+                saved = (
+                    copy.deepcopy(prepared.state_dict()),
+                    copy.deepcopy(optimizer.state_dict()),
+                    torch.get_rng_state(),
+                )
                 torch.manual_seed(77)
                 prepared = qcompile.prepare(example("residual", seed=4)[0], x).train()
                 optimizer = torch.optim.SGD(qcompile.param_groups(prepared, lr=0.05), momentum=0.9)

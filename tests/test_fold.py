@@ -41,7 +41,12 @@ def test_codes_are_the_nearest_except_at_ties(seed, terms, unit):
     affine, values = _affine(seed, terms, 4)
     epilogue = integer_epilogue(affine, unit, -(2**30), 2**30)
     codes = reference.requantise(
-        values, [m.astype(np.int64) for m in epilogue.multipliers], epilogue.constant, epilogue.shift, epilogue.low, epilogue.high
+        values,
+        [m.astype(np.int64) for m in epilogue.multipliers],
+        epilogue.constant,
+        epilogue.shift,
+        epilogue.low,
+        epilogue.high,
     )
     reach = sum(float(term.high) for term in affine.terms)
     slack = (reach + 1) * 2.0 ** -(epilogue.shift + 1) + 1e-9
@@ -75,7 +80,9 @@ def test_sums_stay_below_53_bits_and_float64_equals_int64(seed, terms):
 
 
 def test_multipliers_use_their_bits():
-    affine = Affine((Term(None, np.array([0.01, 1.0]), np.float64(-1000), np.float64(1000)),), np.zeros(2), 2, 1)
+    affine = Affine(
+        (Term(None, np.array([0.01, 1.0]), np.float64(-1000), np.float64(1000)),), np.zeros(2), 2, 1
+    )
     epilogue = integer_epilogue(affine, 0.5, 0, 15)
     assert 2**29 <= int(np.abs(epilogue.multipliers[0]).max()) <= 2**30
 

@@ -121,5 +121,7 @@ def test_requantize_in_pieces_equals_the_reference():
     multiplier = torch.randint(-(2**30), 2**30, (40, 1, 1), dtype=torch.int32)
     constant = torch.randint(-(2**40), 2**40, (40, 1, 1))
     found = integer_ops.requantize([values], [multiplier], constant, 44, -128, 127)
-    expected = reference.requantise([values.numpy()], [multiplier.long().numpy()], constant.numpy(), 44, -128, 127)
+    expected = reference.requantise(
+        [values.numpy()], [multiplier.long().numpy()], constant.numpy(), 44, -128, 127
+    )
     np.testing.assert_array_equal(found.numpy(), expected)

@@ -78,7 +78,8 @@ def test_losses_are_task_plus_distance_to_the_next_higher_mode():
     prepared, x, y = _prepared()
     model = copy.deepcopy(prepared)
     outputs = {
-        row: model.run(ActiveMode(mode, row), (x,), {}).detach() for row, mode in enumerate(model.prepared_modes)
+        row: model.run(ActiveMode(mode, row), (x,), {}).detach()
+        for row, mode in enumerate(model.prepared_modes)
     }
     joint = qcompile.JointLoss(copy.deepcopy(prepared), nn.CrossEntropyLoss())
     joint.backward(x, y)
@@ -152,7 +153,10 @@ def test_float_teacher_guides_and_is_not_trained():
     before = qcompile.JointLoss(copy.deepcopy(prepared), nn.CrossEntropyLoss())
     joint.backward(x, torch.arange(4) % 3)
     before.backward(x, torch.arange(4) % 3)
-    assert float(joint.losses[4]) > float(before.losses[4])
+    outputs = qcompile.at(copy.deepcopy(prepared), 4)(x).detach().double().numpy()
+    distance = reference.kl_distillation(teacher(x).detach().double().numpy(), outputs)
+    assert float(joint.losses[4]) == pytest.approx(float(before.losses[4]) + distance, rel=1e-4)
+    assert float(joint.losses[2]) > float(before.losses[2])
     assert all(p.grad is None for p in teacher.parameters())
     assert not any("teacher" in name for name in joint.state_dict())
 
@@ -174,4 +178,8 @@ def test_param_groups_cover_every_parameter_once():
     grouped = [p for group in groups for p in group["params"]]
     assert {id(p) for p in grouped} == {id(p) for p in prepared.parameters()}
     assert len(grouped) == len({id(p) for p in grouped})
-    assert {g["name"]: g["weight_decay"] for g in groups} == {"weights": 0.01, "quantizers": 0.0, "batch_norm": 0.0}
+    assert {g["name"]: g["weight_decay"] for g in groups} == {
+        "weights": 0.01,
+        "quantizers": 0.0,
+        "batch_norm": 0.0,
+    }

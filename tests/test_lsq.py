@@ -22,7 +22,9 @@ def _values(seed: int, bits: int, step: float, shape: tuple[int, ...]) -> np.nda
     return ratio * step
 
 
-@given(st.integers(1, 8), st.booleans(), st.integers(0, 2**32 - 1), st.floats(1e-3, 10.0), st.floats(0.5, 4.0))
+@given(
+    st.integers(1, 8), st.booleans(), st.integers(0, 2**32 - 1), st.floats(1e-3, 10.0), st.floats(0.5, 4.0)
+)
 @settings(max_examples=80, deadline=None)
 def test_forward_and_gradients(bits, signed, seed, step, own):
     x = _values(seed, bits, step, (3, 4, 5))

@@ -143,7 +143,14 @@ def test_skip_and_first_and_last_stay_float():
     model, x = example("residual")
     prepared = qcompile.prepare(model, x, skip=["down"])
     states = {record.name: record.quantized for record in prepared.layers}
-    assert states == {"stem": False, "conv1": True, "conv2": True, "down": False, "conv3": True, "head": False}
+    assert states == {
+        "stem": False,
+        "conv1": True,
+        "conv2": True,
+        "down": False,
+        "conv3": True,
+        "head": False,
+    }
 
 
 def test_nothing_left_to_quantise_is_an_error():

@@ -64,7 +64,9 @@ def test_step_gradient_adds_up_over_the_modes():
     quantizer = _quantizer(4, VerticalConfig(), 0.1)
     expected = 0.0
     for bits in (2, 3, 4):
-        (quantizer(torch.from_numpy(weight), ActiveMode(Mode(bits, bits), 0)) * torch.from_numpy(upstream)).sum().backward()
+        (
+            quantizer(torch.from_numpy(weight), ActiveMode(Mode(bits, bits), 0)) * torch.from_numpy(upstream)
+        ).sum().backward()
         expected += reference.weight_gradients(weight, 0.1, 4, bits, upstream)[1]
     np.testing.assert_allclose(float(quantizer.step.grad), expected, rtol=1e-10)
 
@@ -76,10 +78,14 @@ def test_codes_nest_and_match_the_reference(bits, seed):
     weight = np.random.default_rng(seed).normal(size=(6, 5)).astype(np.float32)
     quantizer = VerticalWeightQuantizer(highest, VerticalConfig())
     quantizer.initialise(torch.from_numpy(weight))
-    np.testing.assert_allclose(float(quantizer.step), reference.weight_step_init(weight.astype(float), highest), rtol=1e-6)
+    np.testing.assert_allclose(
+        float(quantizer.step), reference.weight_step_init(weight.astype(float), highest), rtol=1e-6
+    )
     step = float(quantizer.step.double())
     codes = quantizer.codes(torch.from_numpy(weight), Mode(low, low))
-    expected = reference.mode_codes(reference.highest_codes(weight.astype(float), step, highest), highest, low)
+    expected = reference.mode_codes(
+        reference.highest_codes(weight.astype(float), step, highest), highest, low
+    )
     np.testing.assert_array_equal(codes.codes.numpy(), expected)
     z = reference.compensation(highest, low)
     assert z * 2**codes.offset_shift == codes.offset_numerator
@@ -111,7 +117,13 @@ def test_a_vanished_step_can_recover():
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("batch_norm", "none"), ("moo", "pcgrad"), ("distillation", "l2"), ("step_gradient", "x"), ("compensation", 2)],
+    [
+        ("batch_norm", "none"),
+        ("moo", "pcgrad"),
+        ("distillation", "l2"),
+        ("step_gradient", "x"),
+        ("compensation", 2),
+    ],
 )
 def test_config_lists_its_choices(option, value):
     with pytest.raises(InvalidArgument, match=f"{option}=.* is not one of"):

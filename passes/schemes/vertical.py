@@ -196,11 +196,15 @@ class VerticalScheme(Scheme):
         earlier: Mapping[int, Tensor],
         teacher: Tensor | None,
     ) -> Tensor:
-        """Task loss plus the distance to the next higher mode (Eq. 11); a float teacher tops the cascade."""
+        """Task loss plus the distance to the next higher mode (Eq. 11); a float teacher guides every mode.
+
+        The paper uses no teacher from outside. If there is one, KL(teacher || mode) is added for each mode.
+        """
         loss = task_loss()
-        guide = earlier.get(row + 1, teacher)
-        if self.config.distillation is None or guide is None:
-            return loss
-        if logits is None:
-            raise InvalidArgument("distillation needs the logits of every mode")
-        return loss + distillation_loss(self.config.distillation, guide, logits)
+        guides = [(self.config.distillation, earlier.get(row + 1)), ("kl", teacher)]
+        for kind, guide in guides:
+            if kind is not None and guide is not None:
+                if logits is None:
+                    raise InvalidArgument("distillation needs the logits of every mode")
+                loss = loss + distillation_loss(kind, guide, logits)
+        return loss

@@ -27,9 +27,11 @@ def main() -> None:
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    except Exception as error:  # noqa: BLE001  the last line of defence of a command line
+    except Exception as error:
         if debug:
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
-        print(f"error: {type(error).__name__}: {reason} (run again with --debug for details)", file=sys.stderr)
+        print(
+            f"error: {type(error).__name__}: {reason} (run again with --debug for details)", file=sys.stderr
+        )
         raise SystemExit(1) from None

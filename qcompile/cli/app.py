@@ -32,17 +32,23 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")
+    ] = False,
 ) -> None:
     pass
 
 
-@app.command(epilog="Example: qcompile quantize net:build --weights w.safetensors --calibrate data.npz -o net.qcm")
+@app.command(
+    epilog="Example: qcompile quantize net:build --weights w.safetensors --calibrate data.npz -o net.qcm"
+)
 def quantize(
     factory: Annotated[str, typer.Argument(help="module:function that returns the float model.")],
     calibrate: Annotated[Path, typer.Option(help=".npz with inputs in `x` (or its first array).")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The .qcm file to write.")],
-    weights: Annotated[Optional[Path], typer.Option(help="safetensors file with the model's state dict.")] = None,  # noqa: UP045
+    weights: Annotated[
+        Path | None, typer.Option(help="safetensors file with the model's state dict.")
+    ] = None,
     scheme: Annotated[str, typer.Option(help="Quantisation scheme.")] = "vertical",
     bits: Annotated[Optional[str], typer.Option(help="Bit-widths, for example 2,3,4.")] = None,  # noqa: UP045
     modes: Annotated[Optional[str], typer.Option(help="In place of --bits: w2a2,w4a8.")] = None,  # noqa: UP045
@@ -96,7 +102,9 @@ def lower(
 @app.command(epilog="Example: qcompile verify model.qcm --target onnx-qdq --data test.npz")
 def verify(
     file: File,
-    target: Annotated[Optional[str], typer.Option(help="Check this target too; default: the integer graph.")] = None,  # noqa: UP045
+    target: Annotated[
+        str | None, typer.Option(help="Check this target too; default: the integer graph.")
+    ] = None,
     bits: Bits = None,
     data: Annotated[Optional[Path], typer.Option(help=".npz with inputs; default: random inputs.")] = None,  # noqa: UP045
     samples: Annotated[int, typer.Option(help="How many samples to check.")] = 16,

@@ -59,5 +59,7 @@ def read_labelled(path: Path) -> tuple[Tensor, Tensor]:
         raise FileFormatError(f"{path}: needs arrays x and y, has {', '.join(arrays)}")
     x, y = arrays["x"], arrays["y"]
     if y.dim() != 1 or len(x) != len(y) or not len(y):
-        raise FileFormatError(f"{path}: x has shape {tuple(x.shape)} and y {tuple(y.shape)}; one label per sample")
+        raise FileFormatError(
+            f"{path}: x has shape {tuple(x.shape)} and y {tuple(y.shape)}; one label per sample"
+        )
     return x, y.long()

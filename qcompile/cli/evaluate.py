@@ -31,7 +31,9 @@ def evaluate_command(
         if target is not None:
             run = lower(model, target, bits=mode, batch=batch)
         accuracy = top1(run, x, y, batch)
-        rows.append({"mode": mode.label, "target": target or "torch", "samples": len(y), "accuracy %": accuracy})
+        rows.append(
+            {"mode": mode.label, "target": target or "torch", "samples": len(y), "accuracy %": accuracy}
+        )
     print_json(rows) if as_json else print_table(f"Accuracy of {file.name}", rows)
 
 

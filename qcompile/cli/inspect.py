@@ -55,8 +55,14 @@ def describe(file: Path) -> dict[str, Any]:
             }
             for mode in container.modes
         ]
-        size, scheme, records = container.size, container.model.get("scheme"), container.model.get("layers", [])
-    layers = {name: {"layer": name, "state": "quantised" if done else reason} for name, done, reason in records}
+        size, scheme, records = (
+            container.size,
+            container.model.get("scheme"),
+            container.model.get("layers", []),
+        )
+    layers = {
+        name: {"layer": name, "state": "quantised" if done else reason} for name, done, reason in records
+    }
     if available:
         model = load(file)
         for mode in model.prepared_modes:
@@ -66,4 +72,10 @@ def describe(file: Path) -> dict[str, Any]:
                 layers[cost.name][f"bytes at {mode.label}"] = cost.weight_bytes
             listed = next(one for one in modes if one["mode"] == mode.label)
             listed["BitOPs of quantised layers"] = sum(cost.bitops for cost in costs if cost.weight_bits < 32)
-    return {"scheme": scheme, "bytes": size, "modes": modes, "sections": sections, "layers": list(layers.values())}
+    return {
+        "scheme": scheme,
+        "bytes": size,
+        "modes": modes,
+        "sections": sections,
+        "layers": list(layers.values()),
+    }

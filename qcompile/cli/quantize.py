@@ -56,7 +56,9 @@ def _width(text: str) -> int:
 def _build(factory: str) -> nn.Module:
     module_name, separator, attribute = factory.partition(":")
     if not separator or not module_name or not attribute:
-        raise InvalidArgument(f"{factory!r} must name a function as module:function, for example nets.small:build")
+        raise InvalidArgument(
+            f"{factory!r} must name a function as module:function, for example nets.small:build"
+        )
     sys.path.insert(0, "")
     try:
         module = importlib.import_module(module_name)
@@ -83,4 +85,6 @@ def _load_weights(model: nn.Module, path: Path) -> None:
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise FileFormatError(f"{path}: does not fit the model: {' '.join(str(error).split())[:300]}") from error
+        raise FileFormatError(
+            f"{path}: does not fit the model: {' '.join(str(error).split())[:300]}"
+        ) from error

@@ -38,7 +38,18 @@ _COMPOSITES = (
 
 #: Core operators that make tensors of sizes of their own choosing, or read the generator.
 _NOT_FROM_FILES = frozenset(
-    ("from_file", "empty_strided", "rand", "randn", "randint", "randperm", "bernoulli", "normal", "uniform", "resize_")
+    (
+        "from_file",
+        "empty_strided",
+        "rand",
+        "randn",
+        "randint",
+        "randperm",
+        "bernoulli",
+        "normal",
+        "uniform",
+        "resize_",
+    )
 )
 
 MAX_NODES = 100_000
@@ -76,14 +87,18 @@ def _operator_name(node: fx.Node) -> str:
                 return f"python::{name}"
         name = str(target)
     layer = node.meta.get("layer", node.name)
-    raise LoweringError(f"layer {layer!r}: operator {name} cannot be stored in a file; pass skip or replace it")
+    raise LoweringError(
+        f"layer {layer!r}: operator {name} cannot be stored in a file; pass skip or replace it"
+    )
 
 
 def _allowed(target: torch._ops.OpOverload) -> bool:
     namespace, _, name = target._schema.name.partition("::")
     if namespace == "qcompile":
         return True
-    pure = not any(argument.alias_info and argument.alias_info.is_write for argument in target._schema.arguments)
+    pure = not any(
+        argument.alias_info and argument.alias_info.is_write for argument in target._schema.arguments
+    )
     listed = torch.Tag.core in target.tags or torch.Tag.pointwise in target.tags or name in _COMPOSITES
     return namespace == "aten" and pure and listed and name not in _NOT_FROM_FILES
 
@@ -130,7 +145,9 @@ def decode_graph(nodes: Any, constants: Mapping[str, Tensor], mode: Mode) -> Int
         raise FileFormatError("the graph must have one output, as its last node")
     try:
         graph.lint()
-        used = {str(node.target): constants[str(node.target)] for node in graph.nodes if node.op == "get_attr"}
+        used = {
+            str(node.target): constants[str(node.target)] for node in graph.nodes if node.op == "get_attr"
+        }
         return IntegerModel(used, graph, mode)
     except (RuntimeError, AttributeError, SyntaxError, KeyError, TypeError) as cause:
         raise FileFormatError(f"the graph is inconsistent: {str(cause).splitlines()[0]}") from cause
@@ -151,7 +168,9 @@ def _decode_node(
         callee = _find_operator(target)
     elif op == "get_attr":
         if target not in constants:
-            raise FileFormatError(f"node {name!r} reads the constant {target!r}, which the file does not hold")
+            raise FileFormatError(
+                f"node {name!r} reads the constant {target!r}, which the file does not hold"
+            )
     elif op == "placeholder":
         if not target.isidentifier():
             raise FileFormatError(f"input {target!r} is no valid name")
@@ -193,7 +212,9 @@ def _decode(value: Any, known: Mapping[str, fx.Node]) -> Any:
         if kind == "float" and content in ("inf", "-inf", "nan"):
             return float(content)
         if kind == "dict" and isinstance(content, list):
-            pairs = [one for one in content if isinstance(one, list) and len(one) == 2 and isinstance(one[0], str)]
+            pairs = [
+                one for one in content if isinstance(one, list) and len(one) == 2 and isinstance(one[0], str)
+            ]
             if len(pairs) == len(content):
                 return {key: _decode(one, known) for key, one in pairs}
         if kind == "dtype" and content in _DTYPES:

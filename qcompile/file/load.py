@@ -29,9 +29,7 @@ MAX_GRAPH_BYTES = 64 << 20
 class DeployedModel(MultiModeModel):
     """A model loaded from a file: it runs and lowers at the loaded modes, but does not train."""
 
-    def __init__(
-        self, graphs: dict[Mode, IntegerModel], metadata: _Metadata, prefix_decodable: bool
-    ) -> None:
+    def __init__(self, graphs: dict[Mode, IntegerModel], metadata: _Metadata, prefix_decodable: bool) -> None:
         super().__init__()
         self.prepared_modes = tuple(graphs)
         self.active = self.prepared_modes[-1]
@@ -75,7 +73,9 @@ class DeployedModel(MultiModeModel):
             InvalidArgument: if asked to train.
         """
         if mode:
-            raise InvalidArgument("a model loaded from a file does not train: prepare the float model instead")
+            raise InvalidArgument(
+                "a model loaded from a file does not train: prepare the float model instead"
+            )
         super().train(False)
         return self
 
@@ -88,7 +88,9 @@ class _Metadata:
             self.scheme = str(data["scheme"])
             self.signature = CallSignature.from_json(data["signature"])
             self.shapes = tuple(tuple(_size(size) for size in shape) for shape in data["input_shapes"])
-            self.weights = [(str(one["name"]), tuple(_size(s) for s in one["shape"])) for one in data["weights"]]
+            self.weights = [
+                (str(one["name"]), tuple(_size(s) for s in one["shape"])) for one in data["weights"]
+            ]
             self.layers = tuple(LayerRecord(str(n), bool(q), str(r)) for n, q, r in data["layers"])
         except (KeyError, TypeError, ValueError) as cause:
             raise FileFormatError(f"its model description is malformed ({cause})") from cause
@@ -150,7 +152,9 @@ def _load(container: Container, bits: int | str | Mode | None) -> DeployedModel:
     return DeployedModel(graphs, metadata, container.prefix)
 
 
-def _read_mode(container: Container, mode: Mode, metadata: _Metadata, cache: dict[str, bytes]) -> IntegerModel:
+def _read_mode(
+    container: Container, mode: Mode, metadata: _Metadata, cache: dict[str, bytes]
+) -> IntegerModel:
     def read(name: str) -> bytes:
         if name not in cache:
             cache[name] = container.read(name)
@@ -171,7 +175,9 @@ def _read_mode(container: Container, mode: Mode, metadata: _Metadata, cache: dic
     except zlib.error as cause:
         raise FileFormatError(f"the graph of mode {mode.name!r} does not inflate") from cause
     if not inflater.eof:
-        raise FileFormatError(f"the graph of mode {mode.name!r} is incomplete or larger than {MAX_GRAPH_BYTES} bytes")
+        raise FileFormatError(
+            f"the graph of mode {mode.name!r} is incomplete or larger than {MAX_GRAPH_BYTES} bytes"
+        )
     return decode_graph(parse_json(text), constants, mode)
 
 
@@ -182,7 +188,9 @@ def _codes(sections: list[bytes], mode: Mode, metadata: _Metadata) -> dict[str, 
     planes: list[list[memoryview]] = [[] for _ in sizes]
     for data in sections:
         if per_plane == 0 or len(data) % per_plane:
-            raise FileFormatError(f"a section of bit-planes has {len(data)} bytes, no multiple of {per_plane}")
+            raise FileFormatError(
+                f"a section of bit-planes has {len(data)} bytes, no multiple of {per_plane}"
+            )
         count, position = len(data) // per_plane, 0
         view = memoryview(data)
         for index, size in enumerate(sizes):
@@ -192,7 +200,9 @@ def _codes(sections: list[bytes], mode: Mode, metadata: _Metadata) -> dict[str, 
     codes: dict[str, Tensor] = {}
     for (name, shape), layer in zip(metadata.weights, planes, strict=True):
         if len(layer) != mode.weight_bits:
-            raise FileFormatError(f"mode {mode.name!r} needs {mode.weight_bits} bit-planes, the file has {len(layer)}")
+            raise FileFormatError(
+                f"mode {mode.name!r} needs {mode.weight_bits} bit-planes, the file has {len(layer)}"
+            )
         codes[name] = torch.from_numpy(unpack_planes(layer, shape, True))
     return codes
 

@@ -45,6 +45,12 @@ def as_tensor(value: Any) -> Any:
     return torch.from_numpy(np.require(value, requirements="W")) if isinstance(value, np.ndarray) else value
 
 
+def substitute(arguments: Any, lookup: Callable[[fx.Node], Any]) -> Any:
+    """Arguments of a node, nested as they are, with every node replaced by what `lookup` gives for it."""
+    mapped: Any = fx.map_arg(arguments, lookup)
+    return mapped
+
+
 class ReferenceGraph:
     """The expected graph, with a reference implementation of each of its nodes.
 
@@ -74,9 +80,19 @@ class ReferenceGraph:
             if fed or self.kinds[node.name] == "float":
                 self.islands.add(node.name)
 
-    def holds_integers(self, node: fx.Node) -> bool:
-        """Whether the node's value is a tensor of integers between layers."""
-        return self.kinds[node.name] in ("integer", "moved")
+    def code_range(self, node: fx.Node) -> tuple[int, int]:
+        """(lowest, highest) value of a `requantize` or `quantize` node."""
+        low, high = node.args[-2:]
+        assert isinstance(low, int)
+        assert isinstance(high, int)
+        return low, high
+
+    def holds_codes(self, node: fx.Node) -> bool:
+        """Whether the node is a quantiser's output, which a layer reads, and no high-precision tensor."""
+        if self.model.operator_name(node) not in ("requantize", "quantize"):
+            return False
+        low, high = self.code_range(node)
+        return low >= -128 and high <= 255
 
     def layer(self, node: fx.Node) -> str:
         """The module path, or else the name of the operator, that the node comes from."""
@@ -111,13 +127,15 @@ class ReferenceGraph:
             return _REFERENCE[name](*self.arguments(node, values))
         if kind == "moved":
             return self._move(node, values)
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda one: as_tensor(self._value(one, values)))
+        args, kwargs = substitute((node.args, node.kwargs), lambda one: as_tensor(self._value(one, values)))
+        function: Any = node.target
         with torch.no_grad():
-            return node.target(*args, **kwargs)
+            return function(*args, **kwargs)
 
     def arguments(self, node: fx.Node, values: Values) -> tuple[Any, ...]:
         """The arguments of an integer operator, tensors as numpy arrays."""
-        return fx.map_arg(node.args, lambda one: as_array(self._value(one, values)))
+        given: tuple[Any, ...] = substitute(node.args, lambda one: as_array(self._value(one, values)))
+        return given
 
     def _value(self, node: fx.Node, values: Values) -> Any:
         return self.constants[node.name] if node.op == "get_attr" else values[node.name]
@@ -134,11 +152,12 @@ class ReferenceGraph:
             real = real or value.dtype.kind == "f"
             return as_tensor(value.astype(np.float64))
 
-        args, kwargs = fx.map_arg((node.args, node.kwargs), convert)
-        if node.target is operator.getitem:
+        args, kwargs = substitute((node.args, node.kwargs), convert)
+        function: Any = node.target
+        if function is operator.getitem:
             return args[0][args[1]]
         with torch.no_grad():
-            moved = node.target(*args, **kwargs)
+            moved = function(*args, **kwargs)
         return pytree.tree_map_only(
             Tensor, lambda one: as_array(one) if real else reference.as_integers(as_array(one)), moved
         )

@@ -166,13 +166,13 @@ class NodeCheck:
         observed: Mapping[str, Any],
         first_sample: int,
     ) -> None:
-        low, high = self.node.args[-2:]
         real = np.broadcast_to(self.graph.real_value(self.node, fed), ours.shape)
         bound = self._rounding_error(real, fed, observed)
-        if low >= -128 and high <= 255:
+        if self.graph.holds_codes(self.node):
             self._codes(ours, theirs, real, bound, first_sample)
             return
         # a high-precision tensor: in float the value before rounding is as good as the integer
+        low, high = self.graph.code_range(self.node)
         in_float = theirs.dtype.kind == "f"
         self.rounds = self.rounds or bool((bound > 0).any())
         before = np.abs(theirs - np.clip(np.nan_to_num(real), low, high)) - (0.0 if in_float else 0.5)
@@ -181,7 +181,7 @@ class NodeCheck:
         self._bounded(ours, theirs, distance, bound, first_sample)
 
     def _codes(self, ours: Array, theirs: Array, real: Array, bound: Array, first_sample: int) -> None:
-        low, high = self.node.args[-2:]
+        low, high = self.graph.code_range(self.node)
         boundary = np.minimum(ours, theirs) + 0.5
         distance = np.abs(real - boundary)
         steps = np.abs(theirs.astype(np.float64) - ours)

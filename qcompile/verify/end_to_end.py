@@ -11,6 +11,7 @@ from torch import fx
 
 from .chain import ReferenceGraph, as_array
 from .checks import NodeCheck
+from .output_error import OutputError
 from .report import Difference, EndToEnd
 from .subject import Subject
 
@@ -34,18 +35,11 @@ class EndToEndCheck:
         self.failures: list[str] = []
         self._totals: dict[str, int] = {}
         self._different: dict[str, tuple[int, str | None]] = {}
-        self._logits, self._own_logits = _OutputError(), _OutputError()
+        self._logits, self._own_logits = OutputError(), OutputError()
 
     def start_piece(self) -> None:
         """Forget what fed what in the previous piece."""
         self.causes = {}
-
-    def is_code(self, node: fx.Node) -> bool:
-        """Whether the node holds codes that a layer or pool reads, not a high-precision tensor."""
-        if self.graph.model.operator_name(node) not in ("requantize", "quantize"):
-            return False
-        low, high = node.args[-2:]
-        return bool(low >= -128 and high <= 255)
 
     def compare(self, node: fx.Node, ours: Any, theirs: Any | None, check: NodeCheck, flips: int) -> None:
         """Compare a node's value from the reference chain with the target's.
@@ -60,7 +54,7 @@ class EndToEndCheck:
         cause = next((c for one in node.all_input_nodes if (c := self.causes.get(one.name))), None)
         if cause is None and node.name in self.graph.islands and not self.subject.in_process:
             cause = "island"
-        if self.is_code(node) and theirs is not None:
+        if self.graph.holds_codes(node) and theirs is not None:
             self._compare_codes(node, as_array(ours), as_array(theirs), cause, len(check.flips) > flips)
         if cause is None and len(check.flips) > flips:
             cause = "flip"
@@ -113,47 +107,22 @@ class EndToEndCheck:
                 differences.append(Difference(layer, node.name, count, self._totals[node.name], behind))
                 if behind is None:
                     self.failures.append(
-                        f"layer {layer!r}: {count} codes differ end to end, and no float operator or flip feeds it"
+                        f"layer {layer!r}: {count} codes differ end to end, not allowed here"
                     )
-        logits, own = self._logits.relative(), self._own_logits.relative()
+        logits, own = self._logits.worst(), self._own_logits.worst()
         if own > LOGITS_ERROR:
             self.failures.append(f"outputs: {own:.1e} of the largest away from what the last codes give")
         elif logits > LOGITS_ERROR and not differences and not has_flips:
             self.failures.append(f"outputs: {logits:.1e} of the largest away from the reference")
         if not self.untapped_equal:
             self.failures.append("outputs: the untapped run differs from the tapped one")
-        codes = [node for node in self.graph.nodes if self.is_code(node)]
+        codes = [node for node in self.graph.nodes if self.graph.holds_codes(node)]
         required = self.subject.in_process or any(node.name not in self.graph.islands for node in codes)
         return EndToEnd(required, self.compared, tuple(differences), logits, own, self.untapped_equal)
 
 
-class _OutputError:
-    """Largest difference relative to the largest value, per output, over all pieces."""
-
-    def __init__(self) -> None:
-        self.difference: dict[int, float] = {}
-        self.largest: dict[int, float] = {}
-
-    def add(self, index: int, expected: NDArray[Any], actual: NDArray[Any]) -> None:
-        worst = float("inf")
-        if expected.shape == actual.shape:
-            a, b = expected.astype(np.float64), actual.astype(np.float64)
-            with np.errstate(invalid="ignore"):
-                distance = np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0.0, np.abs(a - b))
-            worst = float("inf") if np.isnan(distance).any() else float(distance.max(initial=0.0))
-            largest = float(np.abs(a[np.isfinite(a)]).max(initial=0.0))
-            self.largest[index] = max(self.largest.get(index, 0.0), largest)
-        self.difference[index] = max(self.difference.get(index, 0.0), worst)
-
-    def relative(self) -> float:
-        return max(
-            (worst / (self.largest.get(index) or 1.0) for index, worst in self.difference.items()),
-            default=0.0,
-        )
-
-
 def values_equal(ours: Any, theirs: Any) -> bool:
-    """Whether two values of a chain are the same numbers, NaN included, so that one may stand for the other."""
+    """Whether two values are the same numbers, NaN included, so that one may stand for the other."""
     a, b = as_array(ours), as_array(theirs)
     if a.shape != b.shape or (a.dtype.kind == "f") != (b.dtype.kind == "f"):
         return False

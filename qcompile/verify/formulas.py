@@ -1,7 +1,7 @@
-"""The schemes' quantisers as their papers state them, in numpy float64, for models that hold latent weights.
+"""The schemes' quantisers as their papers state them, in numpy float64, for prepared models.
 
-A scheme adds an entry with `register_formulas`. For a scheme without one, `verify` takes the codes that its own
-quantisers declare, still checks every fold against the real chain, and says so in the report.
+A scheme adds an entry with `register_formulas`. For a scheme without one, `verify` takes the codes that its
+own quantisers declare, still checks every fold against the real chain, and says so in the report.
 """
 
 from __future__ import annotations

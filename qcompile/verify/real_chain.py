@@ -26,8 +26,9 @@ from ..passes.layers import QuantizedLayer
 from ..passes.mode_input import MODE_INPUT
 from ..passes.quantizers import ActivationQuantizer
 from . import reference
-from .chain import as_array
+from .chain import as_array, substitute
 from .formulas import DeclaredFormulas, ReferenceGrid, ReferenceWeight, SchemeFormulas, find_formulas
+from .output_error import OutputError
 from .structure import array_difference
 
 #: A code may lie this far beyond the rounding interval of its real value, in codes, ...
@@ -53,7 +54,6 @@ class RealChain:
         recomputed: whether the scheme's formula is independent of the conversion.
         fold_errors: per node of the integer graph, how far a real value lies beyond the rounding interval of
             its code at most, in codes.
-        output_error: largest difference of an output, relative to the largest output.
     """
 
     def __init__(self, model: QuantModel, mode: Mode, expected: IntegerModel) -> None:
@@ -63,7 +63,7 @@ class RealChain:
         self.formulas: SchemeFormulas = DeclaredFormulas() if formulas is None else formulas
         self.expected = expected
         self.fold_errors: dict[str, float] = {}
-        self.output_error = 0.0
+        self._outputs = OutputError()
         self._failures: dict[str, str] = {}
         self._weights: dict[str, ReferenceWeight] = {}
         self._codes: dict[str, list[fx.Node]] = defaultdict(list)
@@ -113,13 +113,12 @@ class RealChain:
             outputs: the reference's outputs.
         """
         values: dict[fx.Node, Any] = {}
-        remaining, calls = iter(inputs), defaultdict(int)
+        remaining, calls = iter(inputs), defaultdict[str, int](int)
         for node in self.model.graph.nodes:
             if node.op == "placeholder":
                 values[node] = None if node.meta.get(MODE_INPUT) else _double(next(remaining).cpu())
             elif node.op == "output":
-                real = fx.map_arg(node.args[0], lambda one: values[one])
-                self._compare_outputs(real, outputs)
+                self._compare_outputs(substitute(node.args[0], values.__getitem__), outputs)
             elif node.op == "call_module":
                 module = self.model.get_submodule(str(node.target))
                 x = values[node.all_input_nodes[0]]
@@ -132,12 +131,16 @@ class RealChain:
             elif node.op == "get_attr":
                 values[node] = _double(_attribute(self.model, str(node.target)))
             else:
-                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda one: values[one])
-                values[node] = pytree.tree_map_only(Tensor, _double, node.target(*args, **kwargs))
+                args, kwargs = substitute((node.args, node.kwargs), values.__getitem__)
+                function: Any = node.target
+                values[node] = pytree.tree_map_only(Tensor, _double, function(*args, **kwargs))
 
     def failures(self) -> list[str]:
-        """One line per quantiser or output where the integer graph is not the real chain."""
-        return list(self._failures.values())
+        """One line per quantiser, and one for the outputs, where the integer graph is not the real chain."""
+        lines = list(self._failures.values())
+        if self._outputs.worst() > OUTPUT_ERROR:
+            lines.append(f"outputs: {self._outputs.worst():.1e} of the largest away from the trained chain")
+        return lines
 
     def _quantised(
         self, path: str, call: int, module: ActivationQuantizer, x: Tensor, codes: Mapping[str, Any]
@@ -179,8 +182,8 @@ class RealChain:
         if count:
             index = np.unravel_index(int(excess.argmax()), excess.shape)
             self._failures[node.name] = (
-                f"layer {path!r}: {count} of {codes.size} codes are not the nearest to the real value of the "
-                f"trained chain; worst at {[int(i) for i in index]}: code {int(codes[index])} for {real[index]:.4f}"
+                f"layer {path!r}: {count} of {codes.size} codes are not the nearest to the trained chain's "
+                f"real value; worst at {[int(i) for i in index]}: {int(codes[index])} for {real[index]:.4f}"
             )
 
     def _multiplier_rounding(self, node: fx.Node, values: Mapping[str, Any]) -> NDArray[np.float64] | float:
@@ -228,26 +231,7 @@ class RealChain:
 
     def _compare_outputs(self, real: Sequence[Any], outputs: Sequence[NDArray[Any]]) -> None:
         for index, (mine, given) in enumerate(zip(real, outputs, strict=True)):
-            error = relative_error(as_array(mine), given)
-            self.output_error = max(self.output_error, error)
-            if error > OUTPUT_ERROR:
-                self._failures[f"output {index}"] = (
-                    f"output {index}: differs from the trained chain by {error:.1e} of the largest value"
-                )
-
-
-def relative_error(expected: NDArray[Any], actual: NDArray[Any]) -> float:
-    """Largest difference relative to the largest magnitude of `expected`; infinite if shapes or NaNs differ."""
-    if expected.shape != actual.shape:
-        return float("inf")
-    a, b = expected.astype(np.float64), actual.astype(np.float64)
-    with np.errstate(invalid="ignore"):
-        difference = np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0.0, np.abs(a - b))
-    if np.isnan(difference).any():
-        return float("inf")
-    largest = float(np.abs(a[np.isfinite(a)]).max(initial=0.0))
-    worst = float(difference.max(initial=0.0))
-    return worst / largest if largest > 0 else worst
+            self._outputs.add(index, as_array(mine), given)
 
 
 def _double(value: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
-"""The integer operators in numpy, written from their definitions alone: nothing here is shared with passes or backends.
+"""The integer operators in numpy, written from their definitions; no code is shared with passes or backends.
 
-Every function takes integer arrays of any dtype and computes in int64, or in a float type that provably holds
-every intermediate integer. Arrays of float64 are taken too: a target may keep high-precision tensors in float.
+Every function takes integer arrays of any dtype and computes in int64, or in a float type that provably
+holds every intermediate integer. Arrays of float64 are taken too: a target may keep high-precision tensors
+in float.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ def _windows(
             slice(t * d, t * d + (o - 1) * s + 1, s)
             for t, d, o, s in zip(tap, dilation, out, stride, strict=True)
         ]
-        taps.append(x[(..., *slices)])
+        index: Any = (..., *slices)
+        taps.append(x[index])
     return taps
 
 
@@ -67,8 +69,9 @@ def convolve(
     Args:
         x: (N, C, *spatial).
         weight: (O, C / groups, *kernel), cast to the dtype of `x`.
-        stride, dilation: one entry per spatial dimension.
+        stride: one entry per spatial dimension.
         padding: (before, after) per spatial dimension, of zeros.
+        dilation: one entry per spatial dimension.
         groups: channel groups.
 
     Returns:
@@ -116,9 +119,11 @@ def accumulate_conv(
     Args:
         codes: (N, C, *spatial) activation codes.
         weight: (O, C / groups, *kernel) weight codes.
-        numerator, shift: the weight offset `numerator / 2**shift`.
-        stride, dilation: one entry per spatial dimension.
+        numerator: of the weight offset `numerator / 2**shift`.
+        shift: of the weight offset.
+        stride: one entry per spatial dimension.
         padding: before and after, per spatial dimension, in one list; filled with code 0.
+        dilation: one entry per spatial dimension.
         groups: channel groups.
 
     Returns:

@@ -60,8 +60,8 @@ class LayerCheck:
         codes_compared, code_mismatches: elements, for everything else. Flips are no mismatches.
         flips: codes that differ by 1 within the target's stated rounding error.
         largest_deviation: of a tensor that the target keeps in float, in units of the integer graph.
-        fold_error: how far a real value lies beyond the rounding interval of its code at most, in codes, where
-            the real chain was evaluated from the trained parameters in float64; None where it was not.
+        fold_error: how far a real value, evaluated from the trained parameters in float64, lies beyond the
+            rounding interval of its code at most, in codes; None where it was not evaluated.
         first_mismatch: what differs first, and how.
     """
 
@@ -92,9 +92,9 @@ class Difference:
     Attributes:
         layer, node: as in `LayerCheck`.
         count, total: elements.
-        behind: what feeds the tensor: `island` a float operator, `flip` a listed flip, `rounding` a tensor that
-            the target keeps in float, `difference` another tensor of this list. None if nothing of that does:
-            then the difference is a failure.
+        behind: what feeds the tensor: `island` a float operator, `flip` a listed flip, `rounding` a tensor
+            that the target keeps in float, `difference` another tensor that differs. None if nothing of that
+            does: then the difference is a failure.
     """
 
     layer: str
@@ -130,9 +130,9 @@ class VerificationReport:
     """Whether an artefact computes what the prepared model defines.
 
     Attributes:
-        exact: every layer's accumulators and codes are the reference's, the artefact's constants and structure
-            are those of a fresh conversion, and codes are equal end to end wherever no float operator or
-            listed flip feeds them.
+        exact: every layer's accumulators and codes are the reference's, the artefact's constants and
+            structure are those of a fresh conversion, and codes are equal end to end wherever no float
+            operator or listed flip feeds them.
         mode: the precision, as users write it.
         target: what was checked.
         samples: number of samples in `x`.

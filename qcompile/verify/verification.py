@@ -127,12 +127,14 @@ def _subject(
     request = executable.request
     if len(request.input_shapes) != len(inputs):
         raise InvalidArgument(
-            f"the executable takes {len(request.input_shapes)} inputs, the model {len(inputs)}; lower this model"
+            f"the executable takes {len(request.input_shapes)} inputs and the model {len(inputs)}: "
+            "lower this model"
         )
     for one, value, shape in zip(model.signature.inputs, inputs, request.input_shapes, strict=True):
         if tuple(value.shape[1:]) != tuple(shape[1:]):
             raise InvalidArgument(
-                f"input {one.name!r} has shape {tuple(value.shape)}; the executable was compiled for {tuple(shape)}"
+                f"input {one.name!r} has shape {tuple(value.shape)}; "
+                f"the executable was compiled for {tuple(shape)}"
             )
     if samples % request.batch:
         raise InvalidArgument(

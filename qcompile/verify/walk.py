@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from ..errors import QCompileError
-from .chain import ReferenceGraph, as_array
+from .chain import ReferenceGraph, as_array, substitute
 from .checks import NodeCheck
 from .end_to_end import EndToEndCheck, values_equal
 from .real_chain import RealChain
@@ -54,6 +54,10 @@ class Walk:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             self.crash = f"{self.subject.name} does not run: {reason}"
             return False
+        wanted = len(self.graph.nodes[-1].args[0])
+        if len(observation.outputs) != wanted or len(untapped) != wanted:
+            self.crash = f"{self.subject.name} has {len(observation.outputs)} outputs, expected {wanted}"
+            return False
         observed = {name: value for name, value in observation.values.items() if name in self.checks}
         self.end_to_end.start_piece()
         # what the target produced, as far as it shows it, and what the reference makes of the inputs; both
@@ -69,10 +73,8 @@ class Walk:
             elif kind == "constant":
                 results[node.name] = own[node.name] = self.graph.constants[node.name]
             elif kind == "output":
-                ours, theirs = (
-                    fx.map_arg(node.args[0], lambda one, values=values: values[one.name])
-                    for values in (own, results)
-                )
+                ours = substitute(node.args[0], lambda one: own[one.name])
+                theirs = substitute(node.args[0], lambda one: results[one.name])
                 self.end_to_end.compare_outputs(ours, theirs, observation.outputs, untapped)
                 if self.chain is not None:
                     self.chain.run(inputs, own, [as_array(one) for one in ours])

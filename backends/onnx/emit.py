@@ -1,0 +1,282 @@
+"""Walk an integer graph and write the ONNX graph of the same computation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, fx
+
+from qcompile.errors import LoweringError
+from qcompile.passes.integer_model import IntegerModel
+
+from .graph import GraphBuilder
+from .static_values import static_values
+from .values import Array, Codes, Constant, Plain, Real, Value, channel_axis, scalar
+
+T = TypeVar("T")
+
+Rule = Callable[["Emitter", fx.Node], Value]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Where a layer's accumulators can be recomputed in integers from the artefact's own constants.
+
+    Attributes:
+        operator: name of the Conv, Gemm or MatMul node.
+        codes: tensor of input codes.
+        zero_point: of these codes.
+        factor: (out,) int64; the integer sums are factor * accumulator.
+        doubled: whether the operator sees its input twice along the channels.
+        shape: of the accumulators.
+    """
+
+    operator: str
+    codes: str
+    zero_point: int
+    factor: NDArray[np.int64]
+    doubled: bool
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """Bound of a requantisation's error: relative * magnitude + absolute, in output units.
+
+    Attributes:
+        relative: factor on the sum of the absolute summands.
+        absolute: shape () or broadcastable against the tensor.
+    """
+
+    relative: float
+    absolute: Array
+
+
+@dataclass
+class Lowered:
+    """What emission learns besides the ONNX graph, by node name of the integer graph."""
+
+    tensors: dict[str, Codes | Real] = field(default_factory=dict)
+    probes: dict[str, Probe] = field(default_factory=dict)
+    deviations: dict[str, Deviation] = field(default_factory=dict)
+
+
+class Emitter:
+    """The walk over one integer graph.
+
+    Args:
+        model: the integer graph.
+        shapes: shapes of its inputs, batch included.
+        rules: how to emit each operator, by `IntegerModel.operator_name`; "" holds what remains.
+
+    Attributes:
+        builder: the ONNX graph.
+        lowered: what is known about tensors and layers by name.
+    """
+
+    def __init__(
+        self, model: IntegerModel, shapes: tuple[tuple[int, ...], ...], rules: Mapping[str, Rule]
+    ) -> None:
+        self.model, self._rules = model, rules
+        self.builder = GraphBuilder()
+        self.lowered = Lowered()
+        self._fake = static_values(model, shapes)
+        self._values: dict[fx.Node, Value] = {}
+        self._once: dict[str, Any] = {}
+
+    def run(self) -> None:
+        """Emit every node.
+
+        Raises:
+            LoweringError: for an operator that has no form in ONNX; names its layer.
+        """
+        for node in self.model.graph.nodes:
+            if node.op == "placeholder":
+                self.builder.unique(node.name)
+                self.builder.inputs.append((node.name, self.dtype(node), self.shape(node)))
+                self._values[node] = Plain(node.name)
+            elif node.op == "get_attr":
+                layer, _, what = str(node.target).rpartition(".")
+                array = self.model.constant(node).detach().cpu().numpy()
+                self._values[node] = Constant(f"{layer or node.name}/{what}", array)
+            elif node.op == "output":
+                self._outputs(node)
+            elif not isinstance(self._fake[node], (Tensor, tuple, list)):
+                self._values[node] = self._fake[node]  # sizes are known
+            else:
+                value = self._rule(node)(self, node)
+                if isinstance(value, (Codes, Real)):
+                    self.lowered.tensors[node.name] = value
+                self._values[node] = value
+
+    def _rule(self, node: fx.Node) -> Rule:
+        return self._rules.get(self.model.operator_name(node), self._rules[""])
+
+    def _outputs(self, node: fx.Node) -> None:
+        for index, one in enumerate(torch.utils._pytree.tree_leaves(node.args[0])):
+            if not isinstance(one, fx.Node) or not isinstance(self._fake[one], Tensor):
+                raise LoweringError(f"output {index} is not a tensor, which onnx-qdq cannot return")
+            name = self.builder.node("Identity", [self.tensor(one)], f"output_{index}", f"output/{index}")
+            self.builder.outputs.append((name, self.dtype(one), self.shape(one)))
+
+    # ---- what nodes are -----------------------------------------------------------------------------------
+
+    def value(self, node: fx.Node) -> Value:
+        """What a node of the integer graph became."""
+        return self._values[node]
+
+    def shape(self, node: fx.Node) -> tuple[int, ...]:
+        """Static shape of a node's tensor."""
+        return tuple(int(size) for size in self._fake[node].shape)
+
+    def shapes(self, node: fx.Node) -> list[tuple[int, ...]]:
+        """Static shapes of a node that returns several tensors."""
+        return [tuple(int(size) for size in one.shape) for one in self._fake[node]]
+
+    def dtype(self, node: fx.Node) -> np.dtype[Any]:
+        """Element type of a node's tensor.
+
+        Raises:
+            LoweringError: for types that numpy lacks.
+        """
+        return numpy_dtype(self._fake[node].dtype, layer_of(node))
+
+    def static(self, argument: Any) -> Any:
+        """An argument with sizes and other known values put in."""
+        return fx.map_arg(argument, lambda node: self._values[node])
+
+    def tensor(self, node: fx.Node) -> str:
+        """Name of the tensor that holds a float (or index) value.
+
+        Raises:
+            LoweringError: if the node holds integers with a unit, which operators of this kind cannot read.
+        """
+        value = self._values[node]
+        if isinstance(value, Plain):
+            return value.name
+        if isinstance(value, Constant):
+            return self.builder.initializer(value.name, value.array)
+        raise LoweringError(
+            f"layer {layer_of(node)!r}: a float operator reads the quantised tensor {node.name!r}; "
+            "convert the model again with this version"
+        )
+
+    def constant(self, node: fx.Node) -> NDArray[Any]:
+        """Content of a buffer."""
+        value = self._values[node]
+        assert isinstance(value, Constant)
+        return value.array
+
+    # ---- integers as floats -------------------------------------------------------------------------------
+
+    def integers(self, value: Codes | Real) -> Real:
+        """Integers of any kind as float32; codes become exact integer values with factor 1."""
+        if isinstance(value, Real):
+            return value
+        return self.once(f"{value.name} as float", lambda: self._cast(value))
+
+    def _cast(self, codes: Codes) -> Real:
+        name = self.builder.node("Cast", [codes.name], f"{codes.name}.float", f"{codes.name}/cast", to=1)
+        if codes.zero_point:
+            zero = self.builder.initializer(f"{codes.name}/float_zero_point", codes.zero_point, np.float32)
+            name = self.builder.node("Sub", [name, zero], f"{codes.name}.signed", f"{codes.name}/subtract")
+        return Real(name, scalar(1.0), scalar(codes.low), scalar(codes.high))
+
+    def once(self, key: str, emit: Callable[[], T]) -> T:
+        """What `emit` returned when it was first called for this key."""
+        if key not in self._once:
+            self._once[key] = emit()
+        return self._once[key]
+
+    def scaled(self, real: Real, ratio: Array, layer: str, what: str) -> str:
+        """The tensor times a constant.
+
+        Sums of integers are divided by the reciprocal: runtimes fold multiplications into the weights of a
+        convolution, whose sums would then be rounded.
+        """
+        if (ratio == 1.0).all():
+            return real.name
+        if real.is_sum and (ratio != 0.0).all():
+            divisor = self.builder.initializer(f"{layer}/{what}_divisor", 1.0 / ratio, np.float32)
+            return self.builder.node("Div", [real.name, divisor], f"{layer}.{what}", f"{layer}/{what}_divide")
+        factor = self.builder.initializer(f"{layer}/{what}_factor", ratio, np.float32)
+        return self.builder.node("Mul", [real.name, factor], f"{layer}.{what}", f"{layer}/{what}_multiply")
+
+    def uniform(self, real: Real, factor: float | None = None) -> Real:
+        """The integers with one factor for all channels, so that elements may be moved."""
+        if real.factor.size == 1 and factor is None:
+            return real
+        wanted = float(np.exp(np.log(np.abs(real.factor)).mean())) if factor is None else factor
+
+        def emit() -> Real:
+            name = self.scaled(real, wanted / real.factor, real.name, "uniform")
+            return replace(real, name=name, factor=scalar(wanted), is_sum=False)
+
+        return self.once(f"{real.name} times {wanted}", emit)
+
+    def codes(self, value: Value, zero_point: int | None = None, layer: str = "") -> Codes:
+        """Integers as uint8, at least with the given zero point.
+
+        Raises:
+            LoweringError: if they need more than 8 bits.
+        """
+        if isinstance(value, Codes) and zero_point in (None, value.zero_point):
+            return value
+        if not isinstance(value, (Codes, Real)):
+            raise LoweringError(f"layer {layer!r}: its input is not quantised")
+        low, high = math.floor(np.min(value.low)), math.ceil(np.max(value.high))
+        zero = zero_point_of(low) if zero_point is None else zero_point
+        if low + zero < 0 or high + zero > 255:
+            raise LoweringError(f"layer {layer!r}: its input has integers from {low} to {high}, not 8 bits")
+        real = self.uniform(self.integers(value), 1.0)
+        name = f"{real.name}.codes"
+        stored = self.quantized(real.name, 1.0, zero, name, layer)
+        return Codes(stored, value.unit if isinstance(value, Codes) else 1.0, zero, low, high)
+
+    def quantized(self, source: str, scale: Any, zero_point: int, output: str, layer: str) -> str:
+        """QuantizeLinear to uint8; the scale may vary along one axis."""
+        scale = np.asarray(scale, np.float32)
+        axis = channel_axis(scale)
+        flat = scale.reshape(()) if axis is None else scale.reshape(-1)
+        zero = np.full(flat.shape, zero_point, np.uint8)
+        return self.builder.node(
+            "QuantizeLinear",
+            [
+                source,
+                self.builder.initializer(f"{layer}/scale", flat),
+                self.builder.initializer(f"{layer}/zero_point", zero),
+            ],
+            output,
+            f"{layer}/quantize",
+            axis=axis,
+        )
+
+
+def zero_point_of(low: int) -> int:
+    """The smallest power of two that makes all codes unsigned; 0 if they are so already."""
+    return 0 if low >= 0 else 2 ** math.ceil(math.log2(-low))
+
+
+def layer_of(node: fx.Node) -> str:
+    """The module path that a node comes from, or its name."""
+    return str(node.meta.get("layer", node.name))
+
+
+def numpy_dtype(dtype: torch.dtype, layer: str) -> np.dtype[Any]:
+    """The numpy type of a torch type.
+
+    Raises:
+        LoweringError: if there is none.
+    """
+    try:
+        return torch.empty(0, dtype=dtype).numpy().dtype
+    except TypeError:
+        raise LoweringError(
+            f"layer {layer!r}: onnx-qdq has no element type {dtype}; convert the model to float32 first"
+        ) from None

@@ -1,0 +1,118 @@
+"""`verify` finds the integer graphs of sound models exact, in every mode."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from verify_subjects import (
+    Bottleneck,
+    Dense,
+    Gate,
+    Mlp,
+    OneDimensional,
+    Pools,
+    Residual,
+    images,
+    trained,
+)
+
+import qcompile
+from qcompile.verify import verify
+
+NETWORKS: dict[str, tuple[type[nn.Module], Tensor]] = {
+    "residual": (Residual, images()),
+    "bottleneck": (Bottleneck, images()),
+    "mlp": (Mlp, images(8, 3)),
+    "dense": (Dense, images()),
+    "one-dimensional": (OneDimensional, images()[:, :, 0].repeat(1, 1, 3)),
+    "pools": (Pools, images(6, 15)),
+    "gate": (Gate, images(6, 8)),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "options", [{"bits": (2, 3, 4)}, {"modes": ("w2a4", "w4a2")}, {"bits": (1, 5, 8)}], ids=str
+)
+def test_converted_networks_are_exact(name: str, options: dict[str, Any]) -> None:
+    kind, x = NETWORKS[name]
+    torch.manual_seed(0)
+    model = trained(kind(), x, **options)
+    for bits in qcompile.modes(model):
+        report = verify(model, x, bits=bits)
+        assert report.failures == ()
+        assert report.exact
+        assert report.recomputed
+        assert report.mode == bits
+        assert report.logits_error == 0.0
+        assert report.end_to_end.untapped_equal
+
+
+def test_every_integer_operator_is_compared() -> None:
+    model = trained(Residual(), images())
+    report = verify(model, images())
+    kinds = {check.operator for check in report.layers}
+    assert {"accumulate_conv", "accumulate_linear", "requantize", "quantize", "max_pool"} <= kinds
+    for check in report.layers:
+        assert check.tapped
+        assert check.exact
+        assert check.accumulators_compared + check.codes_compared > 0
+    conv = next(check for check in report.layers if check.node == "block2_conv1_accumulate")
+    assert (conv.layer, conv.weight_bits) == ("block2.conv1", 4)
+    assert conv.accumulators_compared == 6 * 8 * 3 * 3
+
+
+def test_every_quantiser_is_compared_with_the_trained_chain() -> None:
+    report = verify(trained(Dense(), images()), images())
+    checked = {check.layer for check in report.layers if check.fold_error is not None}
+    assert checked == {f"{layer}.input_quantizer" for layer in ("conv1", "conv2", "transition")}
+    assert max(check.fold_error or 0.0 for check in report.layers) < 2.0**-12
+
+
+def test_without_compensation_and_with_shared_statistics() -> None:
+    from qcompile.passes.schemes.vertical import VerticalConfig
+
+    config = VerticalConfig(compensation=False, batch_norm="shared")
+    model = trained(Residual(), images(), config=config)
+    assert all(verify(model, images(), bits=bits).exact for bits in (2, 3, 4))
+
+
+def test_a_skipped_layer_stays_a_float_island() -> None:
+    model = trained(Residual(), images(), skip=["block1.conv2"])
+    report = verify(model, images())
+    assert report.exact
+    assert "block1.conv2" not in {check.layer for check in report.layers}
+
+
+def test_a_model_without_running_statistics_is_exact() -> None:
+    class Batchwise(Residual):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block1.bn1 = nn.BatchNorm2d(6, track_running_stats=False)
+
+    assert verify(trained(Batchwise(), images()), images()).exact
+
+
+def test_several_inputs_and_outputs_by_name() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem1, self.stem2 = nn.Conv2d(3, 4, 3), nn.Conv2d(2, 4, 3)
+            self.conv = nn.Conv2d(4, 6, 3)
+            self.head = nn.Linear(6, 5)
+
+        def forward(self, a: Tensor, b: Tensor | None = None, *, c: Tensor) -> dict[str, Any]:
+            y = self.conv(torch.relu(self.stem1(a) + self.stem2(c)))
+            return {"logits": self.head(y.mean((2, 3))), "parts": [y.relu(), b]}
+
+    a, c = images(), images()[:, :2]
+    model = qcompile.prepare(Two(), {"a": a, "c": c})
+    model.train()
+    model(a=a, c=c)
+    qcompile.calibrate(model, [{"a": a, "c": c}]) if hasattr(qcompile, "calibrate") else None
+    report = verify(model, {"c": c, "a": a})
+    assert report.exact
+    assert report.samples == 6
