@@ -7,6 +7,7 @@ The folder holds `cifar10_exact/` (an exact subset: lossless sheets of 32 x 32 t
 from __future__ import annotations
 
 import io
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +81,7 @@ def jpeg_test(data: Path) -> tuple[Tensor, Tensor]:
     header, blob, offsets = packed["header"].tobytes(), packed["blob"].tobytes(), packed["offset"]
     images = [
         np.asarray(Image.open(io.BytesIO(header + blob[start:end])).convert("RGB"))
-        for start, end in zip(offsets[:-1], offsets[1:], strict=True)
+        for start, end in itertools.pairwise(offsets)
     ]
     return _normalised(np.stack(images[: len(packed["y"])])), torch.from_numpy(packed["y"]).long()
 

@@ -2,8 +2,8 @@
 
     python examples/cifar10_resnet20.py                    the short recipe, about 12 minutes on two cores
     python examples/cifar10_resnet20.py --long             about an hour
-    python examples/cifar10_resnet20.py --single-bit       a quarter of the budget, against one model per width
-    python examples/cifar10_resnet20.py --ablations        a quarter of the budget, one part left out at a time
+    python examples/cifar10_resnet20.py --single-bit       a quarter of the budget, against a model per width
+    python examples/cifar10_resnet20.py --ablations        a quarter of the budget, one part left out each
 
 The two changed lines of an ordinary training loop are `qcompile.prepare` and `joint.backward`.
 """

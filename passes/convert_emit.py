@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from .quantizers import ActivationQuantizer, WeightCodes
 
 #: What a tensor of the training graph is in the integer graph: an affine map of integers, or a float node
 #: (also sizes and other non-tensors).
-Value = Affine | fx.Node
+Value: TypeAlias = "Affine | fx.Node"
 
 _OPS = torch.ops.qcompile
 
@@ -182,6 +182,8 @@ class Emitter:
         low, high, bound = _accumulator_bounds(weight, int(term.low), int(term.high), path)
         codes = self.constant(f"{path}.weight_codes", weight.codes, torch.int8)
         offset = (weight.offset_numerator, weight.offset_shift)
+        target: Any
+        arguments: tuple[Any, ...]
         if geometry.kind == "conv":
             shape_arguments = (
                 list(geometry.stride),

@@ -13,8 +13,12 @@ from qcompile.errors import PassError
 from .batchnorm import ModeBatchNorm
 
 _ATEN = torch.ops.aten
-_CONVOLUTIONS = {nn.Conv1d: _ATEN.conv1d, nn.Conv2d: _ATEN.conv2d, nn.Conv3d: _ATEN.conv3d}
-_TRANSPOSED = {
+_CONVOLUTIONS: dict[type[nn.Module], Any] = {
+    nn.Conv1d: _ATEN.conv1d,
+    nn.Conv2d: _ATEN.conv2d,
+    nn.Conv3d: _ATEN.conv3d,
+}
+_TRANSPOSED: dict[type[nn.Module], Any] = {
     nn.ConvTranspose1d: _ATEN.conv_transpose1d.default,
     nn.ConvTranspose2d: _ATEN.conv_transpose2d.input,
     nn.ConvTranspose3d: _ATEN.conv_transpose3d.input,
@@ -22,7 +26,7 @@ _TRANSPOSED = {
 
 
 def float_call(
-    module: nn.Module, x: fx.Node, constant: Callable[[str, Tensor], fx.Node], row: int, name: str
+    module: Any, x: fx.Node, constant: Callable[[str, Tensor], fx.Node], row: int, name: str
 ) -> tuple[Any, tuple[Any, ...]]:
     """The aten operator and arguments of a layer.
 
@@ -43,14 +47,14 @@ def float_call(
 
     if type(module) in _CONVOLUTIONS:
         overloads = _CONVOLUTIONS[type(module)]
-        shape = (list(module.stride), module.padding, list(module.dilation), module.groups)
-        if isinstance(module.padding, str):
-            return overloads.padding, (x, part("weight"), part("bias"), *shape)
-        shape = (shape[0], list(module.padding), *shape[2:])
-        return overloads.default, (x, part("weight"), part("bias"), *shape)
+        named = isinstance(module.padding, str)
+        padding = module.padding if named else list(module.padding)
+        shape = (list(module.stride), padding, list(module.dilation), module.groups)
+        overload = overloads.padding if named else overloads.default
+        return overload, (x, part("weight"), part("bias"), *shape)
     if type(module) in _TRANSPOSED:
-        shape = (list(module.stride), list(module.padding), list(module.output_padding), module.groups)
-        return _TRANSPOSED[type(module)], (x, part("weight"), part("bias"), *shape, list(module.dilation))
+        moves = (list(module.stride), list(module.padding), list(module.output_padding), module.groups)
+        return _TRANSPOSED[type(module)], (x, part("weight"), part("bias"), *moves, list(module.dilation))
     if isinstance(module, nn.Linear):
         return _ATEN.linear.default, (x, part("weight"), part("bias"))
     if isinstance(module, nn.LayerNorm):

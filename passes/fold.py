@@ -11,16 +11,16 @@ that eval mode, every backend and the file share. Training keeps the float chain
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qcompile.errors import FoldError
 
-Array = NDArray[np.float64]
+#: Per-channel values, or one for the whole tensor.
+Array: TypeAlias = "NDArray[np.float64] | np.float64"
 
 #: Sums of an epilogue stay below 2^52, so float64 and int64 evaluate them alike.
 EPILOGUE_BITS = 52
@@ -198,7 +198,7 @@ def wide_epilogue(affine: Affine) -> Epilogue:
     return integer_epilogue(affine, unit, max(bounds[0], -limit), min(bounds[1], limit))
 
 
-def broadcastable(values: Sequence[Any] | NDArray[Any], rank: int, axis: int) -> NDArray[Any]:
+def broadcastable(values: Any, rank: int, axis: int) -> NDArray[Any]:
     """Per-channel values shaped to broadcast against a tensor of `rank` dimensions along `axis`."""
     array = np.asarray(values)
     return array if array.ndim == 0 else array.reshape(-1, *([1] * (rank - 1 - axis)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from qcompile.modes import ActiveMode
@@ -26,7 +28,7 @@ class QuantizedLayer(nn.Module):
     weight: Tensor
     bias: Tensor | None
 
-    def __init__(self, source: nn.Module, weight_quantizer: WeightQuantizer) -> None:
+    def __init__(self, source: Any, weight_quantizer: WeightQuantizer) -> None:
         super().__init__()
         self.geometry = Geometry.of(source)
         self.register_parameter("weight", source.weight)

@@ -116,12 +116,11 @@ class PassManager:
             graph_module = result.graph_module
             modified |= result.modified
             self.notes.extend(f"{one.name}: {note}" for note in result.notes)
-            log_line(
-                "passes",
-                f"{one.name}: {'modified' if result.modified else 'unchanged'}, "
-                f"{before} -> {len(graph_module.graph.nodes)} nodes, {1e3 * (time.perf_counter() - started):.1f} ms",
-                *(f"  {note}" for note in result.notes),
-            )
+            state = "modified" if result.modified else "unchanged"
+            size = f"{before} -> {len(graph_module.graph.nodes)} nodes"
+            seconds = time.perf_counter() - started
+            notes = (f"  {note}" for note in result.notes)
+            log_line("passes", f"{one.name}: {state}, {size}, {1e3 * seconds:.1f} ms", *notes)
             self._write(graph_module, f"{index:02d}-{one.name}-after.txt")
         return PassResult(graph_module, modified, tuple(self.notes))
 

@@ -37,7 +37,7 @@ class WeightCodes:
 
 @dataclass(frozen=True)
 class ActivationGrid:
-    """The uniform grid that an activation is rounded to: `scale * code`, low <= code <= high, half to even."""
+    """The grid that an activation is rounded to: `scale * code`, low <= code <= high, half to even."""
 
     scale: float
     low: int

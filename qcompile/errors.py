@@ -1,6 +1,6 @@
 """Everything that qcompile raises on purpose.
 
-Each error derives from `QCompileError` and from the built-in exception that fits, so callers may catch either.
+Each error derives from `QCompileError` and from the built-in exception that fits; callers may catch either.
 Messages are one line: the layer or file, the value, and the way out.
 """
 

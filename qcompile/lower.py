@@ -53,7 +53,7 @@ def lower(
     if isinstance(model, (str, PathLike)):
         from .file.load import load
 
-        loaded = load(model, bits=bits)
+        loaded: MultiModeModel = load(model, bits=bits)
     else:
         loaded = as_multi_mode(model)
     mode = loaded.active if bits is None else find_mode(bits, loaded.prepared_modes)

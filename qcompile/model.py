@@ -11,7 +11,8 @@ from torch import fx, nn
 
 from .errors import InvalidArgument, InvalidInputType
 from .modes import ActiveMode, Mode, find_mode
-from .passes.convert import IntegerModel, convert_graph
+from .passes.convert import convert_graph
+from .passes.integer_model import IntegerModel
 from .passes.quantize_layers import LayerRecord
 from .passes.schemes.base import Scheme
 from .passes.signature import CallSignature
@@ -155,7 +156,8 @@ class QuantModel(MultiModeModel):
 
     def __getstate__(self) -> dict[str, Any]:
         raise InvalidInputType(
-            "a prepared model is not pickled whole: save model.state_dict() with torch.save, or qcompile.save(model, path)"
+            "a prepared model is not pickled whole: save model.state_dict() with torch.save, "
+            "or the deployed form with qcompile.save(model, path)"
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,9 +10,6 @@ from dataclasses import dataclass
 from .errors import InvalidArgument
 
 _MODE_NAME = re.compile(r"w(\d+)a(\d+)")
-
-#: What users may write for one mode: `3`, `"3"`, `"w3a3"`, or a `Mode`.
-ModeLike = "int | str | Mode"
 
 
 @dataclass(frozen=True, order=True)
@@ -91,7 +89,7 @@ def parse_modes(bits: Sequence[int] | None, modes: Sequence[int | str | Mode] | 
     parsed = tuple(Mode.parse(value) for value in given)
     if not parsed:
         raise InvalidArgument("at least one bit-width is needed, for example bits=(2, 3, 4)")
-    if any(b <= a for a, b in zip(parsed, parsed[1:], strict=False)):
+    if any(b <= a for a, b in itertools.pairwise(parsed)):
         names = ", ".join(str(mode.label) for mode in parsed)
         raise InvalidArgument(f"modes must be increasing and must not repeat, not ({names})")
     return parsed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 
 import pytest
@@ -108,7 +109,7 @@ def test_the_fold_follows_every_kind_of_write():
     seen.append(prepared(x))
     prepared.get_submodule("conv1").weight_quantizer.step.data.mul_(0.5)
     seen.append(prepared(x))
-    assert not any(torch.equal(a, b) for a, b in zip(seen, seen[1:], strict=False))
+    assert not any(torch.equal(a, b) for a, b in itertools.pairwise(seen))
 
 
 def test_other_spatial_sizes_fold_again():
@@ -133,9 +134,9 @@ def test_a_float_model_is_refused():
 
 def test_unknown_scheme_and_layer_list_the_choices():
     model, x = example("residual")
-    with pytest.raises(InvalidArgument, match="unknown scheme 'horizontal'; known: .*vertical"):
+    with pytest.raises(InvalidArgument, match=r"unknown scheme 'horizontal'; known: .*vertical"):
         qcompile.prepare(model, x, scheme="horizontal")
-    with pytest.raises(InvalidArgument, match="skip names 'convX'.*conv1"):
+    with pytest.raises(InvalidArgument, match=r"skip names 'convX'.*conv1"):
         qcompile.prepare(model, x, skip=["convX"])
 
 

@@ -53,13 +53,13 @@ def requantize(emitter: Emitter, node: fx.Node) -> Value:
     zero = zero_point_of(low)
     first = emitter.value(inputs[0])
     if isinstance(first, Deferred):
-        stored = emit_fused(emitter, inputs[0], node, first, f"{node.name}.rounded")
+        stored = emit_fused(emitter, inputs[0], node, first, _unclipped_name(node, zero))
     else:
         reals = tuple(emitter.integers(emitter.value(one)) for one in inputs)
         factors = [emitter.constant(one).astype(np.float64) for one in multipliers]
         offset = emitter.constant(constant).astype(np.int64)
         sums = _normalised(reals, factors, offset, int(shift))
-        if narrow and len(reals) == 1:
+        if narrow and len(reals) == 1 and len(inputs[0].users) == 1:
             sums, exact = _without_ties(sums, factors[0], offset, int(shift), low, high)
         else:
             exact = np.zeros((), bool)
@@ -68,23 +68,30 @@ def requantize(emitter: Emitter, node: fx.Node) -> Value:
         name = _clipped(emitter, name, sums, factors, offset, int(shift), (low, high), narrow, layer)
         if not narrow:
             bounds = scalar(low), scalar(high)
-            return Real(emitter.named(name, node.name, layer), sums.gauge, *bounds)
-        stored = emitter.quantized(name, sums.gauge, zero, f"{node.name}.rounded", layer)
+            return Real(name, sums.gauge, *bounds)
+        stored = emitter.quantized(name, sums.gauge, zero, _unclipped_name(node, zero), layer)
     return _as_codes(emitter, stored, node, zero, low, high)
 
 
 def _as_codes(emitter: Emitter, stored: str, node: fx.Node, zero: int, low: int, high: int) -> Codes:
     """Clip uint8 codes to their range; QuantizeLinear has clipped to 0..255."""
     layer, unit = layer_of(node), float(node.meta.get("unit", 1.0))
-    if low + zero > 0 or high + zero < 255:
+    if _clips(low, high, zero):
         bounds = [
             emitter.builder.initializer(f"{layer}/{what}", value + zero, np.uint8)
             for what, value in (("lowest_code", low), ("highest_code", high))
         ]
         stored = emitter.builder.node("Clip", [stored, *bounds], node.name, f"{layer}/clip")
-    else:
-        stored = emitter.named(stored, node.name, layer)
     return Codes(stored, unit, zero, low, high)
+
+
+def _clips(low: int, high: int, zero: int) -> bool:
+    return low + zero > 0 or high + zero < 255
+
+
+def _unclipped_name(node: fx.Node, zero: int) -> str:
+    """Name of the codes as QuantizeLinear writes them; the final ones are called like the node."""
+    return f"{node.name}.rounded" if _clips(int(node.args[-2]), int(node.args[-1]), zero) else node.name
 
 
 def _normalised(
@@ -95,12 +102,16 @@ def _normalised(
     weights = [np.ldexp(factor, -shift) / term.factor for factor, term in zip(factors, terms, strict=True)]
     offset = np.ldexp((constant - half).astype(np.float64), -shift)
     order = sorted(range(len(terms)), key=lambda i: not terms[i].is_sum)
-    chosen = next((i for i in order if (weights[i] != 0.0).all()), None)
+    chosen = next((i for i in order if (weights[i] != 0.0).all() and _varies_once(weights[i])), None)
     gauge = scalar(1.0) if chosen is None else 1.0 / np.abs(weights[chosen])
     ratios = [weight * gauge for weight in weights]
     if chosen is not None:
         ratios[chosen] = np.sign(weights[chosen])
     return _Sum(terms, tuple(ratios), offset * gauge, np.asarray(gauge))
+
+
+def _varies_once(factor: Array) -> bool:
+    return sum(size > 1 for size in factor.shape) <= 1
 
 
 def _without_ties(
@@ -149,7 +160,8 @@ def _deviation(terms: tuple[Real, ...], factors: list[Array], shift: int, exact:
 
 def _emit_sum(emitter: Emitter, sums: _Sum, layer: str, output: str) -> str:
     """The sum as a float tensor; one that was emitted before for another reader is used again."""
-    for known, name in emitter.sums:
+    emitted: list[tuple[_Sum, str]] = emitter.once("float sums", list)
+    for known, name in emitted:
         if known.resembles(sums):
             return name
     builder = emitter.builder
@@ -164,7 +176,7 @@ def _emit_sum(emitter: Emitter, sums: _Sum, layer: str, output: str) -> str:
         total = builder.node("Add", [total, offset], f"{output}.biased", f"{layer}/add_offset")
     for index, part in enumerate(parts[1:]):
         total = builder.node("Add", [total, part], f"{output}.sum_{index}", f"{layer}/add_{index}")
-    emitter.sums.append((sums, total))
+    emitted.append((sums, total))
     return total
 
 
@@ -210,9 +222,10 @@ def quantize(emitter: Emitter, node: fx.Node) -> Value:
     if emitter.dtype(source) != np.float32:
         name = emitter.builder.node("Cast", [name], f"{node.name}.float", f"{layer}/cast", to=1)
     if high - low > 255:
+        emitter.lowered.deviations[node.name] = Deviation(2 * ROUNDING, np.asarray(0.5))
         return Real(name, scalar(float(np.float32(step))), scalar(low), scalar(high))
     zero = zero_point_of(low)
-    stored = emitter.quantized(name, step, zero, f"{node.name}.rounded", layer)
+    stored = emitter.quantized(name, step, zero, _unclipped_name(node, zero), layer)
     return _as_codes(emitter, stored, node, zero, low, high)
 
 

@@ -39,11 +39,10 @@ class Scheme:
 
     def __init__(self, modes: Sequence[Mode], config: Any = None) -> None:
         if config is not None and not isinstance(config, self.config_type):
-            raise InvalidInputType(
-                f"scheme {self.name!r} takes config={self.config_type.__name__}(...), not {type(config).__name__}"
-            )
+            wanted, given = self.config_type.__name__, type(config).__name__
+            raise InvalidInputType(f"scheme {self.name!r} takes config={wanted}(...), not {given}")
         self.modes = tuple(modes)
-        self.config = self.config_type() if config is None else config
+        self.config: Any = self.config_type() if config is None else config
 
     def passes(self, skip: Collection[str]) -> list[Pass]:
         """The passes that turn a canonical float graph into a trainable multi-mode graph."""

@@ -192,8 +192,7 @@ def _find_operator(target: str) -> Any:
     found = None
     if namespace in ("aten", "qcompile") and name.isidentifier():
         packet = getattr(getattr(torch.ops, namespace), name, None)
-        known = isinstance(packet, torch._ops.OpOverloadPacket)
-        if known and (overload or "default") in packet.overloads():
+        if isinstance(packet, torch._ops.OpOverloadPacket) and (overload or "default") in packet.overloads():
             found = getattr(packet, overload or "default")
     if not isinstance(found, torch._ops.OpOverload) or not _allowed(found):
         raise FileFormatError(f"operator {target!r} may not stand in a file")
