@@ -52,11 +52,12 @@ def test_converted_networks_are_exact(name: str, options: dict[str, Any]) -> Non
 
 
 def test_every_integer_operator_is_compared() -> None:
-    model = trained(Residual(), images())
-    report = verify(model, images())
+    report = verify(trained(Residual(), images()), images())
     kinds = {check.operator for check in report.layers}
-    assert {"accumulate_conv", "accumulate_linear", "requantize", "quantize", "max_pool"} <= kinds
-    for check in report.layers:
+    assert {"accumulate_conv", "accumulate_linear", "requantize", "quantize", "sum_pool"} <= kinds
+    pools = verify(trained(Pools(), images(6, 15)), images(6, 15))
+    assert {"max_pool", "sum_pool"} <= {check.operator for check in pools.layers}
+    for check in (*report.layers, *pools.layers):
         assert check.tapped
         assert check.exact
         assert check.accumulators_compared + check.codes_compared > 0
@@ -109,10 +110,8 @@ def test_several_inputs_and_outputs_by_name() -> None:
             return {"logits": self.head(y.mean((2, 3))), "parts": [y.relu(), b]}
 
     a, c = images(), images()[:, :2]
-    model = qcompile.prepare(Two(), {"a": a, "c": c})
-    model.train()
+    model = qcompile.prepare(Two(), {"a": a, "c": c}).train()
     model(a=a, c=c)
-    qcompile.calibrate(model, [{"a": a, "c": c}]) if hasattr(qcompile, "calibrate") else None
     report = verify(model, {"c": c, "a": a})
     assert report.exact
     assert report.samples == 6

@@ -1,0 +1,56 @@
+"""The target `onnx-qdq`: an ONNX model of standard operators that any ONNX runtime executes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from qcompile.backends.target import LoweringRequest, Target
+from qcompile.errors import MissingExtra
+
+if TYPE_CHECKING:
+    from .executable import OnnxExecutable
+
+_EXTRA = ("onnx", "onnxruntime", "onnxscript")
+
+
+class OnnxQdqTarget(Target):
+    """Codes as uint8, quantised layers between DequantizeLinear and QuantizeLinear, the rest in float32."""
+
+    name: ClassVar[str] = "onnx-qdq"
+    summary: ClassVar[str] = "ONNX model with QuantizeLinear/DequantizeLinear, run by ONNX Runtime"
+
+    def compile(self, request: LoweringRequest) -> OnnxExecutable:
+        """Lower one mode to an ONNX model and load it into ONNX Runtime.
+
+        Raises:
+            LoweringError: if an operator has no form in ONNX; names the layer.
+            MissingExtra: if the packages of the extra `onnx` are not installed.
+        """
+        return _executable_class()(request)
+
+    def load(self, folder: str | Path, request: LoweringRequest) -> OnnxExecutable:
+        """What `export` wrote, as an executable again.
+
+        Args:
+            folder: folder or `.onnx` file.
+            request: the mode that was lowered; says what the tensors of the file mean.
+
+        Raises:
+            FileAccessError: if there is no such file.
+            FileFormatError: if it is no ONNX model, or not one of this request.
+            MissingExtra: if the packages of the extra `onnx` are not installed.
+        """
+        return _executable_class().load(folder, request)
+
+
+def _executable_class() -> type[OnnxExecutable]:
+    try:
+        from .executable import OnnxExecutable
+    except ModuleNotFoundError as cause:
+        if (cause.name or "").partition(".")[0] not in _EXTRA:
+            raise
+        raise MissingExtra(
+            f"the target onnx-qdq needs the package {cause.name}: pip install 'qcompile[onnx]'"
+        ) from cause
+    return OnnxExecutable

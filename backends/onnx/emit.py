@@ -139,6 +139,18 @@ class Emitter:
         """Static shapes of a node that returns several tensors."""
         return [tuple(int(size) for size in one.shape) for one in self._fake[node]]
 
+    def is_tensor(self, node: fx.Node) -> bool:
+        """Whether a node is one tensor."""
+        return isinstance(self._fake[node], Tensor)
+
+    def is_tuple(self, node: fx.Node) -> bool:
+        """Whether a node is several values."""
+        return isinstance(self._fake[node], (tuple, list))
+
+    def example(self, node: fx.Node) -> Tensor:
+        """Zeros of a node's shape and type."""
+        return torch.zeros(self.shape(node), dtype=self._fake[node].dtype)
+
     def dtype(self, node: fx.Node) -> np.dtype[Any]:
         """Element type of a node's tensor.
 
@@ -148,8 +160,8 @@ class Emitter:
         return numpy_dtype(self._fake[node].dtype, layer_of(node))
 
     def static(self, argument: Any) -> Any:
-        """An argument with sizes and other known values put in."""
-        return fx.map_arg(argument, lambda node: self._values[node])
+        """An argument with sizes and other known values put in; nodes that are tensors stay."""
+        return fx.map_arg(argument, lambda node: node if self.is_tensor(node) else self._values[node])
 
     def tensor(self, node: fx.Node) -> str:
         """Name of the tensor that holds a float (or index) value.

@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from onnx import helper
 from torch import fx
 
 from qcompile.passes.aten import arguments
 
-from .emit import Emitter, layer_of, numpy_dtype
+from .emit import Emitter, layer_of
 from .fused import conv_attributes
 from .torch_operator import torch_operator
 from .values import Constant, Plain, Value
@@ -23,11 +24,7 @@ class Island:
 
     def __init__(self, emitter: Emitter, node: fx.Node) -> None:
         self.emitter, self.node, self.layer = emitter, node, layer_of(node)
-        self.given = {key: self._known(value) for key, value in arguments(node).items()}
-
-    def _known(self, value: Any) -> Any:
-        tensors = self.emitter.is_tensor
-        return fx.map_arg(value, lambda one: one if tensors(one) else self.emitter.value(one))
+        self.given = {key: emitter.static(value) for key, value in arguments(node).items()}
 
     def tensor(self, key: str, dtype: np.dtype[Any] | None = None) -> str:
         """A tensor or number among the arguments, as a tensor of the given type."""
@@ -37,8 +34,7 @@ class Island:
         name = self.emitter.tensor(value)
         if dtype is None or self.emitter.dtype(value) == dtype:
             return name
-        code = 1 if dtype == np.float32 else int(_tensor_type(dtype))
-        return self.emit("Cast", [name], f".{key}", to=code)
+        return self.emit("Cast", [name], f".{key}", to=int(helper.np_dtype_to_tensor_dtype(dtype)))
 
     def constant(self, what: str, value: Any, dtype: Any = np.float32) -> str:
         """A constant of this operator."""
@@ -57,12 +53,6 @@ class Island:
     def spatial(self) -> int:
         """Spatial dimensions of the result."""
         return len(self.emitter.shape(self.node)) - 2
-
-
-def _tensor_type(dtype: np.dtype[Any]) -> int:
-    from onnx import helper
-
-    return int(helper.np_dtype_to_tensor_dtype(dtype))
 
 
 #: Emits one operator; None where its arguments need the general way.

@@ -43,7 +43,7 @@ def _export(emitter: Emitter, node: fx.Node, sources: list[fx.Node]) -> onnx.Mod
     graph.output(
         graph.node_copy(node, lambda one: inner[one] if one in inner else emitter.value(one))
     )
-    examples = tuple(_example(emitter, one) for one in sources)
+    examples = tuple(emitter.example(one) for one in sources)
     module = fx.GraphModule({}, graph).eval()
     try:
         with _quiet(), torch.no_grad():
@@ -60,11 +60,6 @@ def _export(emitter: Emitter, node: fx.Node, sources: list[fx.Node]) -> onnx.Mod
     if any(one.domain == "" and one.version != OPSET for one in exported.opset_import):
         raise LoweringError(f"layer {layer!r}: operator {operator} has no form in ONNX opset {OPSET}")
     return exported
-
-
-def _example(emitter: Emitter, node: fx.Node) -> torch.Tensor:
-    dtype = torch.from_numpy(__import__("numpy").empty(0, emitter.dtype(node))).dtype
-    return torch.zeros(emitter.shape(node), dtype=dtype)
 
 
 @contextmanager

@@ -124,8 +124,8 @@ def concatenate(emitter: Emitter, node: fx.Node) -> Value:
     sources, axis = node.args[0], int(arguments(node)["dim"])
     values, rank, layer = [emitter.value(one) for one in sources], len(emitter.shape(node)), layer_of(node)
     axis %= rank
-    if all(isinstance(value, Plain) for value in values):
-        return Plain(_concat(emitter, node, [value.name for value in values], axis))
+    if not any(isinstance(value, (Codes, Real)) for value in values):
+        return Plain(_concat(emitter, node, [emitter.tensor(one) for one in sources], axis))
     if not all(isinstance(value, (Codes, Real)) for value in values):
         raise LoweringError(f"layer {layer!r}: concatenates quantised and float tensors")
     low, high = (min(np.min(one.low) for one in values), max(np.max(one.high) for one in values))
