@@ -85,7 +85,7 @@ def _float_sums(emitter: Emitter, node: fx.Node, sums: Sums, codes: Codes) -> Re
         name = builder.node("MatMul", [source, cast], node.name, operator)
         factor = channels(sign, rank, rank - 1)
     emitter.lowered.probes[node.name] = Probe(
-        operator, codes.name, codes.zero_point, sign, False, emitter.shape(node)
+        operator, codes.name, codes.zero_point, sign, False, emitter.shape(node), _is_conv(node)
     )
     axis = 1 if _is_conv(node) else rank - 1
     low, high = (channels(bound, rank, axis) for bound in sums.bounds())
@@ -146,7 +146,7 @@ def emit_fused(emitter: Emitter, node: fx.Node, user: fx.Node, value: Deferred, 
     else:
         operator = f"{layer}/gemm"
         sums = builder.node("Gemm", [real, weight, bias], node.name, operator, transB=1)
-    probe = Probe(operator, codes.name, codes.zero_point, fused.factor, fused.doubled, shape)
+    probe = Probe(operator, codes.name, codes.zero_point, fused.factor, fused.doubled, shape, _is_conv(node))
     emitter.lowered.probes.setdefault(node.name, probe)
     axis = 1 if _is_conv(node) else len(shape) - 1
     emitter.lowered.deviations[user.name] = Deviation(0.0, channels(fused.error, len(shape), axis))
@@ -158,7 +158,8 @@ def emit_fused(emitter: Emitter, node: fx.Node, user: fx.Node, value: Deferred, 
 def _doubled(emitter: Emitter, codes: Codes, axis: int) -> str:
     def concat() -> str:
         inputs, name = [codes.name, codes.name], f"{codes.name}.twice"
-        return emitter.builder.node("Concat", inputs, name, f"{codes.name}/twice", axis=axis)
+        layer = emitter.builder.layer(codes.name)
+        return emitter.builder.node("Concat", inputs, name, f"{layer}/twice", axis=axis)
 
     return emitter.once(f"{codes.name}.twice", concat)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
+import onnx
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx
@@ -35,6 +36,7 @@ class Probe:
         factor: (out,) int64; the integer sums are factor * accumulator.
         doubled: whether the operator sees its input twice along the channels.
         shape: of the accumulators.
+        is_conv: whether channels are dimension 1, not the last one.
     """
 
     operator: str
@@ -43,6 +45,7 @@ class Probe:
     factor: NDArray[np.int64]
     doubled: bool
     shape: tuple[int, ...]
+    is_conv: bool
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,13 @@ class Lowered:
     tensors: dict[str, Codes | Real] = field(default_factory=dict)
     probes: dict[str, Probe] = field(default_factory=dict)
     deviations: dict[str, Deviation] = field(default_factory=dict)
+
+    def within(self, model: onnx.ModelProto) -> Lowered:
+        """Without the tensors that the finished model no longer has."""
+        names = {output for node in model.graph.node for output in node.output}
+        names.update(one.name for one in model.graph.input)
+        kept = {key: value for key, value in self.tensors.items() if value.name in names}
+        return Lowered(kept, self.probes, self.deviations)
 
 
 class Emitter:
@@ -111,7 +121,7 @@ class Emitter:
                 self._values[node] = self._fake[node]  # sizes are known
             else:
                 value = self._rule(node)(self, node)
-                if isinstance(value, (Codes, Real)):
+                if isinstance(value, Codes) or (isinstance(value, Real) and not value.is_sum):
                     self.lowered.tensors[node.name] = value
                 self._values[node] = value
 
@@ -194,10 +204,11 @@ class Emitter:
         return self.once(f"{value.name} as float", lambda: self._cast(value))
 
     def _cast(self, codes: Codes) -> Real:
-        name = self.builder.node("Cast", [codes.name], f"{codes.name}.float", f"{codes.name}/cast", to=1)
+        layer = self.builder.layer(codes.name)
+        name = self.builder.node("Cast", [codes.name], f"{codes.name}.float", f"{layer}/cast", to=1)
         if codes.zero_point:
-            zero = self.builder.initializer(f"{codes.name}/float_zero_point", codes.zero_point, np.float32)
-            name = self.builder.node("Sub", [name, zero], f"{codes.name}.signed", f"{codes.name}/subtract")
+            zero = self.builder.initializer(f"{layer}/float_zero_point", codes.zero_point, np.float32)
+            name = self.builder.node("Sub", [name, zero], f"{codes.name}.signed", f"{layer}/subtract")
         return Real(name, scalar(1.0), scalar(codes.low), scalar(codes.high))
 
     def once(self, key: str, emit: Callable[[], T]) -> T:
@@ -227,7 +238,8 @@ class Emitter:
         wanted = float(np.exp(np.log(np.abs(real.factor)).mean())) if factor is None else factor
 
         def emit() -> Real:
-            name = self.scaled(real, wanted / real.factor, real.name, "uniform")
+            layer = self.builder.layer(real.name)
+            name = self.scaled(real, wanted / real.factor, layer, "uniform")
             return replace(real, name=name, factor=scalar(wanted), is_sum=False)
 
         return self.once(f"{real.name} times {wanted}", emit)

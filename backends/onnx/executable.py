@@ -8,18 +8,18 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from qcompile.backends.target import Executable, LoweringRequest, Trace
-from qcompile.errors import FileAccessError, FileFormatError, InvalidArgument, LoweringError
+from qcompile.errors import FileAccessError, FileFormatError, InvalidArgument
 
 from .emit import Emitter
 from .export import MODEL_FILE, export
 from .operators import RULES
+from .session import open_session
 from .trace import trace
 
 
@@ -42,8 +42,9 @@ class OnnxExecutable(Executable):
         emitter = Emitter(request.model, request.input_shapes, RULES)
         emitter.run()
         properties = {"qcompile.mode": request.model.mode.name, "qcompile.target": self.target}
-        self.lowered = emitter.lowered
-        self.model = emitter.builder.finish("qcompile", properties) if model is None else model
+        fresh = emitter.builder.finish("qcompile", properties)
+        self.lowered = emitter.lowered.within(fresh)
+        self.model = fresh if model is None else model
         self._session = open_session(self.model, request.threads)
 
     @classmethod
@@ -140,8 +141,8 @@ class OnnxExecutable(Executable):
         convolution that a runtime adds to a residual, round with 2^-24 of the largest partial sum, known
         from the weights. High-precision summands stand for the nearest integer: half a step each.
 
-        A `quantize` divides and rounds exactly as the contract does; its error is that of the float operators
-        before it, estimated as 2^-24 of the magnitude per operation (a sum of n products counts n).
+        A `quantize` divides and rounds exactly as the contract does and adds no error to that of the float
+        operators before it.
 
         Args:
             node: name of a `requantize` or `quantize` node.
@@ -167,22 +168,3 @@ class OnnxExecutable(Executable):
                     value = np.frombuffer(value.SerializeToString(deterministic=True), np.uint8)
                 found[f"{node.name}.{attribute.name}"] = np.asarray(value)
         return found
-
-
-def open_session(model: onnx.ModelProto, threads: int | None) -> onnxruntime.InferenceSession:
-    """Load a model into ONNX Runtime on the CPU.
-
-    Raises:
-        LoweringError: if the runtime refuses the model.
-    """
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    try:
-        return onnxruntime.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
-    except RuntimeError as cause:
-        reason = str(cause).splitlines()[0]
-        raise LoweringError(f"ONNX Runtime refuses the model: {reason}") from cause

@@ -37,6 +37,7 @@ class GraphBuilder:
         self._arrays: dict[str, NDArray[Any]] = {}
         self._names: set[str] = set()
         self._node_names: set[str] = set()
+        self._layers: dict[str, str] = {}
 
     def unique(self, name: str) -> str:
         """The name itself, or with a number if a tensor is called so already."""
@@ -69,9 +70,14 @@ class GraphBuilder:
         """
         outputs = [self.unique(one) for one in ([output] if isinstance(output, str) else output)]
         label = _unique(name, self._node_names)
+        self._layers.update(dict.fromkeys(outputs, label.rpartition("/")[0]))
         given = {key: value for key, value in attributes.items() if value is not None}
         self._nodes.append(helper.make_node(operator, list(inputs), outputs, label, **given))
         return outputs[0]
+
+    def layer(self, tensor: str) -> str:
+        """The layer whose node writes a tensor; the tensor's own name for inputs."""
+        return self._layers.get(tensor, tensor)
 
     def adopt(self, nodes: Sequence[onnx.NodeProto], tensors: Sequence[onnx.TensorProto]) -> None:
         """Append nodes and initializers of another graph, whose names are already unique."""

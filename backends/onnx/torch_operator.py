@@ -28,7 +28,7 @@ def torch_operator(emitter: Emitter, node: fx.Node) -> Value:
     """
     sources = [one for one in node.all_input_nodes if emitter.is_tensor(one)]
     names = [emitter.tensor(one) for one in sources]
-    exported = compose.add_prefix(_export(emitter, node, sources), f"{node.name}.")
+    exported = compose.add_prefix(_export(emitter, node, sources), f"{layer_of(node)}/{node.name}.")
     for name, inner in zip(names, exported.graph.input, strict=True):
         emitter.builder.node("Identity", [name], inner.name, f"{layer_of(node)}/input")
     emitter.builder.adopt(exported.graph.node, exported.graph.initializer)

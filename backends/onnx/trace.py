@@ -1,0 +1,162 @@
+"""Look inside of a model that ONNX Runtime executes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+from qcompile.backends.target import LoweringRequest, Trace
+from qcompile.errors import LoweringError
+
+from .emit import Lowered, Probe
+from .graph import IR_VERSION, OPSET, tensor_info
+from .session import open_session
+from .values import Codes
+
+Arrays = Mapping[str, NDArray[Any]]
+
+
+def trace(model: onnx.ModelProto, lowered: Lowered, feed: Arrays, request: LoweringRequest) -> Trace:
+    """Run a tapped copy of a model.
+
+    Args:
+        model: the artefact.
+        lowered: what its tensors mean.
+        feed: inputs by name.
+        request: what was lowered.
+
+    Raises:
+        LoweringError: if the artefact lacks a tensor or operator of this request.
+    """
+    names = [one.name for one in model.graph.output]
+    tapped = {value.name: isinstance(value, Codes) for value in lowered.tensors.values()}
+    tapped.update({probe.codes: True for probe in lowered.probes.values()})
+    taps = {name: codes for name, codes in tapped.items() if name not in names and name not in feed}
+    _require(model, taps)
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    for name, codes in taps.items():
+        copy.graph.output.append(
+            helper.make_tensor_value_info(name, onnx.TensorProto.UINT8 if codes else onnx.TensorProto.FLOAT, None)
+        )
+    results = open_session(copy, request.threads).run([*names, *taps], dict(feed))
+    found: dict[str, NDArray[Any]] = {**feed, **dict(zip([*names, *taps], results, strict=True))}
+    values: dict[str, NDArray[Any]] = {}
+    for node, value in lowered.tensors.items():
+        stored = found[value.name]
+        if isinstance(value, Codes):
+            values[node] = stored.astype(np.int32) - value.zero_point
+        else:
+            values[node] = stored.astype(np.float64) / value.factor
+    values.update(_accumulators(model, lowered.probes, found, request.threads))
+    return Trace(tuple(found[name] for name in names), values)
+
+
+def _require(model: onnx.ModelProto, names: Mapping[str, bool]) -> None:
+    present = {output for node in model.graph.node for output in node.output}
+    for name in names:
+        if name not in present:
+            raise LoweringError(f"the ONNX model has no tensor {name!r}: it was not lowered from this model")
+
+
+def _accumulators(
+    model: onnx.ModelProto, probes: Mapping[str, Probe], found: Arrays, threads: int | None
+) -> dict[str, NDArray[Any]]:
+    """Accumulators by node name, from integer operators on the tapped codes."""
+    if not probes:
+        return {}
+    writer = _IntegerGraph(model, found)
+    for name, probe in probes.items():
+        writer.add(name, probe)
+    sums = open_session(writer.model(), threads).run(writer.outputs, writer.feed)
+    by_name = dict(zip(writer.outputs, sums, strict=True))
+    return {name: _divided(by_name, name, probe) for name, probe in probes.items()}
+
+
+def _divided(sums: Arrays, name: str, probe: Probe) -> NDArray[Any]:
+    """Undo the factor that fills int8. Sums that it does not divide stay fractions: they are wrong."""
+    total = sums[name].astype(np.int64)
+    if f"{name}.rest" in sums:
+        total = 2 * total + sums[f"{name}.rest"]
+    total = total.reshape(probe.shape)
+    axis_after = total.ndim - 2 if probe.is_conv else 0
+    factor = probe.factor.reshape(-1, *([1] * axis_after))
+    quotient, remainder = np.divmod(total, factor)
+    return quotient if not remainder.any() else total / factor
+
+
+class _IntegerGraph:
+    """A model of ConvInteger and MatMulInteger nodes, one per layer, that all read tapped codes."""
+
+    def __init__(self, model: onnx.ModelProto, found: Arrays) -> None:
+        self._operators = {node.name: node for node in model.graph.node}
+        self._writers = {output: node for node in model.graph.node for output in node.output}
+        self._initializers = {one.name: one for one in model.graph.initializer}
+        self._found = found
+        self._nodes: list[onnx.NodeProto] = []
+        self._constants: list[onnx.TensorProto] = []
+        self.feed: dict[str, NDArray[Any]] = {}
+        self.outputs: list[str] = []
+
+    def add(self, name: str, probe: Probe) -> None:
+        """Append one layer, with the artefact's own weights and attributes."""
+        if probe.operator not in self._operators:
+            raise LoweringError(
+                f"the ONNX model has no node {probe.operator!r}: it was not lowered from this model"
+            )
+        node = self._operators[probe.operator]
+        codes = self._found[probe.codes]
+        if node.op_type == "Gemm":
+            codes = codes.reshape(-1, codes.shape[-1])
+        if probe.doubled:
+            codes = np.concatenate([codes, codes], axis=1 if probe.is_conv else -1)
+        self.feed[f"{name}.codes"] = codes
+        weight = self._weight(node)
+        if node.op_type == "Gemm":
+            weight = weight.T
+        if weight.dtype == np.int8:
+            self._sum(name, name, node, weight, probe.zero_point)
+            return
+        half = weight >> 1  # weights of 9 bits: 2 * half + rest
+        self._sum(name, name, node, half.astype(np.int8), probe.zero_point)
+        self._sum(f"{name}.rest", name, node, (weight - 2 * half).astype(np.int8), probe.zero_point)
+
+    def _weight(self, node: onnx.NodeProto) -> NDArray[Any]:
+        source = self._writers.get(node.input[1])
+        name = node.input[1] if source is None else source.input[0]
+        if name not in self._initializers:
+            raise LoweringError(f"node {node.name!r} of the ONNX model has no stored weight")
+        return numpy_helper.to_array(self._initializers[name])
+
+    def _sum(
+        self, output: str, name: str, node: onnx.NodeProto, weight: NDArray[np.int8], zero_point: int
+    ) -> None:
+        zero, stored = f"{output}.zero_point", f"{output}.weight"
+        self._constants += [
+            numpy_helper.from_array(np.asarray(zero_point, np.uint8), zero),
+            numpy_helper.from_array(np.ascontiguousarray(weight), stored),
+        ]
+        operator = "ConvInteger" if node.op_type == "Conv" else "MatMulInteger"
+        written = helper.make_node(operator, [f"{name}.codes", stored, zero], [output])
+        if operator == "ConvInteger":
+            written.attribute.extend(node.attribute)
+        self._nodes.append(written)
+        self.outputs.append(output)
+
+    def model(self) -> onnx.ModelProto:
+        """The finished model."""
+        graph = helper.make_graph(
+            self._nodes,
+            "accumulators",
+            [tensor_info(name, value.dtype, value.shape) for name, value in self.feed.items()],
+            [helper.make_tensor_value_info(name, onnx.TensorProto.INT32, None) for name in self.outputs],
+            self._constants,
+        )
+        return helper.make_model(
+            graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION
+        )
