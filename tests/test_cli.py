@@ -99,13 +99,16 @@ def test_eval_counts_correct_answers(folder, monkeypatch, capsys):
 
 
 def test_lower_verify_and_targets(folder, monkeypatch, capsys):
-    code, out, err = run(monkeypatch, capsys, "lower", "m.qcm", "--target", "onnx-qdq", "--bits", "2", "-o", "build")
+    code, out, err = run(
+        monkeypatch, capsys, "lower", "m.qcm", "--target", "onnx-qdq", "--bits", "2", "-o", "build"
+    )
     assert (code, err) == (0, "")
     assert all(Path(line).exists() for line in out.split())
     code, out, _ = run(monkeypatch, capsys, "verify", "m.qcm", "--bits", "3", "--samples", "2", "--json")
     assert code == 0
     assert json.loads(out)[0]["exact"] is True
     code, out, _ = run(monkeypatch, capsys, "targets", "--json")
+    assert code == 0
     assert "onnx-qdq" in [row["target"] for row in json.loads(out)]
 
 
@@ -127,16 +130,30 @@ def test_lower_verify_and_targets(folder, monkeypatch, capsys):
         (["quantize", "FACTORY:wrong", "--calibrate", "data.npz", "-o", "o.qcm"], "int"),
         (["quantize", "FACTORY", "--calibrate", "data.npz", "-o", "o.qcm"], "module:function"),
         (["quantize", "FACTORY:build", "--calibrate", "data.npz", "--bits", "2,x", "-o", "o.qcm"], "2,3,4"),
-        (["quantize", "FACTORY:build", "--calibrate", "data.npz", "--bits", "4,2", "-o", "o.qcm"], "increasing"),
-        (["quantize", "FACTORY:build", "--calibrate", "data.npz", "--scheme", "x", "-o", "o.qcm"], "vertical"),
-        (["quantize", "FACTORY:build", "--calibrate", "data.npz", "--skip", "9", "-o", "o.qcm"], "its layers: "),
-        (["quantize", "FACTORY:build", "--weights", "m.qcm", "--calibrate", "data.npz", "-o", "o.qcm"], "m.qcm"),
+        (
+            ["quantize", "FACTORY:build", "--calibrate", "data.npz", "--bits", "4,2", "-o", "o.qcm"],
+            "increasing",
+        ),
+        (
+            ["quantize", "FACTORY:build", "--calibrate", "data.npz", "--scheme", "x", "-o", "o.qcm"],
+            "vertical",
+        ),
+        (
+            ["quantize", "FACTORY:build", "--calibrate", "data.npz", "--skip", "9", "-o", "o.qcm"],
+            "its layers: ",
+        ),
+        (
+            ["quantize", "FACTORY:build", "--weights", "m.qcm", "--calibrate", "data.npz", "-o", "o.qcm"],
+            "m.qcm",
+        ),
         (["quantize", "FACTORY:build", "--calibrate", "data.npz", "-o", "no/such/o.qcm"], "no/such"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(folder, monkeypatch, capsys, arguments, message):
     before = sorted(path.name for path in folder.rglob("*") if "__pycache__" not in str(path))
-    code, out, err = run(monkeypatch, capsys, *(one.replace("FACTORY", _factory(folder)) for one in arguments))
+    code, out, err = run(
+        monkeypatch, capsys, *(one.replace("FACTORY", _factory(folder)) for one in arguments)
+    )
     assert code == 2
     assert message in err
     assert err.count("\n") == 1
@@ -165,5 +182,7 @@ def test_every_command_has_help_with_an_example(command, monkeypatch, capsys):
 def test_the_installed_command_runs_outside_of_the_repository(tmp_path):
     environment = {**os.environ, "COLUMNS": "200"}
     command = [sys.executable, "-m", "qcompile", "--version"]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
     assert result.stdout.strip() == f"qcompile {qcompile.__version__}"

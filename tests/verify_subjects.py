@@ -230,10 +230,17 @@ class PretendRuntime(Executable):
     def constants(self) -> Mapping[str, NDArray[Any]]:
         if self.claimed is not None:
             return self.claimed
-        return {
+        graph = self.request.model
+        held: dict[str, NDArray[Any]] = {
             f"{name.rpartition('.')[0]}/{name.rpartition('.')[2]}": value.numpy()
-            for name, value in self.request.model.constants().items()
+            for name, value in graph.constants().items()
         }
+        for node in graph.graph.nodes:  # strides, clips and so on
+            for position, value in enumerate(node.args):
+                numbers = value if isinstance(value, (list, tuple)) else [value]
+                if all(isinstance(one, (int, float)) for one in numbers):
+                    held[f"{node.meta.get('layer', node.name)}/argument {position}"] = np.asarray(value)
+        return held
 
 
 class _PretendInterpreter(fx.Interpreter):

@@ -113,8 +113,7 @@ class Emitter:
                 self._values[node] = Plain(node.name)
             elif node.op == "get_attr":
                 layer, _, what = str(node.target).rpartition(".")
-                array = self.model.constant(node).detach().cpu().numpy()
-                self._values[node] = Constant(f"{layer or node.name}/{what}", array)
+                self._values[node] = Constant(f"{layer or node.name}/{what}", self.constant(node))
             elif node.op == "output":
                 self._outputs(node)
             elif not isinstance(self._fake[node], (Tensor, tuple, list)):
@@ -190,10 +189,8 @@ class Emitter:
         )
 
     def constant(self, node: fx.Node) -> NDArray[Any]:
-        """Content of a buffer."""
-        value = self._values[node]
-        assert isinstance(value, Constant)
-        return value.array
+        """Content of a buffer, also of one that the walk has not reached."""
+        return self.model.constant(node).detach().cpu().numpy()
 
     # ---- integers as floats -------------------------------------------------------------------------------
 
