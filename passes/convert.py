@@ -19,8 +19,10 @@ from qcompile.errors import FoldError
 from qcompile.modes import ActiveMode, Mode
 
 from .aten import aten_name
+from .batchnorm import ModeBatchNorm
 from .convert_emit import Emitter, Value
 from .convert_rules import RULES
+from .float_layers import IDENTITIES_IN_EVAL
 from .fold import Affine
 from .integer_model import IntegerModel
 from .layers import QuantizedLayer
@@ -70,8 +72,7 @@ def _convert_node(emitter: Emitter, node: fx.Node, values: dict[fx.Node, Value])
         return emitter.float_attribute(node)
     if node.op == "call_module":
         module = emitter.model.get_submodule(str(node.target))
-        value = values[node.all_input_nodes[0]]
-        return emitter.module(node, module, value)
+        return emitter.module(node, module, values)
     rule = RULES.get(aten_name(node))
     if rule is not None and any(isinstance(values.get(n), Affine) for n in node.all_input_nodes):
         converted = rule(emitter, node, values)
@@ -109,9 +110,6 @@ class _Shapes(fx.Interpreter):
         module = self.module.get_submodule(target)
         if isinstance(module, QuantizedLayer):
             return module.geometry.apply(args[0], module.weight, module.bias)
-        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)) or not hasattr(module, "weight"):
-            keeps = isinstance(module, ActivationQuantizer) or not any(True for _ in module.parameters())
-            return args[0] if keeps else module(args[0])
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) or type(module).__name__ == "ModeBatchNorm":
+        if isinstance(module, (ActivationQuantizer, ModeBatchNorm, *IDENTITIES_IN_EVAL)):
             return args[0]
-        return module(args[0])
+        return module(*args, **kwargs)

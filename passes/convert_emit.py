@@ -14,9 +14,10 @@ from qcompile.modes import Mode
 
 from . import integer_ops  # registers the operators
 from .batchnorm import ModeBatchNorm
-from .float_layers import float_call
+from .float_layers import IDENTITIES_IN_EVAL, float_call
 from .fold import WIDE_BITS, Affine, Epilogue, Term, broadcastable, integer_epilogue, wide_epilogue
 from .layers import QuantizedLayer
+from .mode_input import MODE_INPUT
 from .quantizers import ActivationQuantizer, WeightCodes
 
 #: What a tensor of the training graph is in the integer graph: an affine map of integers, or a float node
@@ -151,17 +152,20 @@ class Emitter:
 
     # ---- modules ------------------------------------------------------------------------------------------
 
-    def module(self, node: fx.Node, module: nn.Module, value: Value) -> Value:
+    def module(self, node: fx.Node, module: nn.Module, values: dict[fx.Node, Value]) -> Value:
         """Convert one module call."""
+        inputs = [
+            values[one] for one in node.args if isinstance(one, fx.Node) and not one.meta.get(MODE_INPUT)
+        ]
         if isinstance(module, ActivationQuantizer):
-            return self._quantize(node, module, value)
+            return self._quantize(node, module, inputs[0])
         if isinstance(module, QuantizedLayer):
-            return self._accumulate(node, module, value)
+            return self._accumulate(node, module, inputs[0])
         if isinstance(module, ModeBatchNorm):
-            return self._normalise(node, module, value)
-        if not any(True for _ in module.parameters()) and not any(True for _ in module.buffers()):
-            return value  # dropout, stochastic depth: identities in eval mode
-        return self._float_module(node, module, value)
+            return self._normalise(node, module, inputs[0])
+        if isinstance(module, IDENTITIES_IN_EVAL):
+            return inputs[0]
+        return self._float_module(node, module, inputs)
 
     def _quantize(self, source: fx.Node, module: ActivationQuantizer, value: Value) -> Value:
         path = str(source.target)
@@ -217,7 +221,7 @@ class Emitter:
     def _normalise(self, node: fx.Node, module: ModeBatchNorm, value: Value) -> Value:
         maps = module.scale_and_shift(self.row)
         if maps is None:
-            return self._float_module(node, module, value)
+            return self._float_module(node, module, [value])
         scale, shift = (one.cpu().numpy() for one in maps)
         if isinstance(value, Affine):
             value = self.unclipped(value)
@@ -251,14 +255,15 @@ class Emitter:
             self._float[id(value)] = (value, node)
         return self._float[id(value)][1]
 
-    def _float_module(self, node: fx.Node, module: nn.Module, value: Value) -> fx.Node:
-        """A weighted or normalising layer that stays in float, as the aten call that the module makes."""
-        source, name = self.to_float(value), str(node.target)
+    def _float_module(self, node: fx.Node, module: nn.Module, inputs: list[Value]) -> fx.Node:
+        """A layer that stays in float, as the aten call that its module makes."""
+        name = str(node.target)
 
         def constant(part: str, tensor: Tensor) -> fx.Node:
             return self.constant(f"{name}.{part}", tensor, tensor.dtype)
 
-        target, arguments = float_call(module, source, constant, self.row, name)
+        sources = [self.to_float(value) for value in inputs]
+        target, arguments = float_call(module, sources, constant, self.row, name)
         return self.call(target, arguments, name, layer=name)
 
     def island(self, node: fx.Node, values: dict[fx.Node, Value]) -> fx.Node:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,9 @@ from torch import Tensor, fx, nn
 
 from qcompile.errors import PassError
 
+from .attention import ScaledDotProductAttention
 from .batchnorm import ModeBatchNorm
+from .stochastic_depth import StochasticDepth
 
 _ATEN = torch.ops.aten
 _CONVOLUTIONS: dict[type[nn.Module], Any] = {
@@ -25,14 +27,27 @@ _TRANSPOSED: dict[type[nn.Module], Any] = {
 }
 
 
+#: Modules that do nothing in eval mode.
+IDENTITIES_IN_EVAL = (
+    nn.Identity,
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+    StochasticDepth,
+)
+
+
 def float_call(
-    module: Any, x: fx.Node, constant: Callable[[str, Tensor], fx.Node], row: int, name: str
+    module: Any, inputs: Sequence[fx.Node], constant: Callable[[str, Tensor], fx.Node], row: int, name: str
 ) -> tuple[Any, tuple[Any, ...]]:
     """The aten operator and arguments of a layer.
 
     Args:
         module: the layer.
-        x: its float input.
+        inputs: its float inputs.
         constant: makes a buffer of the graph under construction from (part, tensor).
         row: row of per-mode parameters.
         name: module path, for errors.
@@ -45,6 +60,14 @@ def float_call(
         value = getattr(module, key) if value is None else value
         return None if value is None else constant(key, value)
 
+    x = inputs[0]
+    if isinstance(module, ScaledDotProductAttention):
+        mask = inputs[3] if len(inputs) > 3 else None
+        if module.scale is not None or module.enable_gqa:
+            raise PassError(
+                f"layer {name!r}: attention with its own scale or grouped keys cannot be converted yet"
+            )
+        return _ATEN.scaled_dot_product_attention.default, (*inputs[:3], mask, 0.0, module.is_causal)
     if type(module) in _CONVOLUTIONS:
         overloads = _CONVOLUTIONS[type(module)]
         named = isinstance(module.padding, str)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from functools import cache
 from typing import Any
 
 import torch
@@ -134,9 +136,15 @@ def example(name: str, batch: int = 4, seed: int = 0) -> tuple[nn.Module, Tensor
 
 
 def trained(name: str, steps: int = 3, **options: Any) -> tuple[QuantModel, Tensor]:
-    """A prepared network after a few joint steps, in eval mode, and an input batch."""
+    """A prepared network after a few joint steps, in eval mode, and an input batch; a copy of a cached one."""
+    model, x = _train(name, steps, tuple(sorted(options.items())))
+    return deepcopy(model), x.clone()
+
+
+@cache
+def _train(name: str, steps: int, options: tuple[tuple[str, Any], ...]) -> tuple[QuantModel, Tensor]:
     model, x = example(name)
-    prepared = qcompile.prepare(model, x, **options).train()
+    prepared = qcompile.prepare(model, x, **dict(options)).train()
     joint = qcompile.JointLoss(prepared, nn.CrossEntropyLoss())
     optimizer = torch.optim.SGD(qcompile.param_groups(prepared, lr=0.01), momentum=0.9)
     for step in range(steps):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from verify_subjects import (
+from verify_networks import (
+    Attention,
     Bottleneck,
     Dense,
     Gate,
@@ -30,6 +32,7 @@ NETWORKS: dict[str, tuple[type[nn.Module], Tensor]] = {
     "one-dimensional": (OneDimensional, images()[:, :, 0].repeat(1, 1, 3)),
     "pools": (Pools, images(6, 15)),
     "gate": (Gate, images(6, 8)),
+    "attention": (Attention, torch.arange(42).reshape(6, 7) % 11),
 }
 
 
@@ -95,6 +98,17 @@ def test_a_model_without_running_statistics_is_exact() -> None:
             self.block1.bn1 = nn.BatchNorm2d(6, track_running_stats=False)
 
     assert verify(trained(Batchwise(), images()), images()).exact
+
+
+def test_a_loaded_model_is_exact(tmp_path: Path) -> None:
+    model = trained(Residual(), images())
+    qcompile.save(model, tmp_path / "model.qcm")
+    loaded = qcompile.load(tmp_path / "model.qcm")
+    for bits in (2, 3, 4):
+        report = verify(loaded, images(), bits=bits)
+        assert report.exact
+        assert not report.recomputed  # the file holds no latent weights
+        assert verify(model, images(), target=qcompile.convert(loaded, bits)).exact
 
 
 def test_several_inputs_and_outputs_by_name() -> None:

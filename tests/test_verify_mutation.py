@@ -7,19 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from verify_subjects import (
-    PretendRuntime,
-    PretendTarget,
-    Residual,
-    copied,
-    find,
-    images,
-    pretend_request,
-    trained,
-)
+from pretend_runtime import PretendRuntime, PretendTarget, pretend_request
+from verify_networks import Residual, copied, find, images, trained
 
-import qcompile
 from qcompile.model import QuantModel
 from qcompile.passes.integer_model import IntegerModel
 from qcompile.verify import verify
@@ -232,8 +222,3 @@ def test_a_wrong_fold_is_noticed(model: QuantModel, broken: str, monkeypatch: py
 def register(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the pretended target known."""
     monkeypatch.setattr("qcompile.verify.subject.find_target", lambda name: PretendTarget)
-
-
-def test_prepared_models_only() -> None:
-    with pytest.raises(qcompile.QCompileError, match=r"expected a model from qcompile\.prepare"):
-        verify(nn.Linear(2, 2), images())

@@ -1,4 +1,4 @@
-"""The numpy reference of `verify` against torch in float64, the operators' definitions and another reference."""
+"""The numpy reference of `verify` against torch in float64, the operators and another reference."""
 
 from __future__ import annotations
 

@@ -24,9 +24,6 @@ from .values import Array, Codes, Deferred, Plain, Real, Value, scalar
 #: Relative difference of constants up to which two requantisations share one sum.
 SHARED = 4 * ROUNDING
 
-#: Clips of high-precision tensors that reach less far than this many of their 2^30 steps are rounding.
-_CLIP_SLACK = 64
-
 
 @dataclass(frozen=True)
 class _Sum:
@@ -39,10 +36,10 @@ class _Sum:
 
     def resembles(self, other: _Sum) -> bool:
         """Whether both are the same sum up to float rounding."""
+        if [term.name for term in self.terms] != [term.name for term in other.terms]:
+            return False
         pairs = [*zip(self.ratios, other.ratios, strict=True), (self.offset, other.offset)]
-        return [term.name for term in self.terms] == [term.name for term in other.terms] and all(
-            a.shape == b.shape and np.allclose(a, b, rtol=SHARED, atol=0.0) for a, b in pairs
-        )
+        return all(a.shape == b.shape and np.allclose(a, b, rtol=SHARED, atol=0.0) for a, b in pairs)
 
 
 def requantize(emitter: Emitter, node: fx.Node) -> Value:
@@ -191,17 +188,20 @@ def _clipped(
     if narrow:
         return name
     smallest = largest = constant.astype(np.float64)
+    slack = 2.0**shift  # multipliers are rounded, so bounds of the real tensor are met only nearly
     for term, factor in zip(sums.terms, factors, strict=True):
         ends = factor * term.low, factor * term.high
         smallest, largest = smallest + np.minimum(*ends), largest + np.maximum(*ends)
+        slack += float(max(np.max(np.abs(term.low)), np.max(np.abs(term.high))))
+    smallest, largest = np.ldexp(smallest + slack, -shift), np.ldexp(largest - slack, -shift)
     builder = emitter.builder
-    if float(np.min(np.ldexp(smallest, -shift))) < low - _CLIP_SLACK:
+    if float(np.min(smallest)) < low:
         if low == 0:
             name = _relu(emitter, name, layer)
         else:
             bound = builder.initializer(f"{layer}/lower_bound", low * sums.gauge, np.float32)
             name = builder.node("Max", [name, bound], f"{name}.above", f"{layer}/maximum")
-    if float(np.max(np.ldexp(largest, -shift))) > high + _CLIP_SLACK:
+    if float(np.max(largest)) > high:
         bound = builder.initializer(f"{layer}/upper_bound", high * sums.gauge, np.float32)
         name = builder.node("Min", [name, bound], f"{name}.below", f"{layer}/minimum")
     return name
@@ -215,18 +215,33 @@ def _relu(emitter: Emitter, name: str, layer: str) -> str:
 
 
 def quantize(emitter: Emitter, node: fx.Node) -> Value:
-    """Emit float to codes. A quantisation with high precision leaves the tensor as it is."""
+    """Emit float to codes, or to integers with high precision."""
     source, step, low, high = node.args
     layer, low, high = layer_of(node), int(low), int(high)
     name = emitter.tensor(source)
     if emitter.dtype(source) != np.float32:
         name = emitter.builder.node("Cast", [name], f"{node.name}.float", f"{layer}/cast", to=1)
     if high - low > 255:
-        emitter.lowered.deviations[node.name] = Deviation(2 * ROUNDING, np.asarray(0.5))
-        return Real(name, scalar(float(np.float32(step))), scalar(low), scalar(high))
+        return _fixed_point(emitter, node, name, float(step), low, high)
     zero = zero_point_of(low)
     stored = emitter.quantized(name, step, zero, _unclipped_name(node, zero), layer)
     return _as_codes(emitter, stored, node, zero, low, high)
+
+
+def _fixed_point(
+    emitter: Emitter, node: fx.Node, source: str, step: float, low: int, high: int
+) -> Real:
+    """Integers with high precision of a float tensor, kept in float32: rounded as the contract rounds them."""
+    layer, builder = layer_of(node), emitter.builder
+    divisor = builder.initializer(f"{layer}/scale", step, np.float32)
+    bounds = [
+        builder.initializer(f"{layer}/{what}", value, np.float32)
+        for what, value in (("lowest", low), ("highest", high))
+    ]
+    steps = builder.node("Div", [source, divisor], f"{node.name}.steps", f"{layer}/divide")
+    rounded = builder.node("Round", [steps], f"{node.name}.rounded", f"{layer}/round")
+    name = builder.node("Clip", [rounded, *bounds], node.name, f"{layer}/clip")
+    return Real(name, scalar(1.0), scalar(low), scalar(high))
 
 
 def dequantize(emitter: Emitter, node: fx.Node) -> Value:

@@ -69,8 +69,9 @@ class Staircase:
         inside = exact & np.isfinite(lower) & np.isfinite(upper)
         with np.errstate(invalid="ignore"):
             middle = np.where(inside, (lower + upper) / 2, np.clip(wanted, lower, upper))
-        chosen = np.where(exact, middle, wanted)
-        return (np.floor(chosen) if whole else chosen) * 1.0, exact
+        if whole:
+            middle, wanted = np.floor(middle), np.rint(wanted)
+        return np.where(exact, middle, wanted), exact
 
     def _interval(
         self, scale: NDArray[np.float64], factor: NDArray[np.int64]

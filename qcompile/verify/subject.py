@@ -114,7 +114,7 @@ class ExecutableSubject(Subject):
 
     def tapped(self, inputs: Sequence[Tensor]) -> Observation:
         """Run `trace`."""
-        trace = self.executable.trace([as_array(one) for one in inputs])
+        trace = self.executable.trace([np.ascontiguousarray(as_array(one)) for one in inputs])
         return Observation(tuple(trace.outputs), trace.values)
 
     def untapped(self, inputs: Sequence[Tensor]) -> tuple[Any, ...]:

@@ -1,19 +1,15 @@
-"""Small networks and a pretended runtime for the tests of `verify`."""
+"""Small networks for the tests of `verify`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from typing import Any, ClassVar
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
 import qcompile
-from qcompile.backends.target import Executable, LoweringRequest, Target, Trace
 from qcompile.model import QuantModel
 from qcompile.passes.integer_model import IntegerModel
 
@@ -165,6 +161,29 @@ class Gate(nn.Module):
         return self.head(x.mean((2, 3))).softmax(1)
 
 
+class Attention(nn.Module):
+    """Token and position embeddings, attention and an MLP: linear layers between softmax, norms and GELU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.position = nn.Parameter(torch.randn(1, 7, 8) * 0.1)
+        self.norm1, self.norm2 = nn.LayerNorm(8), nn.LayerNorm(8)
+        self.first = nn.Linear(8, 8)
+        self.qkv = nn.Linear(8, 24)
+        self.project = nn.Linear(8, 8)
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.first(self.embed(tokens) + self.position)
+        q, k, v = self.qkv(self.norm1(x)).chunk(3, dim=-1)
+        scores = (q @ k.transpose(1, 2) / 8**0.5).softmax(-1)
+        x = x + self.project(scores @ v)
+        x = x + self.down(functional.gelu(self.up(self.norm2(x))))
+        return self.head(x.mean(1))
+
+
 def trained(model: nn.Module, x: Tensor, steps: int = 3, **options: Any) -> QuantModel:
     """Prepare a model and train it for a few steps, so that every mode has its own parameters."""
     torch.manual_seed(0)
@@ -174,7 +193,7 @@ def trained(model: nn.Module, x: Tensor, steps: int = 3, **options: Any) -> Quan
     optimizer = torch.optim.SGD(prepared.parameters(), lr=0.05)
     for step in range(steps):
         optimizer.zero_grad()
-        joint.backward(x + 0.1 * step, torch.arange(len(x)) % 5)
+        joint.backward(x + 0.1 * step if x.is_floating_point() else x, torch.arange(len(x)) % 5)
         optimizer.step()
     prepared.eval()
     return prepared
@@ -183,113 +202,6 @@ def trained(model: nn.Module, x: Tensor, steps: int = 3, **options: Any) -> Quan
 def images(samples: int = 6, size: int = 12) -> Tensor:
     """(samples, 3, size, size) normal random numbers."""
     return torch.randn(samples, 3, size, size, generator=torch.Generator().manual_seed(1))
-
-
-class PretendRuntime(Executable):
-    """Somebody else's runtime: requantises in float, keeps wide tensors in float, sums the stem in float64.
-
-    Args:
-        request: what it pretends to have compiled.
-        noise: amplitude of the error of its requantisations, in codes.
-        stated: the rounding error that it admits to, in codes.
-        exact: requantise with the integers instead.
-        hidden: nodes that its trace leaves out, besides those in float.
-    """
-
-    target = "pretend"
-
-    def __init__(
-        self,
-        request: LoweringRequest,
-        noise: float = 0.0,
-        stated: float = 0.0,
-        exact: bool = True,
-        hidden: Callable[[fx.Node], bool] = lambda node: False,
-    ) -> None:
-        self.request, self.noise, self.stated, self.exact, self.hidden = request, noise, stated, exact, hidden
-        self.claimed: dict[str, NDArray[Any]] | None = None
-        self.untapped_offset = 0.0
-        self.traced: list[int] = []
-
-    def _run(self, inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-        interpreter = _PretendInterpreter(self)
-        return interpreter.run(*inputs), interpreter.values
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        outputs, _ = self._run(self.request.signature.bind(args, kwargs))
-        return self.request.signature.restore([one + self.untapped_offset for one in outputs])
-
-    def trace(self, inputs: Sequence[NDArray[Any]]) -> Trace:
-        self.traced.append(len(inputs[0]))
-        outputs, values = self._run([torch.from_numpy(one) for one in inputs])
-        return Trace(tuple(one.numpy() for one in outputs), values)
-
-    def rounding_error(self, node: str, magnitude: NDArray[np.float64]) -> NDArray[np.float64] | float:
-        return self.stated
-
-    def constants(self) -> Mapping[str, NDArray[Any]]:
-        if self.claimed is not None:
-            return self.claimed
-        graph = self.request.model
-        held: dict[str, NDArray[Any]] = {
-            f"{name.rpartition('.')[0]}/{name.rpartition('.')[2]}": value.numpy()
-            for name, value in graph.constants().items()
-        }
-        for node in graph.graph.nodes:  # strides, clips and so on
-            for position, value in enumerate(node.args):
-                numbers = value if isinstance(value, (list, tuple)) else [value]
-                if all(isinstance(one, (int, float)) for one in numbers):
-                    held[f"{node.meta.get('layer', node.name)}/argument {position}"] = np.asarray(value)
-        return held
-
-
-class _PretendInterpreter(fx.Interpreter):
-    def __init__(self, runtime: PretendRuntime) -> None:
-        super().__init__(runtime.request.model)
-        self.runtime, self.model = runtime, runtime.request.model
-        self.values: dict[str, NDArray[Any]] = {}
-        self.generator = torch.Generator().manual_seed(3)
-
-    def run_node(self, n: fx.Node) -> Any:
-        name = self.model.operator_name(n)
-        with torch.no_grad():
-            if name == "requantize" and not self.runtime.exact:
-                value = self._requantize(n)
-            elif name == "aten.conv2d":
-                x, weight, bias, *rest = self.fetch_args_kwargs_from_env(n)[0]
-                bias = None if bias is None else bias.double()
-                value = functional.conv2d(x.double(), weight.double(), bias, *rest).float()
-            else:
-                value = super().run_node(n)
-        shown = isinstance(value, Tensor) and value.dtype != torch.float32 and n.op == "call_function"
-        if shown and not self.runtime.hidden(n):
-            self.values[n.name] = value.numpy()
-        return value
-
-    def _requantize(self, node: fx.Node) -> Tensor:
-        inputs, multipliers, constant, shift, low, high = self.fetch_args_kwargs_from_env(node)[0]
-        total = (constant.double() - 2.0 ** (shift - 1)) * 2.0**-shift
-        for value, multiplier in zip(inputs, multipliers, strict=True):
-            total = total + value.double() * (multiplier.double() * 2.0**-shift)
-        total = total + self.runtime.noise * (
-            torch.rand(total.shape, generator=self.generator, dtype=torch.float64) * 2 - 1
-        )
-        if high > 255 or low < -128:
-            return total.clamp(low, high)  # kept in float, float64 in units of this node
-        return total.round().clamp(low, high).to(torch.uint8 if low >= 0 else torch.int8)
-
-
-class PretendTarget(Target):
-    name: ClassVar[str] = "pretend"
-    summary: ClassVar[str] = "somebody else's runtime"
-
-    def compile(self, request: LoweringRequest) -> Executable:
-        return PretendRuntime(request)
-
-
-def pretend_request(model: QuantModel, graph: IntegerModel, x: Tensor) -> LoweringRequest:
-    """A request to compile `graph` for the batch of `x`."""
-    return LoweringRequest(graph, model.signature, (tuple(x.shape),), len(x))
 
 
 def copied(model: QuantModel, bits: int | str | None = None) -> IntegerModel:
