@@ -8,6 +8,7 @@ whatever is neither (a softmax, a gate) becomes a float island.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from qcompile.modes import ActiveMode, Mode
 
 from .aten import aten_name
 from .batchnorm import ModeBatchNorm
-from .convert_emit import Emitter, Value
+from .convert_emit import Emitter, Value, input_dtype
 from .convert_rules import RULES
 from .float_layers import IDENTITIES_IN_EVAL
 from .fold import Affine
@@ -73,6 +74,11 @@ def _convert_node(emitter: Emitter, node: fx.Node, values: dict[fx.Node, Value])
     if node.op == "call_module":
         module = emitter.model.get_submodule(str(node.target))
         return emitter.module(node, module, values)
+    source = node.args[0] if node.args else None
+    if node.target is operator.getitem and isinstance(source, fx.Node):
+        container = values[source]
+        if isinstance(container, Affine):
+            return emitter.picked(node, container)
     rule = RULES.get(aten_name(node))
     if rule is not None and any(isinstance(values.get(n), Affine) for n in node.all_input_nodes):
         converted = rule(emitter, node, values)
@@ -94,7 +100,7 @@ class _Shapes(fx.Interpreter):
         ]
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
             values = [
-                torch.empty(tuple(shape), dtype=node.meta.get("dtype", torch.float32))
+                torch.empty(tuple(shape), dtype=input_dtype(node))
                 for node, shape in zip(inputs, shapes, strict=True)
             ]
             self.run(*values, ActiveMode(Mode(8, 8), 0))

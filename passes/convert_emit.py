@@ -51,7 +51,7 @@ class Emitter:
     def placeholder(self, node: fx.Node) -> fx.Node:
         """A user's input; inputs are float (or whatever the user passes) and never changed here."""
         copied = self.graph.placeholder(node.name)
-        copied.meta = {key: node.meta[key] for key in ("dtype",) if key in node.meta}
+        copied.meta = {"dtype": input_dtype(node)}
         return copied
 
     def constant(self, name: str, value: Any, dtype: torch.dtype) -> fx.Node:
@@ -119,6 +119,12 @@ class Emitter:
         node.meta["unit"] = float(term.coefficient)
         moved = Term(node, term.coefficient, np.float64(low), np.float64(high))
         return Affine((moved,), affine.constant, rank or affine.rank, axis, layers=affine.layers)
+
+    def picked(self, node: fx.Node, container: Affine) -> Affine:
+        """One of the tensors that a split of integers gives."""
+        copied = self.graph.node_copy(node, lambda _: container.terms[0].node)
+        copied.meta = {"layer": node.name}
+        return self.moved(container, copied, rank=len(self.shapes[node]))
 
     def fixed_point(self, source: fx.Node, value: fx.Node) -> Affine | None:
         """A float tensor as integers, fine enough to join an integer stream such as a residual sum.
@@ -290,6 +296,12 @@ class Emitter:
         self.constants = {name: value for name, value in self.constants.items() if name in used}
         self.graph.lint()
         return self.graph
+
+
+def input_dtype(placeholder: fx.Node) -> torch.dtype:
+    """The dtype that an input was captured with; float32 if it was captured without examples."""
+    value = placeholder.meta.get("val")
+    return value.dtype if isinstance(value, Tensor) else torch.float32
 
 
 def aten_is_size(node: fx.Node) -> bool:

@@ -16,4 +16,6 @@ from .own_parameters import param_groups as param_groups
 from .prepare import prepare as prepare
 from .registry import schemes as schemes
 from .registry import targets as targets
+from .verify import VerificationReport as VerificationReport
+from .verify import verify as verify
 from .version import __version__ as __version__

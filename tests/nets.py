@@ -136,7 +136,7 @@ def example(name: str, batch: int = 4, seed: int = 0) -> tuple[nn.Module, Tensor
 
 
 def trained(name: str, steps: int = 3, **options: Any) -> tuple[QuantModel, Tensor]:
-    """A prepared network after a few joint steps, in eval mode, and an input batch; a copy of a cached one."""
+    """A copy of a prepared network after a few joint steps, in eval mode, and an input batch."""
     model, x = _train(name, steps, tuple(sorted(options.items())))
     return deepcopy(model), x.clone()
 

@@ -141,11 +141,13 @@ class OnnxExecutable(Executable):
         convolution that a runtime adds to a residual, round with 2^-24 of the largest partial sum, known
         from the weights. High-precision summands stand for the nearest integer: half a step each.
 
+        Sums of windows round once per element, with 2^-24 of the largest sum that the bounds allow.
+
         A `quantize` divides and rounds exactly as the contract does and adds no error to that of the float
         operators before it.
 
         Args:
-            node: name of a `requantize` or `quantize` node.
+            node: name of a `requantize`, `quantize` or `sum_pool` node, or of a sum.
             magnitude: sum of the absolute summands, in output units.
 
         Returns:

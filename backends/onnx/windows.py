@@ -13,9 +13,12 @@ from torch import fx
 from qcompile.errors import LoweringError
 from qcompile.passes.aten import arguments
 
-from .emit import Emitter, layer_of, zero_point_of
+from .emit import Deviation, Emitter, layer_of, zero_point_of
 from .fused import ROUNDING
 from .values import Codes, Plain, Real, Value
+
+#: Windows of more elements are averaged one dimension after the other.
+_LARGE_WINDOW = 256
 
 
 def max_pool(emitter: Emitter, node: fx.Node) -> Value:
@@ -60,7 +63,7 @@ def sum_pool(emitter: Emitter, node: fx.Node) -> Value:
     kernel, stride, padding = ([int(one) for one in part] for part in node.args[1:4])
     real = emitter.integers(emitter.value(node.args[0]))
     name = emit_average_pool(emitter, node, real.name, kernel, stride, padding, include_pad=True)
-    return _averaged(real, name, math.prod(kernel))
+    return _averaged(emitter, node, real, name, math.prod(kernel))
 
 
 def emit_average_pool(
@@ -99,23 +102,30 @@ def integer_sum(emitter: Emitter, node: fx.Node) -> Value:
     name = emit_mean(emitter, node, real.name, axes, bool(given["keepdim"]))
     scalars = {"low": np.min(real.low), "high": np.max(real.high), "rounding": np.max(real.rounding)}
     real = replace(real, **{key: np.asarray(value, np.float64) for key, value in scalars.items()})
-    return _averaged(real, name, math.prod(shape[axis] for axis in axes))
+    return _averaged(emitter, node, real, name, math.prod(shape[axis] for axis in axes))
 
 
 def emit_mean(emitter: Emitter, node: fx.Node, source: str, axes: Sequence[int], keep: bool) -> str:
-    """ReduceMean."""
-    layer = layer_of(node)
-    listed = emitter.builder.initializer(f"{layer}/axes", list(axes), np.int64)
-    return emitter.builder.node(
-        "ReduceMean", [source, listed], node.name, f"{layer}/mean", keepdims=int(keep)
-    )
+    """ReduceMean; over many elements one dimension after the other, which rounds less."""
+    shape, layer = emitter.shape(node.all_input_nodes[0]), layer_of(node)
+    many = keep and math.prod(shape[axis] for axis in axes) > _LARGE_WINDOW
+    steps = [[axis] for axis in axes] if many else [list(axes)]
+    for index, step in enumerate(steps):
+        last = index == len(steps) - 1
+        listed = emitter.builder.initializer(f"{layer}/axes", step, np.int64)
+        output = node.name if last else f"{node.name}.step_{index}"
+        inputs = [source, listed]
+        source = emitter.builder.node("ReduceMean", inputs, output, f"{layer}/mean", keepdims=int(keep))
+    return source
 
 
-def _averaged(real: Real, name: str, count: int) -> Real:
+def _averaged(emitter: Emitter, node: fx.Node, real: Real, name: str, count: int) -> Real:
+    """The integer sum that a mean of `count` elements stands for; records its rounding."""
     low, high = np.minimum(real.low * count, 0.0), np.maximum(real.high * count, 0.0)
     largest = np.maximum(np.abs(low), np.abs(high))
-    # summing and dividing round once per element
+    # summing rounds once per element, dividing once more
     rounding = real.rounding * count + (count + 1) * ROUNDING * largest
+    emitter.lowered.deviations[node.name] = Deviation(0.0, rounding)
     return Real(name, real.factor / count, low, high, rounding=rounding)
 
 

@@ -33,7 +33,8 @@ class NodeCheck:
 
     Attributes:
         flips: codes that differ within the target's rounding error.
-        rounds: whether the target kept the tensor in float, with values that are not the integers.
+        rounds: whether the target may keep the tensor in float, with values that are not the integers.
+        several: whether the node gives several tensors; those that are picked from it are compared.
     """
 
     def __init__(self, graph: ReferenceGraph, node: fx.Node, subject: Subject) -> None:
@@ -42,7 +43,7 @@ class NodeCheck:
         self.layer = graph.layer(node)
         self.is_sum = self.operator.startswith("accumulate_") or self.operator in ("sum_pool", "aten.sum")
         self.flips: list[Flip] = []
-        self.tapped = self.rounds = False
+        self.tapped = self.rounds = self.several = False
         self.compared = self.mismatches = 0
         self.deviation = 0.0
         self.first: str | None = None
@@ -172,11 +173,11 @@ class NodeCheck:
         if self.graph.holds_codes(self.node):
             self._codes(ours, theirs, real, bound, first_sample)
             return
-        # a high-precision tensor: in float the value before rounding is as good as the integer
+        # a high-precision tensor: the value before rounding is as good as the integer
         low, high = self.graph.code_range(self.node)
-        in_float = theirs.dtype.kind == "f"
         self.rounds = self.rounds or bool((bound > 0).any())
-        before = np.abs(theirs - np.clip(np.nan_to_num(real), low, high)) - (0.0 if in_float else 0.5)
+        rounded = np.where(theirs == np.rint(theirs), 0.5, 0.0)
+        before = np.abs(theirs - np.clip(np.nan_to_num(real), low, high)) - rounded
         distance = np.minimum(before, np.abs(theirs.astype(np.float64) - ours))
         distance = np.where(theirs == ours, 0.0, np.where(bound > 0, np.maximum(distance, 0.0), np.inf))
         self._bounded(ours, theirs, distance, bound, first_sample)

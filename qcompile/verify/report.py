@@ -110,7 +110,7 @@ class EndToEnd:
 
     Attributes:
         required: whether some quantised tensor is fed by no float operator, so that equality is required.
-        codes_compared: elements of code tensors.
+        codes_compared: elements of code tensors, and of high-precision tensors that float operators feed.
         differences: tensors of which some codes differ.
         logits_error: largest difference of an output, relative to the largest output.
         own_logits_error: the same against the outputs that follow from the target's own last codes.

@@ -104,6 +104,7 @@ class Walk:
             return
         flips = len(check.flips)
         fed[name] = result
+        check.several = not _is_array(result)
         if actual is not None and _is_array(actual) and _is_array(result):
             fed[name] = check.compare(result, actual, fed, observed, first)
         mine = result if same else self.graph.evaluate(node, own)
@@ -128,7 +129,7 @@ class Walk:
             failure = check.failure()
             if failure is not None:
                 lines.append(failure)
-            if self.graph.kinds[check.node.name] != "float":
+            if self.graph.kinds[check.node.name] != "float" and not check.several:
                 layers.append(check.result(errors.get(check.node.name)))
         lines += self._unseen() if self.crash is None else [self.crash]
         end_to_end = self.end_to_end.result(bool(flips))
