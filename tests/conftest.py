@@ -12,7 +12,7 @@ DATA = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"
 
 @pytest.fixture(autouse=True)
 def _one_thread_and_seed() -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # tensors are small: a second thread only waits
     torch.manual_seed(0)
 
 
