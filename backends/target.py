@@ -39,9 +39,9 @@ class Trace:
 
     Attributes:
         outputs: the flat outputs of this (tapped) run.
-        values: by node name of the integer graph. Codes and accumulators are integer arrays. A tensor that the
-            target keeps in float where the integer graph has high-precision integers is a float64 array in
-            units of that node, so that a rounded entry is the integer.
+        values: by node name of the integer graph. Codes and accumulators are integer arrays. A tensor that
+            the target keeps in float where the integer graph has high-precision integers is a float64 array
+            in units of that node, so that a rounded entry is the integer.
     """
 
     outputs: tuple[NDArray[Any], ...]

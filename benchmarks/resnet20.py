@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -99,7 +100,7 @@ def loading(prepared: nn.Module) -> dict[str, float]:
         path = Path(folder) / "m.qcm"
         qcompile.save(prepared, path)
         results["file, bytes"] = float(path.stat().st_size)
-        loads = {f"load {bits} bits, ms": lambda bits=bits: qcompile.load(path, bits=bits) for bits in (2, 3, 4)}
+        loads = {f"load {bits} bits, ms": partial(qcompile.load, path, bits=bits) for bits in (2, 3, 4)}
         results.update({name: 1e3 * seconds for name, seconds in best_of(5, loads).items()})
     return results
 
@@ -109,7 +110,8 @@ def training_step(network: nn.Module, images: torch.Tensor) -> dict[str, float]:
     x = images[:64].contiguous(memory_format=torch.channels_last)
     y = torch.arange(64) % 10
     plain = cifar10.ResNet20().to(memory_format=torch.channels_last).train()
-    model = qcompile.prepare(network, images[:2], bits=(2, 3, 4)).to(memory_format=torch.channels_last).train()
+    model = qcompile.prepare(network, images[:2], bits=(2, 3, 4)).train()
+    model = model.to(memory_format=torch.channels_last)
     joint = qcompile.JointLoss(model, nn.CrossEntropyLoss())
     steps = {
         "float": lambda: nn.functional.cross_entropy(plain(x), y).backward(),
@@ -142,7 +144,7 @@ def folding(prepared: nn.Module, images: torch.Tensor) -> dict[str, float]:
         for bits in (2, 3, 4):
             view = qcompile.at(prepared, bits)
             integers = view(images)
-            prepared.training = True  # the root alone: the float chain, batch normalisation still in eval mode
+            prepared.training = True  # the root alone: the float chain, its parts still in eval mode
             floats = view(images)
             prepared.training = False
             difference = (integers - floats).abs() / floats.abs().max()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import entry_points
 from typing import Any, ClassVar
 
 import numpy as np
+import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx
@@ -121,3 +123,22 @@ class PretendTarget(Target):
 def pretend_request(model: QuantModel, graph: IntegerModel, x: Tensor) -> LoweringRequest:
     """A request to compile `graph` for the batch of `x`."""
     return LoweringRequest(graph, model.signature, (tuple(x.shape),), len(x))
+
+
+class PretendEntryPoint:
+    """What the packaging metadata would say."""
+
+    name = "pretend"
+
+    @staticmethod
+    def load() -> type[PretendTarget]:
+        return PretendTarget
+
+
+def register(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the pretended target the only one that is known."""
+
+    def points(group: str) -> Any:
+        return [PretendEntryPoint] if group == "qcompile.targets" else entry_points(group=group)
+
+    monkeypatch.setattr("qcompile.registry.entry_points", points)

@@ -151,9 +151,7 @@ def test_lower_verify_and_targets(folder, monkeypatch, capsys):
 )
 def test_bad_input_is_one_line_and_leaves_nothing(folder, monkeypatch, capsys, arguments, message):
     before = sorted(path.name for path in folder.rglob("*") if "__pycache__" not in str(path))
-    code, out, err = run(
-        monkeypatch, capsys, *(one.replace("FACTORY", _factory(folder)) for one in arguments)
-    )
+    code, _, err = run(monkeypatch, capsys, *(one.replace("FACTORY", _factory(folder)) for one in arguments))
     assert code == 2
     assert message in err
     assert err.count("\n") == 1

@@ -92,7 +92,7 @@ def test_own_errors_pass_through():
         def call(self, graph_module: fx.GraphModule) -> PassResult:
             raise InvalidArgument("no")
 
-    with pytest.raises(InvalidArgument, match="^no$"):
+    with pytest.raises(InvalidArgument, match=r"^no$"):
         Refuses()(_graph())
 
 

@@ -105,7 +105,7 @@ def test_accumulators_equal_the_papers_formula_in_int64(trained, bits):
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_training_chain_and_integers_agree_within_noise(trained, bits):
-    model, images, labels = trained
+    model, images, _ = trained
     view = qcompile.at(model, bits)
     integers = view(images[:256])
     model.training = True  # the root alone: the float chain with batch normalisation in eval mode

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.metadata import entry_points
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from pretend_runtime import PretendRuntime, PretendTarget, pretend_request
+from pretend_runtime import PretendRuntime, pretend_request, register
 from torch import Tensor, fx, nn
 from verify_networks import Gate, Residual, images, trained
 
@@ -20,25 +19,14 @@ from qcompile.verify import VerificationReport, verify
 X = torch.cat([images(), -images(), 2 * images()])
 
 
-class EntryPoint:
-    name = "pretend"
-
-    @staticmethod
-    def load() -> type[PretendTarget]:
-        return PretendTarget
-
-
 @pytest.fixture(scope="module")
 def model() -> QuantModel:
-    return trained(Residual(), images())
+    return trained(Residual, images())
 
 
 @pytest.fixture(autouse=True)
 def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    def points(group: str) -> Any:
-        return [EntryPoint] if group == "qcompile.targets" else entry_points(group=group)
-
-    monkeypatch.setattr("qcompile.registry.entry_points", points)
+    register(monkeypatch)
 
 
 def runtime(model: QuantModel, x: Tensor = X, **options: Any) -> PretendRuntime:
@@ -122,7 +110,7 @@ def test_a_flip_by_two_is_a_failure(model: QuantModel) -> None:
 
 
 def test_a_float_island_of_the_target_may_move_codes_at_ties_only() -> None:
-    model = trained(Gate(), images(6, 8))
+    model = trained(Gate, images(6, 8))
     report = check(model, images(6, 8))
     assert report.exact
     assert not report.end_to_end.required

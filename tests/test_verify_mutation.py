@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from pretend_runtime import PretendRuntime, PretendTarget, pretend_request
+from pretend_runtime import PretendRuntime, pretend_request, register
 from verify_networks import Residual, copied, find, images, trained
 
 from qcompile.model import QuantModel
@@ -19,7 +19,7 @@ Mutation = Callable[[IntegerModel], None]
 
 @pytest.fixture(scope="module")
 def model() -> QuantModel:
-    return trained(Residual(), images())
+    return trained(Residual, images())
 
 
 def change_constant(name: str, by: int, index: int = 0) -> Mutation:
@@ -157,7 +157,7 @@ def test_the_unmutated_graph_and_artefact_are_exact(
 
 
 def test_the_graph_that_eval_mode_runs_is_checked_against_a_fresh_one() -> None:
-    model = trained(Residual(), images(), steps=1)
+    model = trained(Residual, images(), steps=1)
     flip_code("block1.conv2.weight_codes")(model.integer_model(model.active, [(2, 3, 12, 12)]))
     report = verify(model, images())
     assert not report.exact
@@ -174,7 +174,7 @@ def test_a_graph_of_another_mode_is_not_exact(model: QuantModel) -> None:
 
 def test_a_changed_weight_after_conversion_is_noticed(model: QuantModel) -> None:
     graph = copied(model, 4)
-    later = trained(Residual(), images(), steps=4)
+    later = trained(Residual, images(), steps=4)
     assert not verify(later, images(), target=graph).exact
 
 
@@ -217,8 +217,3 @@ def test_a_wrong_fold_is_noticed(model: QuantModel, broken: str, monkeypatch: py
     assert not report.exact
     assert any("not the nearest to the trained chain" in failure for failure in report.failures)
     assert any("block1.conv2.input_quantizer" in failure for failure in report.failures)
-
-
-def register(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the pretended target known."""
-    monkeypatch.setattr("qcompile.verify.subject.find_target", lambda name: PretendTarget)

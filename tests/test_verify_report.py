@@ -17,7 +17,7 @@ from qcompile.verify import VerificationReport, inputs, verify
 
 @pytest.fixture(scope="module")
 def model() -> QuantModel:
-    return trained(Residual(), images())
+    return trained(Residual, images())
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_the_report_is_frozen(failed: VerificationReport) -> None:
 
 
 def test_training_flags_mode_and_shapes_are_restored() -> None:
-    model = trained(Residual(), images(), steps=1)
+    model = trained(Residual, images(), steps=1)
     model.train()
     model.block1.bn1.eval()
     model.active, model.last_shapes = model.prepared_modes[1], ((5, 3, 12, 12),)
@@ -78,7 +78,7 @@ def test_training_flags_mode_and_shapes_are_restored() -> None:
 
 
 def test_flags_are_restored_after_an_error() -> None:
-    model = trained(Residual(), images(), steps=1)
+    model = trained(Residual, images(), steps=1)
     model.train()
     model.block1.conv1.input_quantizer.initialised.zero_()
     with pytest.raises(FoldError, match="was never set"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
@@ -184,10 +185,10 @@ class Attention(nn.Module):
         return self.head(x.mean(1))
 
 
-def trained(model: nn.Module, x: Tensor, steps: int = 3, **options: Any) -> QuantModel:
-    """Prepare a model and train it for a few steps, so that every mode has its own parameters."""
+def trained(network: Callable[[], nn.Module], x: Tensor, steps: int = 3, **options: Any) -> QuantModel:
+    """Build and prepare a network and train it for a few steps, so that every mode has its own parameters."""
     torch.manual_seed(0)
-    prepared = qcompile.prepare(model, x, **options)
+    prepared = qcompile.prepare(network(), x, **options)
     prepared.train()
     joint = qcompile.JointLoss(prepared, nn.CrossEntropyLoss())
     optimizer = torch.optim.SGD(prepared.parameters(), lr=0.05)
