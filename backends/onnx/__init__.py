@@ -1,4 +1,9 @@
-"""The target `onnx-qdq`: an ONNX model of standard operators that any ONNX runtime executes."""
+"""The target `onnx-qdq`: an ONNX model of standard operators that any ONNX runtime executes.
+
+`emit` walks the integer graph with the rules of `operators`: `accumulate` (`fused`, `thresholds`, `matrix`),
+`epilogue`, `windows`, `layout`, and for float islands `float_operators` and `torch_operator`. `values` says
+what a tensor became, `forms` changes it. `executable` runs the result, `trace` looks inside, `export` writes it.
+"""
 
 from __future__ import annotations
 

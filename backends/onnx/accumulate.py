@@ -1,8 +1,9 @@
 """Quantised layers: `accumulate_conv` and `accumulate_linear`.
 
-Where one requantisation to codes reads the accumulators, both are emitted together in the form that runtimes
-execute in 8-bit integers (see `fused`). Otherwise the accumulators themselves are needed: a float convolution
-of integer values, exact below 2^24. Its weights are stored as int8 and cast, which runtimes do at load time.
+Where requantisations to codes read the accumulators and nothing else, both are emitted together in the form
+that runtimes execute in 8-bit integers (see `fused`). Otherwise the accumulators themselves are needed: a
+matrix product of integers (see `matrix`), or for grouped convolutions a float convolution of integer values,
+exact below 2^24.
 """
 
 from __future__ import annotations
@@ -13,21 +14,29 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import fx
 
-from .emit import Deviation, Emitter, Probe, layer_of, zero_point_of
+from qcompile.errors import LoweringError
+
+from .emit import Deviation, Emitter, Probe, layer_of
+from .forms import as_codes, as_real, channels_first, quantized, reshaped, zero_point_of
 from .fused import ROUNDING, FusedLayer, Sums, conv_attributes, fuse, spread
-from .values import Array, Codes, Deferred, Real, Value, channels, scalar
+from .matrix import fits_matrix, integer_matrix, is_conv
+from .values import Codes, Deferred, Real, Value, channels, scalar
 
 
 def accumulate(emitter: Emitter, node: fx.Node) -> Value:
     """Emit or defer one layer."""
     layer = layer_of(node)
-    codes = emitter.codes(emitter.value(node.args[0]), layer=layer)
+    codes = as_codes(emitter, emitter.value(node.args[0]), layer=layer)
     weight = emitter.constant(node.args[1]).astype(np.int64) * 2 ** int(node.args[3]) + int(node.args[2])
     sums = Sums(weight, codes.low, codes.high)
     fused = {user: _fused(emitter, node, user, sums, codes) for user in node.users}
     layers = {user: one for user, one in fused.items() if one is not None}
     if len(layers) == len(fused):
         return Deferred(codes, layers)
+    if fits_matrix(emitter, node, sums):
+        return integer_matrix(emitter, node, sums, codes)
+    if not is_conv(node):
+        raise LoweringError(f"layer {layer!r}: its weights or sums do not fit ONNX's integer matrix product")
     return _float_sums(emitter, node, sums, codes)
 
 
@@ -49,88 +58,50 @@ def _fused(emitter: Emitter, node: fx.Node, user: fx.Node, sums: Sums, codes: Co
         int(user.args[3]),
         (low, high),
         (codes.unit, float(user.meta.get("unit", 1.0))),
-        may_double=not _is_conv(node) or int(node.args[7]) == 1,
+        may_double=not is_conv(node) or int(node.args[7]) == 1,
     )
 
 
-def _is_conv(node: fx.Node) -> bool:
-    return node.target._schema.name.endswith("conv")
+def _attributes(node: fx.Node, weight: tuple[int, ...]) -> dict[str, Any]:
+    stride, padding, dilation, groups = node.args[4:8]
+    return conv_attributes(stride, padding, dilation, groups, weight[2:])
 
 
 def _per_channel(values: NDArray[Any], node: fx.Node, emitter: Emitter) -> bool:
     """Whether a constant of a requantisation is a scalar or varies along the layer's output channels."""
     rank = len(emitter.shape(node))
-    trailing = rank - 2 if _is_conv(node) else 0
-    return values.size == 1 or (values.ndim >= 1 and values.shape[values.ndim - 1 - trailing :][0] == values.size)
+    trailing = rank - 2 if is_conv(node) else 0
+    return values.size == 1 or (
+        values.ndim >= 1 and values.shape[values.ndim - 1 - trailing :][0] == values.size
+    )
 
 
 def _float_sums(emitter: Emitter, node: fx.Node, sums: Sums, codes: Codes) -> Real:
-    layer, builder = layer_of(node), emitter.builder
-    sign = _sign(emitter, node, len(sums.weight))
-    weight = sums.weight * sign.reshape(-1, *([1] * (sums.weight.ndim - 1)))
+    """A convolution of integer values in float32; weights are stored as integers and cast at load time."""
+    layer, builder, weight = layer_of(node), emitter.builder, sums.weight
     narrow = np.int8 if weight.min() >= -128 and weight.max() <= 127 else np.int16
-    source = emitter.integers(codes).name
-    rank = len(emitter.shape(node))
-    if _is_conv(node):
-        stored = builder.initializer(f"{layer}/weight", weight, narrow)
-        cast = builder.node("Cast", [stored], f"{node.name}.weight", f"{layer}/weight_cast", to=1)
-        attributes = conv_attributes(*node.args[4:8], weight.shape[2:])
-        operator = f"{layer}/conv"
-        name = builder.node("Conv", [source, cast], node.name, operator, **attributes)
-        factor = channels(sign, rank, 1)
-    else:
-        stored = builder.initializer(f"{layer}/weight", weight.T, narrow)
-        cast = builder.node("Cast", [stored], f"{node.name}.weight", f"{layer}/weight_cast", to=1)
-        operator = f"{layer}/matmul"
-        name = builder.node("MatMul", [source, cast], node.name, operator)
-        factor = channels(sign, rank, rank - 1)
-    emitter.lowered.probes[node.name] = Probe(
-        operator, codes.name, codes.zero_point, sign, False, emitter.shape(node), _is_conv(node)
-    )
-    axis = 1 if _is_conv(node) else rank - 1
-    low, high = (channels(bound, rank, axis) for bound in sums.bounds())
-    factor = factor if (sign < 0).any() else scalar(1.0)
-    return Real(name, factor, low, high, is_sum=True, rounding=_sum_rounding(sums, rank, axis))
-
-
-def _sign(emitter: Emitter, node: fx.Node, count: int) -> NDArray[np.int64]:
-    """-1 for channels that every reader multiplies by a negative number, so that clipping stays in place."""
-    signs = []
-    for user in node.users:
-        if emitter.model.operator_name(user) != "requantize":
-            return np.ones(count, np.int64)
-        for one, multiplier in zip(user.args[0], user.args[1], strict=True):
-            values = emitter.constant(multiplier)
-            if one is node:
-                if values.size not in (1, count):
-                    return np.ones(count, np.int64)
-                signs.append(np.sign(spread(values, count)))
-    negative = np.all(np.stack(signs) < 0, axis=0)
-    return np.where(negative, -1, 1).astype(np.int64)
-
-
-def _sum_rounding(sums: Sums, rank: int, axis: int) -> Array:
-    """Bound of what float32 rounds while the products are summed, in accumulator units.
-
-    Integers below 2^24 are exact. Runtimes may start from the other summand of a residual sum and add blocks
-    of at least 8 input channels or 128 products, each of which rounds once.
-    """
-    weight = sums.weight
-    products = weight[0].size
-    blocks = max(-(-weight.shape[1] // 8), -(-products // 128)) + 1
+    stored = builder.initializer(f"{layer}/weight", weight, narrow)
+    cast = builder.node("Cast", [stored], f"{node.name}.weight", f"{layer}/weight_cast", to=1)
+    inputs, operator = [channels_first(emitter, as_real(emitter, codes)).name, cast], f"{layer}/conv"
+    attributes = _attributes(node, weight.shape)
+    name = builder.node("Conv", inputs, node.name, operator, **attributes)
+    shape, factor = emitter.shape(node), np.ones(len(weight), np.int64)
+    emitter.lowered.probes[node.name] = Probe(operator, codes, factor, False, shape, True)
     reach = sums.reach().astype(np.float64)
-    roundings = np.where(reach < 2**24, blocks, products)
-    return channels(roundings * reach * ROUNDING, rank, axis)
+    rounding = np.where(reach < 2**24, 0.0, weight[0].size * reach * ROUNDING)
+    low, high, rounding = (channels(one, len(shape), 1) for one in (*sums.bounds(), rounding))
+    return Real(name, shape, scalar(1.0), low, high, is_sum=True, rounding=rounding)
 
 
 def emit_fused(emitter: Emitter, node: fx.Node, user: fx.Node, value: Deferred, output: str) -> str:
     """Emit a layer together with the requantisation `user`; returns the uint8 tensor before clipping."""
     fused, codes, builder, layer = value.layers[user], value.codes, emitter.builder, layer_of(node)
-    source = _doubled(emitter, codes, 1 if _is_conv(node) else -1) if fused.doubled else codes.name
+    codes = channels_first(emitter, codes)
+    source = _doubled(emitter, codes, 1 if is_conv(node) else -1) if fused.doubled else codes.name
     shape = emitter.shape(node)
-    rows = not _is_conv(node) and len(shape) != 2  # Gemm takes matrices only
+    rows = not is_conv(node) and len(shape) != 2  # Gemm takes matrices only
     if rows:
-        source = _reshaped(emitter, source, (-1, fused.weight.shape[1]), layer, "rows")
+        source = reshaped(emitter, source, (-1, fused.weight.shape[1]), f"{node.name}.rows", layer)
     scale = builder.initializer(f"{layer}/input_scale", codes.unit, np.float32)
     zero = builder.initializer(f"{layer}/input_zero_point", codes.zero_point, np.uint8)
     real = builder.node(
@@ -139,20 +110,20 @@ def emit_fused(emitter: Emitter, node: fx.Node, user: fx.Node, value: Deferred, 
     weight = _dequantized(emitter, f"{node.name}.weight", layer, "weight", fused.weight, fused.weight_scale)
     bias_scale = fused.weight_scale * np.float32(codes.unit)
     bias = _dequantized(emitter, f"{node.name}.bias", layer, "bias", fused.bias, bias_scale)
-    if _is_conv(node):
-        attributes = conv_attributes(*node.args[4:8], fused.weight.shape[2:])
+    if is_conv(node):
+        attributes = _attributes(node, fused.weight.shape)
         operator = f"{layer}/conv"
         sums = builder.node("Conv", [real, weight, bias], node.name, operator, **attributes)
     else:
         operator = f"{layer}/gemm"
         sums = builder.node("Gemm", [real, weight, bias], node.name, operator, transB=1)
-    probe = Probe(operator, codes.name, codes.zero_point, fused.factor, fused.doubled, shape, _is_conv(node))
+    probe = Probe(operator, value.codes, fused.factor, fused.doubled, shape, is_conv(node))
     emitter.lowered.probes.setdefault(node.name, probe)
-    axis = 1 if _is_conv(node) else len(shape) - 1
+    axis = 1 if is_conv(node) else len(shape) - 1
     emitter.lowered.deviations[user.name] = Deviation(0.0, channels(fused.error, len(shape), axis))
     unit, low = float(user.meta.get("unit", 1.0)), int(user.args[4])
-    stored = emitter.quantized(sums, unit, zero_point_of(low), output, layer_of(user))
-    return _reshaped(emitter, stored, shape, layer_of(user), "shape") if rows else stored
+    stored = quantized(emitter, sums, unit, zero_point_of(low), output, layer_of(user))
+    return reshaped(emitter, stored, shape, f"{output}.shaped", layer_of(user)) if rows else stored
 
 
 def _doubled(emitter: Emitter, codes: Codes, axis: int) -> str:
@@ -174,8 +145,3 @@ def _dequantized(
         builder.initializer(f"{layer}/{what}_zero_point", np.zeros(scale.shape, values.dtype)),
     ]
     return builder.node("DequantizeLinear", inputs, output, f"{layer}/{what}_dequantize", axis=0)
-
-
-def _reshaped(emitter: Emitter, source: str, shape: tuple[int, ...], layer: str, what: str) -> str:
-    size = emitter.builder.initializer(f"{layer}/{what}", shape, np.int64)
-    return emitter.builder.node("Reshape", [source, size], f"{source}.{what}", f"{layer}/{what}")

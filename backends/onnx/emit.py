@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,7 +17,7 @@ from qcompile.passes.integer_model import IntegerModel
 
 from .graph import GraphBuilder
 from .static_values import static_values
-from .values import Array, Codes, Constant, Plain, Real, Value, channel_axis, scalar
+from .values import Array, Codes, Constant, Plain, Real, Value
 
 T = TypeVar("T")
 
@@ -30,22 +29,22 @@ class Probe:
     """Where a layer's accumulators can be recomputed in integers from the artefact's own constants.
 
     Attributes:
-        operator: name of the Conv, Gemm or MatMul node.
-        codes: tensor of input codes.
-        zero_point: of these codes.
+        operator: name of the Conv or Gemm node, or of the int32 matrix.
+        codes: the layer's input.
         factor: (out,) int64; the integer sums are factor * accumulator.
         doubled: whether the operator sees its input twice along the channels.
         shape: of the accumulators.
         is_conv: whether channels are dimension 1, not the last one.
+        is_matrix: whether the artefact itself holds the sums as an int32 matrix (rows, channels).
     """
 
     operator: str
-    codes: str
-    zero_point: int
+    codes: Codes
     factor: NDArray[np.int64]
     doubled: bool
     shape: tuple[int, ...]
     is_conv: bool
+    is_matrix: bool = False
 
 
 @dataclass(frozen=True)
@@ -192,96 +191,11 @@ class Emitter:
         """Content of a buffer, also of one that the walk has not reached."""
         return self.model.constant(node).detach().cpu().numpy()
 
-    # ---- integers as floats -------------------------------------------------------------------------------
-
-    def integers(self, value: Codes | Real) -> Real:
-        """Integers of any kind as float32; codes become exact integer values with factor 1."""
-        if isinstance(value, Real):
-            return value
-        return self.once(f"{value.name} as float", lambda: self._cast(value))
-
-    def _cast(self, codes: Codes) -> Real:
-        layer = self.builder.layer(codes.name)
-        name = self.builder.node("Cast", [codes.name], f"{codes.name}.float", f"{layer}/cast", to=1)
-        if codes.zero_point:
-            zero = self.builder.initializer(f"{layer}/float_zero_point", codes.zero_point, np.float32)
-            name = self.builder.node("Sub", [name, zero], f"{codes.name}.signed", f"{layer}/subtract")
-        return Real(name, scalar(1.0), scalar(codes.low), scalar(codes.high))
-
     def once(self, key: str, emit: Callable[[], T]) -> T:
         """What `emit` returned when it was first called for this key."""
         if key not in self._once:
             self._once[key] = emit()
         return self._once[key]
-
-    def scaled(self, real: Real, ratio: Array, layer: str, what: str) -> str:
-        """The tensor times a constant.
-
-        Sums of integers are divided by the reciprocal: runtimes fold multiplications into the weights of a
-        convolution, whose sums would then be rounded.
-        """
-        if (ratio == 1.0).all():
-            return real.name
-        if real.is_sum and (ratio != 0.0).all():
-            divisor = self.builder.initializer(f"{layer}/{what}_divisor", 1.0 / ratio, np.float32)
-            return self.builder.node("Div", [real.name, divisor], f"{layer}.{what}", f"{layer}/{what}_divide")
-        factor = self.builder.initializer(f"{layer}/{what}_factor", ratio, np.float32)
-        return self.builder.node("Mul", [real.name, factor], f"{layer}.{what}", f"{layer}/{what}_multiply")
-
-    def uniform(self, real: Real, factor: float | None = None) -> Real:
-        """The integers with one factor for all channels, so that elements may be moved."""
-        if real.factor.size == 1 and factor is None:
-            return real
-        wanted = float(np.exp(np.log(np.abs(real.factor)).mean())) if factor is None else factor
-
-        def emit() -> Real:
-            layer = self.builder.layer(real.name)
-            name = self.scaled(real, wanted / real.factor, layer, "uniform")
-            return replace(real, name=name, factor=scalar(wanted), is_sum=False)
-
-        return self.once(f"{real.name} times {wanted}", emit)
-
-    def codes(self, value: Value, zero_point: int | None = None, layer: str = "") -> Codes:
-        """Integers as uint8, at least with the given zero point.
-
-        Raises:
-            LoweringError: if they need more than 8 bits.
-        """
-        if isinstance(value, Codes) and zero_point in (None, value.zero_point):
-            return value
-        if not isinstance(value, (Codes, Real)):
-            raise LoweringError(f"layer {layer!r}: its input is not quantised")
-        low, high = math.floor(np.min(value.low)), math.ceil(np.max(value.high))
-        zero = zero_point_of(low) if zero_point is None else zero_point
-        if low + zero < 0 or high + zero > 255:
-            raise LoweringError(f"layer {layer!r}: its input has integers from {low} to {high}, not 8 bits")
-        real = self.uniform(self.integers(value), 1.0)
-        name = f"{real.name}.codes"
-        stored = self.quantized(real.name, 1.0, zero, name, layer)
-        return Codes(stored, value.unit if isinstance(value, Codes) else 1.0, zero, low, high)
-
-    def quantized(self, source: str, scale: Any, zero_point: int, output: str, layer: str) -> str:
-        """QuantizeLinear to uint8; the scale may vary along one axis."""
-        scale = np.asarray(scale, np.float32)
-        axis = channel_axis(scale)
-        flat = scale.reshape(()) if axis is None else scale.reshape(-1)
-        zero = np.full(flat.shape, zero_point, np.uint8)
-        return self.builder.node(
-            "QuantizeLinear",
-            [
-                source,
-                self.builder.initializer(f"{layer}/scale", flat),
-                self.builder.initializer(f"{layer}/zero_point", zero),
-            ],
-            output,
-            f"{layer}/quantize",
-            axis=axis,
-        )
-
-
-def zero_point_of(low: int) -> int:
-    """The smallest power of two that makes all codes unsigned; 0 if they are so already."""
-    return 0 if low >= 0 else 2 ** math.ceil(math.log2(-low))
 
 
 def layer_of(node: fx.Node) -> str:

@@ -1,12 +1,13 @@
-"""`requantize`, `quantize` and `dequantize`: sums of scaled integers in float32, rounded to codes where codes follow.
+"""`requantize`, `quantize` and `dequantize`: sums of scaled integers in float32, rounded where codes follow.
 
-A requantisation (sum m_i a_i + c) >> e is evaluated as a sum of float tensors in units that make one summand's
-factor 1, usually that of the accumulators: their convolution stays exact, the constant becomes its bias, and
-runtimes fuse the sum and a ReLU into it. The units differ per channel; QuantizeLinear takes them as its scale.
+A requantisation (sum m_i a_i + c) >> e is evaluated as a sum of float tensors in real units: every integer
+tensor of the ONNX graph stands for integer times unit, so the summands of a residual need no scaling, and the
+accumulators get scale and offset of their channel while they are still a matrix.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,70 +17,77 @@ from torch import fx
 from qcompile.errors import LoweringError
 
 from .accumulate import emit_fused
-from .emit import Deviation, Emitter, layer_of, zero_point_of
+from .emit import Deviation, Emitter, layer_of
+from .forms import (
+    affine,
+    as_real,
+    channels_first,
+    channels_last,
+    is_per_channel,
+    quantized,
+    scaled,
+    zero_point_of,
+)
 from .fused import ROUNDING
-from .thresholds import Staircase
-from .values import Array, Codes, Deferred, Plain, Real, Value, scalar
+from .values import Accumulators, Array, Codes, Deferred, Plain, Real, Value, as_stored, scalar
 
-#: Relative difference of constants up to which two requantisations share one sum.
-SHARED = 4 * ROUNDING
+#: Relative difference up to which a factor counts as 1, and two requantisations share one sum. Their integer
+#: multipliers are rounded by up to this much; what is left out is part of the stated error.
+NEGLIGIBLE = 2.0**-20
 
 
 @dataclass(frozen=True)
 class _Sum:
-    """sum(ratio_i * tensor_i) + offset, in units of `gauge` output units."""
+    """sum(ratio_i * tensor_i) + offset, of a rank, with channels in the last dimension or not."""
 
-    terms: tuple[Real, ...]
+    terms: tuple[Accumulators | Real, ...]
     ratios: tuple[Array, ...]
     offset: Array
-    gauge: Array
+    rank: int
+    last: bool
 
-    def resembles(self, other: _Sum) -> bool:
-        """Whether both are the same sum up to float rounding."""
+    def difference(self, other: _Sum) -> float:
+        """The largest relative difference of their constants; infinite for other tensors or shapes."""
         if [term.name for term in self.terms] != [term.name for term in other.terms]:
-            return False
+            return float("inf")
         pairs = [*zip(self.ratios, other.ratios, strict=True), (self.offset, other.offset)]
-        return all(a.shape == b.shape and np.allclose(a, b, rtol=SHARED, atol=0.0) for a, b in pairs)
+        return max(_difference(a, b) for a, b in pairs)
+
+
+def _difference(a: Array, b: Array) -> float:
+    if a.shape != b.shape:
+        return float("inf")
+    largest = np.maximum(np.abs(a), np.abs(b))
+    return float(np.max(np.abs(a - b) / np.where(largest > 0, largest, 1.0), initial=0.0))
 
 
 def requantize(emitter: Emitter, node: fx.Node) -> Value:
     """Emit the normative epilogue; codes become uint8, wide integers float32."""
-    inputs, multipliers, constant, shift, low, high = node.args
-    layer, low, high = layer_of(node), int(low), int(high)
-    narrow = high - low <= 255
-    zero = zero_point_of(low)
-    first = emitter.value(inputs[0])
+    low, high = int(node.args[4]), int(node.args[5])
+    layer, zero = layer_of(node), zero_point_of(low)
+    first = emitter.value(node.args[0][0])
     if isinstance(first, Deferred):
-        stored = emit_fused(emitter, inputs[0], node, first, _unclipped_name(node, zero))
-    else:
-        reals = tuple(emitter.integers(emitter.value(one)) for one in inputs)
-        factors = [emitter.constant(one).astype(np.float64) for one in multipliers]
-        offset = emitter.constant(constant).astype(np.int64)
-        sums = _normalised(reals, factors, offset, int(shift))
-        if narrow and len(reals) == 1 and len(inputs[0].users) == 1:
-            sums, exact = _without_ties(sums, factors[0], offset, int(shift), low, high)
-        else:
-            exact = np.zeros((), bool)
-        emitter.lowered.deviations[node.name] = _deviation(reals, factors, int(shift), exact)
-        name = _emit_sum(emitter, sums, layer, node.name)
-        name = _clipped(emitter, name, sums, factors, offset, int(shift), (low, high), narrow, layer)
-        if not narrow:
-            bounds = scalar(low), scalar(high)
-            return Real(name, sums.gauge, *bounds)
-        stored = emitter.quantized(name, sums.gauge, zero, _unclipped_name(node, zero), layer)
-    return _as_codes(emitter, stored, node, zero, low, high)
+        stored = emit_fused(emitter, node.args[0][0], node, first, _unclipped_name(node, zero))
+        return _as_codes(emitter, stored, node, zero)
+    unit = float(node.meta.get("unit", 1.0))
+    name, last = _real_value(emitter, node, unit, low, high)
+    if high - low > 255:
+        return Real(name, emitter.shape(node), scalar(unit), scalar(low), scalar(high), last)
+    stored = quantized(emitter, name, unit, zero, _unclipped_name(node, zero), layer)
+    return _as_codes(emitter, stored, node, zero, last)
 
 
-def _as_codes(emitter: Emitter, stored: str, node: fx.Node, zero: int, low: int, high: int) -> Codes:
+def _as_codes(emitter: Emitter, stored: str, node: fx.Node, zero: int, last: bool = False) -> Codes:
     """Clip uint8 codes to their range; QuantizeLinear has clipped to 0..255."""
     layer, unit = layer_of(node), float(node.meta.get("unit", 1.0))
+    low, high = int(node.args[-2]), int(node.args[-1])
     if _clips(low, high, zero):
         bounds = [
             emitter.builder.initializer(f"{layer}/{what}", value + zero, np.uint8)
             for what, value in (("lowest_code", low), ("highest_code", high))
         ]
         stored = emitter.builder.node("Clip", [stored, *bounds], node.name, f"{layer}/clip")
-    return Codes(stored, unit, zero, low, high)
+    return Codes(stored, emitter.shape(node), unit, zero, low, high, last)
 
 
 def _clips(low: int, high: int, zero: int) -> bool:
@@ -91,118 +99,115 @@ def _unclipped_name(node: fx.Node, zero: int) -> str:
     return f"{node.name}.rounded" if _clips(int(node.args[-2]), int(node.args[-1]), zero) else node.name
 
 
-def _normalised(
-    terms: tuple[Real, ...], factors: list[Array], constant: Any, shift: int
-) -> _Sum:
-    """Choose the unit: one whose summand needs no factor, accumulators first."""
+# ---- sums in float ----------------------------------------------------------------------------------------
+
+
+def _real_value(emitter: Emitter, node: fx.Node, unit: float, low: int, high: int) -> tuple[str, bool]:
+    """The requantisation in real units, clipped where a clip acts; records the error.
+
+    Returns:
+        The tensor, and whether its channels are in the last dimension.
+    """
+    inputs, multipliers, constant, shift = node.args[:4]
+    values = [emitter.value(one) for one in inputs]
+    factors = [emitter.constant(one).astype(np.float64) for one in multipliers]
     half = 2 ** (shift - 1) if shift else 0
-    weights = [np.ldexp(factor, -shift) / term.factor for factor, term in zip(factors, terms, strict=True)]
-    offset = np.ldexp((constant - half).astype(np.float64), -shift)
-    order = sorted(range(len(terms)), key=lambda i: not terms[i].is_sum)
-    chosen = next((i for i in order if (weights[i] != 0.0).all() and _varies_once(weights[i])), None)
-    gauge = scalar(1.0) if chosen is None else 1.0 / np.abs(weights[chosen])
-    ratios = [weight * gauge for weight in weights]
-    if chosen is not None:
-        ratios[chosen] = np.sign(weights[chosen])
-    return _Sum(terms, tuple(ratios), offset * gauge, np.asarray(gauge))
+    offset = np.ldexp((emitter.constant(constant).astype(np.int64) - half).astype(np.float64), -shift) * unit
+    terms: list[Accumulators | Real] = []
+    ratios: list[Array] = []
+    skipped = 0.0
+    for value, factor in zip(values, factors, strict=True):
+        term = value if isinstance(value, Accumulators) else as_real(emitter, value)
+        ratio = np.ldexp(factor, -shift) * unit / term.factor
+        if isinstance(term, Accumulators) and not is_per_channel(term, ratio):
+            term = as_real(emitter, term)
+        if (np.abs(ratio - 1.0) <= NEGLIGIBLE).all():
+            skipped = max(skipped, float(np.max(np.abs(ratio - 1.0))))
+            ratio = np.ones(())
+        terms.append(term)
+        ratios.append(ratio)
+    rank = len(emitter.shape(node))
+    last = any(_is_last(term) for term in terms) and all(len(term.shape) == rank for term in terms)
+    sums = _Sum(tuple(_in_order(emitter, term, last) for term in terms), tuple(ratios), offset, rank, last)
+    name, difference = _emit_sum(emitter, sums, layer_of(node), node.name)
+    emitter.lowered.deviations[node.name] = _deviation(terms, factors, shift, skipped + difference)
+    return _clipped(emitter, name, sums, unit, shift, (low, high), layer_of(node)), last
 
 
-def _varies_once(factor: Array) -> bool:
-    return sum(size > 1 for size in factor.shape) <= 1
+def _is_last(term: Accumulators | Real) -> bool:
+    return term.is_conv if isinstance(term, Accumulators) else term.last
 
 
-def _without_ties(
-    sums: _Sum, factor: Array, constant: Any, shift: int, low: int, high: int
-) -> tuple[_Sum, Any]:
-    """Move the offset of a single exact summand away from ties and rounding, see `thresholds`."""
-    term = sums.terms[0]
-    whole = bool((np.abs(term.low) < 2**24).all() and (np.abs(term.high) < 2**24).all())
-    integer = (np.abs(term.factor) == 1.0).all() and whole and (term.rounding < 0.25).all()
-    if not integer or (factor == 0).any():
-        return sums, np.zeros((), bool)
-    shape = np.broadcast_shapes(factor.shape, constant.shape, term.low.shape, term.factor.shape)
-    flat = [np.broadcast_to(one, shape).reshape(-1) for one in (factor, constant, term.low, term.high)]
-    sign = np.sign(flat[0])
-    bottom, top = np.where(sign < 0, -flat[3], flat[2]), np.where(sign < 0, -flat[2], flat[3])
-    stairs = Staircase(
-        np.abs(flat[0]).astype(np.int64), flat[1].astype(np.int64), shift, low, high,
-        np.floor(bottom).astype(np.int64), np.ceil(top).astype(np.int64),
-    )
-    scale = 1.0 / np.float32(np.broadcast_to(sums.gauge, shape).reshape(-1)).astype(np.float64)
-    offset, exact = stairs.offsets(scale, np.ones(scale.shape, np.int64), whole=False)
-    moved = _Sum(sums.terms, sums.ratios, offset.reshape(shape), sums.gauge)
-    return moved, exact.reshape(shape)
+def _in_order(emitter: Emitter, term: Accumulators | Real, last: bool) -> Accumulators | Real:
+    """A summand with its dimensions in the order of the sum."""
+    if isinstance(term, Accumulators):
+        return term if term.is_conv == last else channels_first(emitter, as_real(emitter, term))
+    return channels_last(emitter, term) if last else channels_first(emitter, term)
 
 
-def _deviation(terms: tuple[Real, ...], factors: list[Array], shift: int, exact: Any) -> Deviation:
+def _deviation(
+    terms: Sequence[Accumulators | Real], factors: Sequence[Array], shift: int, skipped: float
+) -> Deviation:
     """Bound of the float evaluation's error, in output units.
 
-    Relative to the sum of absolute summands: one rounding of every constant and product (2), of every partial
-    sum and the offset (summands + 2), of the unit and the division by it (2), constants shared with another
-    requantisation (4). Absolute: what the summands themselves carry, and half a step of every summand, because
-    a float tensor stands for the nearest integer.
+    Relative to the sum of absolute summands: every summand is converted, scaled and its scale rounded (3),
+    every partial sum, the offset and its addition round (summands + 1), so do the unit and the division by it
+    (2); factors that were left out (`skipped`). Absolute: what convolutions in float round.
     """
-    relative = (2 + len(terms) + 2 + 2 + 4) * ROUNDING
     absolute: Array = np.zeros(())
     for term, factor in zip(terms, factors, strict=True):
-        exact_integers = term.is_sum or (term.factor == 1.0).all()
-        error = term.rounding + (0.0 if exact_integers else 0.5)
-        absolute = absolute + np.ldexp(np.abs(factor), -shift) * error
-    if exact.any():
-        # relative errors cannot flip a code of such a channel
-        keep = np.where(exact, 0.0, 1.0)
-        return Deviation(relative if not exact.all() else 0.0, absolute * keep)
-    return Deviation(relative, np.asarray(absolute))
+        absolute = absolute + np.ldexp(np.abs(factor), -shift) * term.rounding
+    return Deviation((3 + len(terms) + 1 + 2) * ROUNDING + skipped, absolute)
 
 
-def _emit_sum(emitter: Emitter, sums: _Sum, layer: str, output: str) -> str:
-    """The sum as a float tensor; one that was emitted before for another reader is used again."""
+def _emit_sum(emitter: Emitter, sums: _Sum, layer: str, output: str) -> tuple[str, float]:
+    """The sum as a float tensor, or one that another reader has, and the relative difference to that."""
     emitted: list[tuple[_Sum, str]] = emitter.once("float sums", list)
     for known, name in emitted:
-        if known.resembles(sums):
-            return name
-    builder = emitter.builder
-    parts = [
-        emitter.scaled(term, ratio, layer, f"term_{index}")
-        for index, (term, ratio) in enumerate(zip(sums.terms, sums.ratios, strict=True))
-    ]
-    # the offset goes to the first term, where runtimes make it the convolution's bias
-    total = parts[0]
-    if (sums.offset != 0.0).any():
-        offset = builder.initializer(f"{layer}/offset", sums.offset, np.float32)
-        total = builder.node("Add", [total, offset], f"{output}.biased", f"{layer}/add_offset")
+        if known.difference(sums) <= NEGLIGIBLE:
+            return name, known.difference(sums)
+    pending = sums.offset
+    parts = []
+    for index, (term, ratio) in enumerate(zip(sums.terms, sums.ratios, strict=True)):
+        what = f"term_{index}"
+        if not isinstance(term, Accumulators):
+            parts.append(scaled(emitter, term, ratio, layer, what))
+            continue
+        takes = is_per_channel(term, pending)
+        added, pending = (pending, scalar(0.0)) if takes else (scalar(0.0), pending)
+        parts.append(affine(emitter, term, ratio, added, f"{output}.{what}", layer, what))
+    total, builder = parts[0], emitter.builder
     for index, part in enumerate(parts[1:]):
         total = builder.node("Add", [total, part], f"{output}.sum_{index}", f"{layer}/add_{index}")
+    if (pending != 0.0).any():
+        offset = builder.initializer(f"{layer}/offset", as_stored(pending, sums.rank, sums.last), np.float32)
+        total = builder.node("Add", [total, offset], f"{output}.biased", f"{layer}/add_offset")
     emitted.append((sums, total))
-    return total
+    return total, 0.0
 
 
 def _clipped(
-    emitter: Emitter, name: str, sums: _Sum, factors: list[Array], constant: Any, shift: int,
-    bounds: tuple[int, int], narrow: bool, layer: str,
+    emitter: Emitter, name: str, sums: _Sum, unit: float, shift: int, bounds: tuple[int, int], layer: str
 ) -> str:
-    """Apply the clips that act, in float; codes are clipped later."""
+    """Apply the clips that act, in float; codes are clipped later, but share a ReLU with wide readers."""
     low, high = bounds
-    if narrow and low == 0:
-        return _relu(emitter, name, layer)
-    if narrow:
-        return name
-    smallest = largest = constant.astype(np.float64)
-    slack = 2.0**shift  # multipliers are rounded, so bounds of the real tensor are met only nearly
-    for term, factor in zip(sums.terms, factors, strict=True):
-        ends = factor * term.low, factor * term.high
+    if high - low <= 255:
+        return _relu(emitter, name, layer) if low == 0 else name
+    smallest = largest = sums.offset
+    slack = 2 * unit  # multipliers are rounded, so bounds of the real tensor are met only nearly
+    for term, ratio in zip(sums.terms, sums.ratios, strict=True):
+        ends = ratio * term.factor * term.low, ratio * term.factor * term.high
         smallest, largest = smallest + np.minimum(*ends), largest + np.maximum(*ends)
-        slack += float(max(np.max(np.abs(term.low)), np.max(np.abs(term.high))))
-    smallest, largest = np.ldexp(smallest + slack, -shift), np.ldexp(largest - slack, -shift)
+        slack += unit * float(np.ldexp(max(np.max(np.abs(term.low)), np.max(np.abs(term.high))), -shift))
     builder = emitter.builder
-    if float(np.min(smallest)) < low:
+    if float(np.min(smallest)) < low * unit - slack:
         if low == 0:
             name = _relu(emitter, name, layer)
         else:
-            bound = builder.initializer(f"{layer}/lower_bound", low * sums.gauge, np.float32)
+            bound = builder.initializer(f"{layer}/lower_bound", low * unit, np.float32)
             name = builder.node("Max", [name, bound], f"{name}.above", f"{layer}/maximum")
-    if float(np.max(largest)) > high:
-        bound = builder.initializer(f"{layer}/upper_bound", high * sums.gauge, np.float32)
+    if float(np.max(largest)) > high * unit + slack:
+        bound = builder.initializer(f"{layer}/upper_bound", high * unit, np.float32)
         name = builder.node("Min", [name, bound], f"{name}.below", f"{layer}/minimum")
     return name
 
@@ -212,6 +217,9 @@ def _relu(emitter: Emitter, name: str, layer: str) -> str:
         return emitter.builder.node("Relu", [name], f"{name}.positive", f"{layer}/relu")
 
     return emitter.once(f"relu of {name}", emit)
+
+
+# ---- from and to float ------------------------------------------------------------------------------------
 
 
 def quantize(emitter: Emitter, node: fx.Node) -> Value:
@@ -224,14 +232,12 @@ def quantize(emitter: Emitter, node: fx.Node) -> Value:
     if high - low > 255:
         return _fixed_point(emitter, node, name, float(step), low, high)
     zero = zero_point_of(low)
-    stored = emitter.quantized(name, step, zero, _unclipped_name(node, zero), layer)
-    return _as_codes(emitter, stored, node, zero, low, high)
+    stored = quantized(emitter, name, step, zero, _unclipped_name(node, zero), layer)
+    return _as_codes(emitter, stored, node, zero)
 
 
-def _fixed_point(
-    emitter: Emitter, node: fx.Node, source: str, step: float, low: int, high: int
-) -> Real:
-    """Integers with high precision of a float tensor, kept in float32: rounded as the contract rounds them."""
+def _fixed_point(emitter: Emitter, node: fx.Node, source: str, step: float, low: int, high: int) -> Real:
+    """Integers with high precision of a float tensor, in float32, rounded as the contract rounds them."""
     layer, builder = layer_of(node), emitter.builder
     divisor = builder.initializer(f"{layer}/scale", step, np.float32)
     bounds = [
@@ -241,17 +247,23 @@ def _fixed_point(
     steps = builder.node("Div", [source, divisor], f"{node.name}.steps", f"{layer}/divide")
     rounded = builder.node("Round", [steps], f"{node.name}.rounded", f"{layer}/round")
     name = builder.node("Clip", [rounded, *bounds], node.name, f"{layer}/clip")
-    return Real(name, scalar(1.0), scalar(low), scalar(high))
+    return Real(name, emitter.shape(node), scalar(1.0), scalar(low), scalar(high))
 
 
 def dequantize(emitter: Emitter, node: fx.Node) -> Value:
     """Emit integers to float: value * scale + bias."""
     layer, value = layer_of(node), emitter.value(node.args[0])
-    if not isinstance(value, (Codes, Real)):
+    if not isinstance(value, (Accumulators, Codes, Real)):
         raise LoweringError(f"layer {layer!r}: dequantize reads {node.args[0]}, which holds no integers")
-    real = emitter.integers(value)
     scale, bias = (emitter.constant(one).astype(np.float64) for one in node.args[1:3])
-    name = emitter.scaled(real, np.asarray(scale / real.factor), layer, "scale")
+    if isinstance(value, Accumulators) and is_per_channel(value, scale) and is_per_channel(value, bias):
+        name = affine(emitter, value, scale, bias, f"{node.name}.values", layer, "dequantize")
+        real = Real(name, value.shape, scale, value.low, value.high, last=value.is_conv)
+        return Plain(channels_first(emitter, real).name)
+    real = channels_first(emitter, as_real(emitter, value))
+    ratio: Any = np.asarray(scale / real.factor)
+    ratio = np.ones(()) if (np.abs(ratio - 1.0) <= ROUNDING).all() else ratio
+    name = scaled(emitter, real, ratio, layer, "scale")
     if (bias != 0.0).any():
         added = emitter.builder.initializer(f"{layer}/bias", bias, np.float32)
         name = emitter.builder.node("Add", [name, added], node.name, f"{layer}/add_bias")

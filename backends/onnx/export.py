@@ -19,9 +19,9 @@ README_FILE = "README.md"
 
 _README = """# {name}
 
-An ONNX model in mode {mode}: low-bit codes as uint8, quantised layers between DequantizeLinear and
-QuantizeLinear, everything else in float32. Written by qcompile {version} for ONNX opset {opset}
-(IR version {ir}); checked with ONNX Runtime {runtime}.
+An ONNX model in mode {mode}: low-bit codes as uint8; quantised layers between DequantizeLinear and
+QuantizeLinear, or as MatMulInteger where their sums are needed exactly; everything else in float32.
+Written by qcompile {version} for ONNX opset {opset} (IR version {ir}); checked with ONNX Runtime {runtime}.
 
 Shapes are fixed. Names:
 

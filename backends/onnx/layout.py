@@ -1,4 +1,4 @@
-"""Operators that move, select or repeat elements: on codes, on high-precision integers and on floats alike."""
+"""Operators that move, select or repeat elements, of codes, high-precision integers and floats alike."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from qcompile.errors import LoweringError
 from qcompile.passes.aten import arguments
 
 from .emit import Emitter, layer_of
-from .values import Codes, Plain, Real, Value
+from .forms import channels_first, reshaped, uniform
+from .values import Accumulators, Codes, Plain, Real, Value, scalar
 
 #: Emits one operator on a tensor: (emitter, node, name of the input, value of an integer 0) -> name.
+Rebuild = Callable[[str, tuple[int, ...]], Value]
 Move = Callable[[Emitter, fx.Node, str, int], str]
 
 
@@ -24,27 +26,27 @@ def moved(move: Move) -> Callable[[Emitter, fx.Node], Value]:
 
     def rule(emitter: Emitter, node: fx.Node) -> Value:
         name, rebuild, zero = movable(emitter, node)
-        return rebuild(move(emitter, node, name, zero))
+        return rebuild(move(emitter, node, name, zero), emitter.shape(node))
 
     return rule
 
 
-def movable(emitter: Emitter, node: fx.Node) -> tuple[str, Callable[[str], Value], int]:
+def movable(emitter: Emitter, node: fx.Node) -> tuple[str, Rebuild, int]:
     """The first input as a tensor whose elements mean the same everywhere.
 
     Returns:
-        Its name, what makes a value of the moved tensor's name, and the stored value of an integer 0.
+        Its name, what makes a value of a moved tensor's name and shape, and how an integer 0 is stored.
     """
     value = emitter.value(node.all_input_nodes[0])
     if isinstance(value, Codes):
-        codes = replace(value, low=min(value.low, 0), high=max(value.high, 0))
-        return value.name, lambda name: replace(codes, name=name), value.zero_point
-    if isinstance(value, Real):
-        real = emitter.uniform(value)
-        bounds = {"low": np.minimum(real.low.min(), 0.0), "high": np.maximum(real.high.max(), 0.0)}
-        kept = replace(real, is_sum=False, rounding=np.asarray(real.rounding.max()), **bounds)
-        return real.name, lambda name: replace(kept, name=name), 0
-    return emitter.tensor(node.all_input_nodes[0]), Plain, 0
+        codes = channels_first(emitter, value)
+        codes = replace(codes, low=min(codes.low, 0), high=max(codes.high, 0))
+        return codes.name, lambda name, shape: replace(codes, name=name, shape=shape), codes.zero_point
+    if isinstance(value, (Accumulators, Real)):
+        real = channels_first(emitter, uniform(emitter, value))
+        low, high = scalar(min(real.low.min(), 0.0)), scalar(max(real.high.max(), 0.0))
+        return real.name, lambda name, shape: Real(name, shape, real.factor, low, high), 0
+    return emitter.tensor(node.all_input_nodes[0]), lambda name, shape: Plain(name), 0
 
 
 def identity(emitter: Emitter, node: fx.Node) -> Value:
@@ -54,12 +56,6 @@ def identity(emitter: Emitter, node: fx.Node) -> Value:
 
 def _reshape(emitter: Emitter, node: fx.Node, source: str, zero: int) -> str:
     return reshaped(emitter, source, emitter.shape(node), node.name, layer_of(node))
-
-
-def reshaped(emitter: Emitter, source: str, shape: Sequence[int], output: str, layer: str) -> str:
-    """A tensor of the same elements in another shape."""
-    sizes = emitter.builder.initializer(f"{layer}/shape", list(shape), np.int64)
-    return emitter.builder.node("Reshape", [source, sizes], output, f"{layer}/reshape")
 
 
 def _transposed(emitter: Emitter, source: str, order: Sequence[int], output: str, layer: str) -> str:
@@ -147,7 +143,7 @@ def _is_codes(emitter: Emitter, node: fx.Node) -> bool:
 
 
 def _float_type(emitter: Emitter, node: fx.Node) -> Any:
-    integers = isinstance(emitter.value(node.all_input_nodes[0]), Real)
+    integers = isinstance(emitter.value(node.all_input_nodes[0]), (Accumulators, Real))
     return np.float32 if integers else emitter.dtype(node)
 
 
@@ -225,7 +221,7 @@ def split(emitter: Emitter, node: fx.Node) -> Value:
         part = _sliced(emitter, name, axis, start, start + size, 1, part, layer)
         if not kept:
             part = reshaped(emitter, part, shape, f"{part}.flat", layer)
-        parts.append(rebuild(part))
+        parts.append(rebuild(part, shape))
         start += size
     return tuple(parts)
 

@@ -13,12 +13,12 @@ from .epilogue import dequantize, quantize, requantize
 from .float_operators import WRITERS, island
 from .layout import MOVES, identity, moved, pick, split
 from .torch_operator import torch_operator
-from .values import Codes, Real, Value
+from .values import Accumulators, Codes, Real, Value
 from .windows import concatenate, integer_sum, max_pool, sum_pool
 
 
 def _sum(emitter: Emitter, node: fx.Node) -> Value:
-    is_integer = isinstance(emitter.value(node.all_input_nodes[0]), (Codes, Real))
+    is_integer = isinstance(emitter.value(node.all_input_nodes[0]), (Accumulators, Codes, Real))
     return integer_sum(emitter, node) if is_integer else torch_operator(emitter, node)
 
 

@@ -25,7 +25,7 @@ MARGIN = 2.0**-21
 
 @dataclass(frozen=True)
 class Staircase:
-    """The normative codes of one layer, channel by channel; accumulators signed so that multipliers are positive.
+    """The normative codes of one layer by channel; accumulators are signed so that multipliers are positive.
 
     Attributes:
         multiplier, constant: (channels,) int64, multiplier > 0.

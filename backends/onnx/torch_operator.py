@@ -40,9 +40,7 @@ def _export(emitter: Emitter, node: fx.Node, sources: list[fx.Node]) -> onnx.Mod
     layer, operator = layer_of(node), emitter.model.operator_name(node) or str(node.target)
     graph = fx.Graph()
     inner = {one: graph.placeholder(f"x{index}") for index, one in enumerate(sources)}
-    graph.output(
-        graph.node_copy(node, lambda one: inner[one] if one in inner else emitter.value(one))
-    )
+    graph.output(graph.node_copy(node, lambda one: inner[one] if one in inner else emitter.value(one)))
     examples = tuple(emitter.example(one) for one in sources)
     module = fx.GraphModule({}, graph).eval()
     try:

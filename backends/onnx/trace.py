@@ -35,26 +35,32 @@ def trace(model: onnx.ModelProto, lowered: Lowered, feed: Arrays, request: Lower
     """
     names = [one.name for one in model.graph.output]
     tapped = {value.name: isinstance(value, Codes) for value in lowered.tensors.values()}
-    tapped.update({probe.codes: True for probe in lowered.probes.values()})
+    tapped.update({probe.codes.name: True for probe in lowered.probes.values()})
     taps = {name: codes for name, codes in tapped.items() if name not in names and name not in feed}
     _require(model, taps)
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     for name, codes in taps.items():
         copy.graph.output.append(
-            helper.make_tensor_value_info(name, onnx.TensorProto.UINT8 if codes else onnx.TensorProto.FLOAT, None)
+            helper.make_tensor_value_info(
+                name, onnx.TensorProto.UINT8 if codes else onnx.TensorProto.FLOAT, None
+            )
         )
     results = open_session(copy, request.threads).run([*names, *taps], dict(feed))
     found: dict[str, NDArray[Any]] = {**feed, **dict(zip([*names, *taps], results, strict=True))}
     values: dict[str, NDArray[Any]] = {}
     for node, value in lowered.tensors.items():
-        stored = found[value.name]
+        stored = _channels_first(found[value.name], value.last)
         if isinstance(value, Codes):
             values[node] = stored.astype(np.int32) - value.zero_point
         else:
             values[node] = stored.astype(np.float64) / value.factor
     values.update(_accumulators(model, lowered.probes, found, request.threads))
     return Trace(tuple(found[name] for name in names), values)
+
+
+def _channels_first(stored: NDArray[Any], last: bool) -> NDArray[Any]:
+    return np.moveaxis(stored, -1, 1) if last else stored
 
 
 def _require(model: onnx.ModelProto, names: Mapping[str, bool]) -> None:
@@ -73,7 +79,7 @@ def _accumulators(
     writer = _IntegerGraph(model, found)
     for name, probe in probes.items():
         writer.add(name, probe)
-    sums = open_session(writer.model(), threads).run(writer.outputs, writer.feed)
+    sums = open_session(writer.model(), threads).run(list(writer.outputs.values()), writer.feed)
     by_name = dict(zip(writer.outputs, sums, strict=True))
     return {name: _divided(by_name, name, probe) for name, probe in probes.items()}
 
@@ -83,6 +89,8 @@ def _divided(sums: Arrays, name: str, probe: Probe) -> NDArray[Any]:
     total = sums[name].astype(np.int64)
     if f"{name}.rest" in sums:
         total = 2 * total + sums[f"{name}.rest"]
+    if probe.is_matrix and probe.is_conv:
+        total = np.moveaxis(total.reshape(probe.shape[0], *probe.shape[2:], -1), -1, 1)
     total = total.reshape(probe.shape)
     axis_after = total.ndim - 2 if probe.is_conv else 0
     factor = probe.factor.reshape(-1, *([1] * axis_after))
@@ -100,17 +108,24 @@ class _IntegerGraph:
         self._found = found
         self._nodes: list[onnx.NodeProto] = []
         self._constants: list[onnx.TensorProto] = []
+        self._copied: set[str] = set()
         self.feed: dict[str, NDArray[Any]] = {}
-        self.outputs: list[str] = []
+        self.outputs: dict[str, str] = {}
 
     def add(self, name: str, probe: Probe) -> None:
-        """Append one layer, with the artefact's own weights and attributes."""
+        """Append one layer, with the artefact's own weights, attributes and operators."""
+        codes = self._found[probe.codes.name]
+        if probe.is_matrix:
+            self.feed[probe.codes.name] = codes
+            self._copy(probe.operator, probe.codes.name)
+            self._nodes.append(helper.make_node("Identity", [probe.operator], [f"{name}.sums"]))
+            self.outputs[name] = f"{name}.sums"
+            return
         if probe.operator not in self._operators:
             raise LoweringError(
                 f"the ONNX model has no node {probe.operator!r}: it was not lowered from this model"
             )
-        node = self._operators[probe.operator]
-        codes = self._found[probe.codes]
+        node, codes = self._operators[probe.operator], _channels_first(codes, probe.codes.last)
         if node.op_type == "Gemm":
             codes = codes.reshape(-1, codes.shape[-1])
         if probe.doubled:
@@ -120,11 +135,28 @@ class _IntegerGraph:
         if node.op_type == "Gemm":
             weight = weight.T
         if weight.dtype == np.int8:
-            self._sum(name, name, node, weight, probe.zero_point)
+            self._sum(name, name, node, weight, probe.codes.zero_point)
             return
         half = weight >> 1  # weights of 9 bits: 2 * half + rest
-        self._sum(name, name, node, half.astype(np.int8), probe.zero_point)
-        self._sum(f"{name}.rest", name, node, (weight - 2 * half).astype(np.int8), probe.zero_point)
+        self._sum(name, name, node, half.astype(np.int8), probe.codes.zero_point)
+        self._sum(f"{name}.rest", name, node, (weight - 2 * half).astype(np.int8), probe.codes.zero_point)
+
+    def _copy(self, tensor: str, source: str) -> None:
+        """Copy the nodes that compute a tensor from the codes, constants included."""
+        if tensor == source or tensor in self._copied or not tensor:
+            return
+        self._copied.add(tensor)
+        if tensor in self._initializers:
+            self._constants.append(self._initializers[tensor])
+            return
+        if tensor not in self._writers:
+            raise LoweringError(
+                f"the ONNX model computes no tensor {tensor!r} from codes: it was not lowered from this model"
+            )
+        node = self._writers[tensor]
+        for one in node.input:
+            self._copy(one, source)
+        self._nodes.append(node)
 
     def _weight(self, node: onnx.NodeProto) -> NDArray[Any]:
         source = self._writers.get(node.input[1])
@@ -136,17 +168,17 @@ class _IntegerGraph:
     def _sum(
         self, output: str, name: str, node: onnx.NodeProto, weight: NDArray[np.int8], zero_point: int
     ) -> None:
-        zero, stored = f"{output}.zero_point", f"{output}.weight"
+        zero, stored = f"{output}.probe_zero_point", f"{output}.probe_weight"
         self._constants += [
             numpy_helper.from_array(np.asarray(zero_point, np.uint8), zero),
             numpy_helper.from_array(np.ascontiguousarray(weight), stored),
         ]
         operator = "ConvInteger" if node.op_type == "Conv" else "MatMulInteger"
-        written = helper.make_node(operator, [f"{name}.codes", stored, zero], [output])
+        written = helper.make_node(operator, [f"{name}.codes", stored, zero], [f"{output}.sums"])
         if operator == "ConvInteger":
             written.attribute.extend(node.attribute)
         self._nodes.append(written)
-        self.outputs.append(output)
+        self.outputs[output] = f"{output}.sums"
 
     def model(self) -> onnx.ModelProto:
         """The finished model."""
@@ -154,9 +186,10 @@ class _IntegerGraph:
             self._nodes,
             "accumulators",
             [tensor_info(name, value.dtype, value.shape) for name, value in self.feed.items()],
-            [helper.make_tensor_value_info(name, onnx.TensorProto.INT32, None) for name in self.outputs],
+            [
+                helper.make_tensor_value_info(name, onnx.TensorProto.INT32, None)
+                for name in self.outputs.values()
+            ],
             self._constants,
         )
-        return helper.make_model(
-            graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION
-        )
+        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)

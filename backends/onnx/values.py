@@ -21,16 +21,20 @@ class Codes:
 
     Attributes:
         name: tensor in the ONNX graph.
+        shape: of the tensor in the integer graph, channels in dimension 1.
         unit: real value of one code, which the runtime sees as the scale of DequantizeLinear.
         zero_point: 0 for unsigned codes.
         low, high: bounds of the integers.
+        last: whether the ONNX tensor has its channels in the last dimension.
     """
 
     name: str
+    shape: tuple[int, ...]
     unit: float
     zero_point: int
     low: int
     high: int
+    last: bool = False
 
 
 @dataclass(frozen=True)
@@ -39,18 +43,50 @@ class Real:
 
     Attributes:
         name: tensor in the ONNX graph.
-        factor: shape () or broadcastable against the tensor (one value per channel).
+        shape: of the tensor in the integer graph, channels in dimension 1.
+        factor: shape () or broadcastable against `shape`.
         low, high: bounds of the integers, shape () or broadcastable.
-        is_sum: whether a convolution or matrix product of integers writes the tensor.
-        rounding: bound of the error of the integers, shape () or broadcastable.
+        last: whether the ONNX tensor has its channels in the last dimension.
+        is_sum: whether a convolution of integers writes the tensor.
+        rounding: bound of what that convolution rounds, in integers, shape () or broadcastable.
     """
 
     name: str
+    shape: tuple[int, ...]
     factor: Array
     low: Array
     high: Array
+    last: bool = False
     is_sum: bool = False
     rounding: Array = field(default_factory=lambda: np.zeros(()))
+
+
+@dataclass(frozen=True)
+class Accumulators:
+    """Sums of a quantised layer as an int32 matrix.
+
+    Attributes:
+        name: tensor (rows, channels) in the ONNX graph.
+        shape: shape of the layer's output.
+        is_conv: whether channels are dimension 1 of it, not the last one.
+        low, high: bounds, broadcastable against the layer's output.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    is_conv: bool
+    low: Array
+    high: Array
+
+    @property
+    def factor(self) -> Array:
+        """As that of `Real`: the integers themselves."""
+        return np.ones(())
+
+    @property
+    def rounding(self) -> Array:
+        """As that of `Real`: exact."""
+        return np.zeros(())
 
 
 @dataclass(frozen=True)
@@ -86,7 +122,8 @@ class Deferred:
     layers: Mapping[fx.Node, FusedLayer]
 
 
-Value = Any  # Codes | Real | Plain | Constant | Deferred | a tuple of these | a size or another static value
+#: Codes | Real | Accumulators | Plain | Constant | Deferred | tuples of these | sizes and other static values
+Value = Any
 
 
 def scalar(value: float) -> Array:
@@ -99,13 +136,13 @@ def channels(values: NDArray[Any], rank: int, axis: int) -> Array:
     return np.asarray(values, np.float64).reshape(-1, *([1] * (rank - 1 - axis)))
 
 
-def channel_axis(factor: NDArray[Any]) -> int | None:
-    """The axis along which a factor varies, counted from the end; None for a scalar.
+def stored_order(rank: int) -> tuple[int, ...]:
+    """Dimensions of a tensor of channels in dimension 1, in the order that puts these last."""
+    return (0, *range(2, rank), 1)
 
-    Raises:
-        ValueError: if it varies along several axes.
-    """
-    varying = [axis - factor.ndim for axis, size in enumerate(factor.shape) if size > 1]
-    if len(varying) > 1:
-        raise ValueError(f"a factor of shape {factor.shape} varies along several axes")
-    return varying[0] if varying else None
+
+def as_stored(values: Array, rank: int, last: bool) -> Array:
+    """Something that broadcasts against a tensor, reshaped to broadcast against it as it is stored."""
+    if not last or values.ndim == 0:
+        return values
+    return values.reshape((1,) * (rank - values.ndim) + values.shape).transpose(stored_order(rank))

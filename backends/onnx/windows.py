@@ -13,9 +13,10 @@ from torch import fx
 from qcompile.errors import LoweringError
 from qcompile.passes.aten import arguments
 
-from .emit import Deviation, Emitter, layer_of, zero_point_of
+from .emit import Deviation, Emitter, layer_of
+from .forms import as_codes, as_real, channels_first, uniform, zero_point_of
 from .fused import ROUNDING
-from .values import Codes, Plain, Real, Value
+from .values import Accumulators, Codes, Plain, Real, Value, scalar, stored_order
 
 #: Windows of more elements are averaged one dimension after the other.
 _LARGE_WINDOW = 256
@@ -24,11 +25,15 @@ _LARGE_WINDOW = 256
 def max_pool(emitter: Emitter, node: fx.Node) -> Value:
     """`qcompile.max_pool`: maxima of codes stay codes, on uint8."""
     value = emitter.value(node.args[0])
+    value = channels_first(emitter, value if isinstance(value, Codes) else uniform(emitter, value))
     kernel, stride, padding, dilation = ([int(one) for one in part] for part in node.args[1:5])
-    if isinstance(value, Real) and (value.factor < 0).any():
-        value = emitter.uniform(value)
     name = emit_max_pool(emitter, node, value.name, kernel, stride, padding, dilation)
-    return replace(value, name=name, **({"is_sum": False} if isinstance(value, Real) else {}))
+    shape = emitter.shape(node)
+    return replace(value, name=name, shape=shape) if isinstance(value, Codes) else _moved(value, name, shape)
+
+
+def _moved(real: Real, name: str, shape: tuple[int, ...]) -> Real:
+    return Real(name, shape, real.factor, real.low, real.high)
 
 
 def emit_max_pool(
@@ -61,9 +66,19 @@ def emit_max_pool(
 def sum_pool(emitter: Emitter, node: fx.Node) -> Value:
     """`qcompile.sum_pool`: a mean in float, which stands for the sum with a smaller factor."""
     kernel, stride, padding = ([int(one) for one in part] for part in node.args[1:4])
-    real = emitter.integers(emitter.value(node.args[0]))
+    real = as_real(emitter, emitter.value(node.args[0]))
+    if covers_everything(kernel, padding, real.shape):
+        axes = range(1, len(kernel) + 1) if real.last else range(2, len(kernel) + 2)
+        name = emit_mean(emitter, node, real.name, axes, keep=True)
+        return _averaged(emitter, node, real, name, math.prod(kernel))
+    real = channels_first(emitter, real)
     name = emit_average_pool(emitter, node, real.name, kernel, stride, padding, include_pad=True)
     return _averaged(emitter, node, real, name, math.prod(kernel))
+
+
+def covers_everything(kernel: Sequence[int], padding: Sequence[int], shape: Sequence[int]) -> bool:
+    """Whether one window is the whole map; then ReduceMean is faster and rounds less than pooling."""
+    return tuple(kernel) == tuple(shape[2:]) and not any(padding)
 
 
 def emit_average_pool(
@@ -75,9 +90,9 @@ def emit_average_pool(
     padding: Sequence[int],
     include_pad: bool,
 ) -> str:
-    """AveragePool, or ReduceMean where the window is everything: that is faster and rounds less."""
+    """AveragePool, or ReduceMean where the window is everything."""
     layer, shape = layer_of(node), emitter.shape(node.all_input_nodes[0])
-    if tuple(kernel) == shape[2:] and not any(padding):
+    if covers_everything(kernel, padding, shape):
         return emit_mean(emitter, node, source, range(2, len(shape)), keep=True)
     return emitter.builder.node(
         "AveragePool",
@@ -93,22 +108,28 @@ def emit_average_pool(
 
 def integer_sum(emitter: Emitter, node: fx.Node) -> Value:
     """`aten.sum` over dimensions of an integer tensor, as a mean."""
-    real = emitter.integers(emitter.value(node.args[0]))
-    given, shape = arguments(node), emitter.shape(node.args[0])
-    axes = [int(one) % len(shape) for one in given["dim"]]
-    varying = {axis for axis in range(-real.factor.ndim, 0) if real.factor.shape[axis] > 1}
-    if not given["keepdim"] or varying.intersection(axis - len(shape) for axis in axes):
-        real = emitter.uniform(real)
-    name = emit_mean(emitter, node, real.name, axes, bool(given["keepdim"]))
-    scalars = {"low": np.min(real.low), "high": np.max(real.high), "rounding": np.max(real.rounding)}
-    real = replace(real, **{key: np.asarray(value, np.float64) for key, value in scalars.items()})
-    return _averaged(emitter, node, real, name, math.prod(shape[axis] for axis in axes))
+    real, given = as_real(emitter, emitter.value(node.args[0])), arguments(node)
+    rank, keep = len(real.shape), bool(given["keepdim"])
+    axes = sorted(int(one) % rank for one in given["dim"])
+    if real.last and axes != list(range(2, rank)):
+        real = channels_first(emitter, real)
+    varying = {rank + axis for axis in range(-real.factor.ndim, 0) if real.factor.shape[axis] > 1}
+    if not keep or varying.intersection(axes):
+        real = uniform(emitter, real)
+    count = math.prod(real.shape[axis] for axis in axes)
+    stored = [axis - 1 for axis in axes] if real.last else axes
+    name = emit_mean(emitter, node, real.name, stored, keep)
+    real = replace(
+        real, low=scalar(np.min(real.low)), high=scalar(np.max(real.high)), last=real.last and keep
+    )
+    return _averaged(emitter, node, real, name, count)
 
 
 def emit_mean(emitter: Emitter, node: fx.Node, source: str, axes: Sequence[int], keep: bool) -> str:
     """ReduceMean; over many elements one dimension after the other, which rounds less."""
-    shape, layer = emitter.shape(node.all_input_nodes[0]), layer_of(node)
-    many = keep and math.prod(shape[axis] for axis in axes) > _LARGE_WINDOW
+    layer = layer_of(node)
+    before, after = (math.prod(emitter.shape(one)) for one in (node.all_input_nodes[0], node))
+    many = keep and before > _LARGE_WINDOW * after
     steps = [[axis] for axis in axes] if many else [list(axes)]
     for index, step in enumerate(steps):
         last = index == len(steps) - 1
@@ -124,9 +145,8 @@ def _averaged(emitter: Emitter, node: fx.Node, real: Real, name: str, count: int
     low, high = np.minimum(real.low * count, 0.0), np.maximum(real.high * count, 0.0)
     largest = np.maximum(np.abs(low), np.abs(high))
     # summing rounds once per element, dividing once more
-    rounding = real.rounding * count + (count + 1) * ROUNDING * largest
-    emitter.lowered.deviations[node.name] = Deviation(0.0, rounding)
-    return Real(name, real.factor / count, low, high, rounding=rounding)
+    emitter.lowered.deviations[node.name] = Deviation(0.0, (count + 1) * ROUNDING * largest)
+    return Real(name, emitter.shape(node), real.factor / count, low, high, real.last)
 
 
 def concatenate(emitter: Emitter, node: fx.Node) -> Value:
@@ -134,27 +154,41 @@ def concatenate(emitter: Emitter, node: fx.Node) -> Value:
     sources, axis = node.args[0], int(arguments(node)["dim"])
     values, rank, layer = [emitter.value(one) for one in sources], len(emitter.shape(node)), layer_of(node)
     axis %= rank
-    if not any(isinstance(value, (Codes, Real)) for value in values):
+    if not any(isinstance(value, (Codes, Accumulators, Real)) for value in values):
         return Plain(_concat(emitter, node, [emitter.tensor(one) for one in sources], axis))
-    if not all(isinstance(value, (Codes, Real)) for value in values):
+    if not all(isinstance(value, (Codes, Accumulators, Real)) for value in values):
         raise LoweringError(f"layer {layer!r}: concatenates quantised and float tensors")
     low, high = (min(np.min(one.low) for one in values), max(np.max(one.high) for one in values))
+    shape = emitter.shape(node)
     if all(isinstance(value, Codes) for value in values):
         zero = zero_point_of(int(low))
         if high + zero <= 255:
-            parts = [emitter.codes(value, zero, layer) for value in values]
-            name = _concat(emitter, node, [part.name for part in parts], axis)
+            parts = _alike(emitter, [as_codes(emitter, value, zero, layer) for value in values])
             unit = parts[0].unit if len({part.unit for part in parts}) == 1 else 1.0
-            return Codes(name, unit, zero, int(low), int(high))
-    reals = [emitter.uniform(emitter.integers(value)) for value in values]
-    name = _concat(emitter, node, [real.name for real in reals], axis)
+            last = parts[0].last
+            name = _concat(emitter, node, [part.name for part in parts], stored_axis(axis, rank, last))
+            return Codes(name, shape, unit, zero, int(low), int(high), last)
+    reals = _alike(emitter, [uniform(emitter, value) for value in values])
+    last = reals[0].last
+    name = _concat(emitter, node, [real.name for real in reals], stored_axis(axis, rank, last))
     factors = [float(real.factor.reshape(())) for real in reals]
     factor: Any = np.asarray(factors[0])
     if len(set(factors)) > 1:
         sizes = [emitter.shape(one)[axis] for one in sources]
         factor = np.repeat(factors, sizes).reshape(-1, *([1] * (rank - 1 - axis)))
-    rounding = np.asarray(max(np.max(real.rounding) for real in reals))
-    return Real(name, factor, np.asarray(low, np.float64), np.asarray(high, np.float64), rounding=rounding)
+    return Real(name, shape, factor, scalar(low), scalar(high), last)
+
+
+def _alike(emitter: Emitter, parts: Sequence[Any]) -> list[Any]:
+    """The parts with their dimensions in one order."""
+    if all(part.last for part in parts):
+        return list(parts)
+    return [channels_first(emitter, part) for part in parts]
+
+
+def stored_axis(axis: int, rank: int, last: bool) -> int:
+    """Where a dimension is in a tensor as it is stored."""
+    return stored_order(rank).index(axis) if last else axis
 
 
 def _concat(emitter: Emitter, node: fx.Node, parts: Sequence[str], axis: int) -> str:

@@ -1,0 +1,118 @@
+"""Accumulators as an int32 matrix: rows of codes times columns of weights.
+
+Where more than one reader needs a layer's sums, or one reader needs them at full precision, a matrix product
+of 8-bit integers gives them exactly on every runtime, and faster than a float convolution. The rows are the
+receptive fields of all output pixels, gathered from the codes with channels last.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import fx
+
+from .emit import Emitter, Probe, layer_of
+from .forms import channels_last, reshaped
+from .fused import Sums
+from .values import Accumulators, Codes, channels
+
+#: Largest matrix of gathered codes, in bytes.
+LARGEST_MATRIX = 2**25
+
+
+def fits_matrix(emitter: Emitter, node: fx.Node, sums: Sums) -> bool:
+    """Whether a layer can be a matrix product: no channel groups, weights of 9 bits, bounded memory."""
+    weight = sums.weight
+    if weight.min() < -256 or weight.max() > 254 or (sums.reach() >= 2**31).any():
+        return False
+    if not is_conv(node):
+        return True
+    shape = emitter.shape(node)
+    rows = shape[0] * math.prod(shape[2:])
+    return int(node.args[7]) == 1 and rows * weight[0].size <= LARGEST_MATRIX
+
+
+def integer_matrix(emitter: Emitter, node: fx.Node, sums: Sums, codes: Codes) -> Accumulators:
+    """Emit a layer's sums as int32."""
+    layer, builder, shape = layer_of(node), emitter.builder, emitter.shape(node)
+    weight = sums.weight
+    if is_conv(node):
+        rows = _rows(emitter, node, codes)
+        axes = (*range(2, weight.ndim), 1, 0)
+        columns = weight.transpose(axes).reshape(-1, len(weight))
+    else:
+        rows = reshaped(emitter, codes.name, (-1, weight.shape[1]), f"{node.name}.rows", layer)
+        columns = weight.T
+    zero = builder.initializer(f"{layer}/input_zero_point", codes.zero_point, np.uint8)
+    narrow = columns.min() >= -128 and columns.max() <= 127
+    halves = [columns] if narrow else [columns >> 1, columns - (columns >> 1)]
+    products = []
+    for index, half in enumerate(halves):
+        name = "weight" if narrow else f"weight_half_{index}"
+        stored = builder.initializer(f"{layer}/{name}", half, np.int8)
+        output = node.name if narrow else f"{node.name}.half_{index}"
+        products.append(builder.node("MatMulInteger", [rows, stored, zero], output, f"{layer}/product"))
+    name = products[0]
+    if not narrow:
+        name = builder.node("Add", products, node.name, f"{layer}/add_halves")
+    emitter.lowered.probes[node.name] = Probe(
+        name, codes, np.ones(len(weight), np.int64), False, shape, is_conv(node), is_matrix=True
+    )
+    rank = len(shape)
+    axis = 1 if is_conv(node) else rank - 1
+    low, high = (channels(bound, rank, axis) for bound in sums.bounds())
+    return Accumulators(name, shape, is_conv(node), low, high)
+
+
+def is_conv(node: fx.Node) -> bool:
+    """Whether an accumulate node is a convolution."""
+    return node.target._schema.name.endswith("conv")
+
+
+def _rows(emitter: Emitter, node: fx.Node, codes: Codes) -> str:
+    """The receptive fields as a uint8 matrix; layers of one input and geometry share it."""
+    kernel = emitter.shape(node.args[1])[2:]
+    stride, flat, dilation = ([int(one) for one in part] for part in node.args[4:7])
+    padding = list(zip(flat[::2], flat[1::2], strict=True))
+    layer = emitter.builder.layer(codes.name)
+
+    def emit() -> str:
+        name = channels_last(emitter, codes).name
+        batch, width, *size = codes.shape
+        if not any(flat) and set(kernel) == {1} and set(stride) == {1}:
+            return reshaped(emitter, name, (-1, width), f"{codes.name}.rows", layer)
+        if any(flat):
+            name = _padded(emitter, name, codes, padding, layer)
+            size = [have + before + after for have, (before, after) in zip(size, padding, strict=True)]
+        places = _places(size, kernel, stride, dilation)
+        name = reshaped(emitter, name, (batch, math.prod(size), width), f"{codes.name}.pixels", layer)
+        index = emitter.builder.initializer(f"{layer}/places", places.reshape(-1), np.int32)
+        name = emitter.builder.node(
+            "Gather", [name, index], f"{codes.name}.fields", f"{layer}/gather", axis=1
+        )
+        return reshaped(emitter, name, (-1, places.shape[1] * width), f"{codes.name}.rows", layer)
+
+    return emitter.once(f"rows of {codes.name} {kernel} {stride} {flat} {dilation}", emit)
+
+
+def _padded(emitter: Emitter, name: str, codes: Codes, padding: Sequence[tuple[int, int]], layer: str) -> str:
+    begins, ends = ([pair[side] for pair in padding] for side in (0, 1))
+    pads = emitter.builder.initializer(f"{layer}/pads", [0, *begins, 0, 0, *ends, 0], np.int64)
+    zero = emitter.builder.initializer(f"{layer}/padding_value", codes.zero_point, np.uint8)
+    return emitter.builder.node("Pad", [name, pads, zero], f"{codes.name}.padded", f"{layer}/pad")
+
+
+def _places(
+    size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> NDArray[np.int64]:
+    """(output pixels, kernel taps) flat positions in a padded map of the given size."""
+    places = np.zeros((1, 1), np.int64)
+    for have, k, s, d in zip(size, kernel, stride, dilation, strict=True):
+        steps = (have - d * (k - 1) - 1) // s + 1
+        along = np.arange(steps)[:, None] * s + np.arange(k) * d
+        places = places[:, None, :, None] * have + along[None, :, None, :]
+        places = places.reshape(places.shape[0] * steps, -1)
+    return places
