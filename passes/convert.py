@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from qcompile.errors import FoldError
+from qcompile.errors import FoldError, InvalidArgument
 from qcompile.modes import ActiveMode, Mode
 
 from .aten import aten_name
@@ -91,7 +91,11 @@ class _Shapes(fx.Interpreter):
     """Shapes of every node's value, without running anything."""
 
     def trace(self, shapes: Sequence[Sequence[int]]) -> dict[fx.Node, tuple[int, ...]]:
-        """Shapes by node for inputs of the given shapes."""
+        """Shapes by node for inputs of the given shapes.
+
+        Raises:
+            InvalidArgument: if the model cannot run on such inputs.
+        """
         self.shapes: dict[fx.Node, tuple[int, ...]] = {}
         inputs = [
             node
@@ -103,7 +107,14 @@ class _Shapes(fx.Interpreter):
                 torch.empty(tuple(shape), dtype=input_dtype(node))
                 for node, shape in zip(inputs, shapes, strict=True)
             ]
-            self.run(*values, ActiveMode(Mode(8, 8), 0))
+            try:
+                self.run(*values, ActiveMode(Mode(8, 8), 0))
+            except RuntimeError as cause:
+                given = ", ".join(str(tuple(shape)) for shape in shapes)
+                reason = str(cause).splitlines()[0]
+                raise InvalidArgument(
+                    f"the model does not run on inputs of shape {given}: {reason}"
+                ) from cause
         return self.shapes
 
     def run_node(self, n: fx.Node) -> Any:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from nets import example
 from torch import Tensor, nn
 from torch.nn import functional
 
 import qcompile
+from qcompile.errors import InvalidArgument
 from qcompile.model import QuantModel
 from qcompile.passes.capture import capture
 from qcompile.passes.first_last import first_and_last
@@ -135,3 +137,11 @@ def test_transposed_convolutions_survive_in_float():
     assert records["4"].quantized
     qcompile.calibrate(prepared, [x])
     assert prepared.eval()(x).shape == model(x).shape
+
+
+def test_input_shapes_that_do_not_fit_are_one_line():
+    model, x = example("residual")
+    prepared = qcompile.prepare(model, x)
+    qcompile.calibrate(prepared, [x])
+    with pytest.raises(InvalidArgument, match=r"does not run on inputs of shape \(1, 4, 12, 12\)"):
+        qcompile.lower(prepared.eval(), "onnx-qdq", input_shapes=[(4, 12, 12)])

@@ -2,7 +2,8 @@
 
 `emit` walks the integer graph with the rules of `operators`: `accumulate` (`fused`, `thresholds`, `matrix`),
 `epilogue`, `windows`, `layout`, and for float islands `float_operators` and `torch_operator`. `values` says
-what a tensor became, `forms` changes it. `executable` runs the result, `trace` looks inside, `export` writes it.
+what a tensor became, `forms` changes it. `executable` runs the result, `trace` looks inside of it, `export`
+writes it.
 """
 
 from __future__ import annotations
