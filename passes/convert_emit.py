@@ -18,7 +18,7 @@ from .float_layers import IDENTITIES_IN_EVAL, float_call
 from .fold import WIDE_BITS, Affine, Epilogue, Term, broadcastable, integer_epilogue, wide_epilogue
 from .layers import QuantizedLayer
 from .mode_input import MODE_INPUT
-from .quantizers import ActivationGrid, ActivationQuantizer, WeightCodes
+from .quantizers import ActivationQuantizer, WeightCodes
 
 #: What a tensor of the training graph is in the integer graph: an affine map of integers, or a float node
 #: (also sizes and other non-tensors).
@@ -129,30 +129,28 @@ class Emitter:
     def fixed_point(self, source: fx.Node, value: fx.Node) -> Affine | None:
         """A float tensor as integers, fine enough to join an integer stream such as a residual sum.
 
-        The unit is 2^-20 of the range of the quantiser that reads the stream, or 2^-16 of its step where
-        that is finer, so values saturate only beyond 64 times its range (1024 times at up to 4 bits).
+        The unit is 2^-16 steps of the quantiser that reads the stream, so values saturate only beyond 2^14
+        steps, far outside of what that quantiser keeps.
 
         Returns:
             None if no quantiser reads the tensor, directly or behind other operators.
         """
-        grid = self._next_grid(source)
-        if grid is None:
+        step = self._next_step(source)
+        if step is None:
             return None
         name = f"{source.name}.fixed_point"
-        reach = grid.scale * max(grid.high, -grid.low)
-        unit = float(np.float32(min(grid.scale * 2.0**-16, reach * 2.0**-20)))
-        limit = 2**WIDE_BITS - 1
+        unit, limit = float(np.float32(step * 2.0**-16)), 2**WIDE_BITS - 1
         node = self.call(_OPS.quantize.default, (value, unit, -limit, limit), name, layer=name, unit=unit)
         term = Term(node, np.float64(unit), np.float64(-limit), np.float64(limit))
         return Affine((term,), np.float64(0.0), len(self.shapes[source]), 1, layers=(source.name,))
 
-    def _next_grid(self, source: fx.Node) -> ActivationGrid | None:
+    def _next_step(self, source: fx.Node) -> float | None:
         queue, seen = list(source.users), set(source.users)
         for node in queue:  # grows while it is walked: nearest quantiser first
             if node.op == "call_module":
                 module = self.model.get_submodule(str(node.target))
                 if isinstance(module, ActivationQuantizer):
-                    return module.grid(self.mode, self.row)
+                    return module.grid(self.mode, self.row).scale
             fresh = [user for user in node.users if user not in seen]
             seen.update(fresh)
             queue.extend(fresh)
