@@ -5,24 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from qcompile.errors import CaptureError
 from qcompile.passes.attention import ScaledDotProductAttention
+from qcompile.passes.eval_identities import IDENTITIES_IN_EVAL
 from qcompile.passes.module_tree import CONSTANTS, module_at, tensor_at
 from qcompile.passes.normalise_attention import attention_call, is_attention
 from qcompile.passes.source_lines import source_of
-from qcompile.passes.stochastic_depth import StochasticDepth
-
-_IDENTITY_IN_EVAL = (
-    nn.Dropout,
-    nn.Dropout1d,
-    nn.Dropout2d,
-    nn.Dropout3d,
-    nn.AlphaDropout,
-    nn.FeatureAlphaDropout,
-    StochasticDepth,
-)
 
 
 def check_same_in_both_modes(training: fx.GraphModule, evaluation: fx.GraphModule) -> None:
@@ -41,7 +31,7 @@ def check_same_in_both_modes(training: fx.GraphModule, evaluation: fx.GraphModul
     for node in training.graph.nodes:
         if node.op == "get_attr":
             continue
-        if node.op == "call_module" and isinstance(module_at(training, str(node.target)), _IDENTITY_IN_EVAL):
+        if node.op == "call_module" and isinstance(module_at(training, str(node.target)), IDENTITIES_IN_EVAL):
             same[node] = same.get(node.args[0], node.args[0])
             continue
         other = next(rest, None)

@@ -23,7 +23,7 @@ from .aten import aten_name
 from .batchnorm import ModeBatchNorm
 from .convert_emit import Emitter, Value, input_dtype
 from .convert_rules import RULES
-from .float_layers import IDENTITIES_IN_EVAL
+from .eval_identities import IDENTITIES_IN_EVAL
 from .fold import Affine
 from .integer_model import IntegerModel
 from .layers import QuantizedLayer

@@ -14,7 +14,8 @@ from qcompile.modes import Mode
 
 from . import integer_ops  # registers the operators
 from .batchnorm import ModeBatchNorm
-from .float_layers import IDENTITIES_IN_EVAL, float_call
+from .eval_identities import IDENTITIES_IN_EVAL
+from .float_layers import float_call
 from .fold import WIDE_BITS, Affine, Epilogue, Term, broadcastable, integer_epilogue, wide_epilogue
 from .layers import QuantizedLayer
 from .mode_input import MODE_INPUT

@@ -12,7 +12,6 @@ from qcompile.errors import PassError
 
 from .attention import ScaledDotProductAttention
 from .batchnorm import ModeBatchNorm
-from .stochastic_depth import StochasticDepth
 
 _ATEN = torch.ops.aten
 _CONVOLUTIONS: dict[type[nn.Module], Any] = {
@@ -25,19 +24,6 @@ _TRANSPOSED: dict[type[nn.Module], Any] = {
     nn.ConvTranspose2d: _ATEN.conv_transpose2d.input,
     nn.ConvTranspose3d: _ATEN.conv_transpose3d.input,
 }
-
-
-#: Modules that do nothing in eval mode.
-IDENTITIES_IN_EVAL = (
-    nn.Identity,
-    nn.Dropout,
-    nn.Dropout1d,
-    nn.Dropout2d,
-    nn.Dropout3d,
-    nn.AlphaDropout,
-    nn.FeatureAlphaDropout,
-    StochasticDepth,
-)
 
 
 def float_call(

@@ -224,7 +224,7 @@ def test_every_changed_byte_of_the_header_is_noticed() -> None:
     data = bytearray(GOOD_FILE)
     for position in range(20 + len(GOOD_TEXT) + 32):
         data[position] ^= 1
-        refusal(bytes(data))
+        assert refusal(bytes(data))
         data[position] ^= 1
 
 

@@ -62,6 +62,7 @@ def test_the_order_of_the_mapping_does_not_change_the_bytes() -> None:
 def test_decoded_arrays_are_writable() -> None:
     decoded = decode_tensors(encode_tensors({"a": np.zeros(3, dtype=np.float32)}))
     decoded["a"][0] = 1
+    assert decoded["a"].tolist() == [1, 0, 0]
 
 
 @pytest.mark.parametrize(
