@@ -18,7 +18,12 @@ def aten_name(node: fx.Node) -> str:
     return ""
 
 
-def arguments(node: fx.Node) -> dict[str, Any]:
+def is_aten(node: fx.Node) -> bool:
+    """Whether a node calls an aten (or other torch.ops) overload."""
+    return node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
+
+
+def arguments_of(node: fx.Node) -> dict[str, Any]:
     """All arguments of an aten call by their schema names, defaults filled in."""
     target = node.target
     assert isinstance(target, torch._ops.OpOverload)
@@ -63,9 +68,9 @@ def is_zero_pad(node: fx.Node) -> bool:
     """Whether the node pads with the constant 0."""
     name = aten_name(node)
     if name == "constant_pad_nd":
-        return float(arguments(node)["value"]) == 0.0
+        return float(arguments_of(node)["value"]) == 0.0
     if name == "pad":
-        values = arguments(node)
+        values = arguments_of(node)
         return values["mode"] == "constant" and not values["value"]
     return False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -19,7 +20,7 @@ from .float_layers import float_call
 from .fold import WIDE_BITS, Affine, Epilogue, Term, broadcastable, integer_epilogue, wide_epilogue
 from .layers import QuantizedLayer
 from .mode_input import MODE_INPUT
-from .quantizers import ActivationQuantizer, WeightCodes
+from .quantizers import ActivationGrid, ActivationQuantizer, WeightCodes
 
 #: What a tensor of the training graph is in the integer graph: an affine map of integers, or a float node
 #: (also sizes and other non-tensors).
@@ -82,7 +83,7 @@ class Emitter:
         """Emit `requantize`; the result is a plain integer tensor."""
         inputs = [term.node for term in affine.terms]
         multipliers = [
-            self.constant(f"{name}.multiplier_{i}", broadcastable(m, affine.rank, affine.axis), torch.int32)
+            self.constant(f"{name}.multiplier_{i}", broadcastable(m, affine.rank, affine.axis), torch.int64)
             for i, m in enumerate(epilogue.multipliers)
         ]
         offset = broadcastable(epilogue.constant, affine.rank, affine.axis)
@@ -130,28 +131,30 @@ class Emitter:
     def fixed_point(self, source: fx.Node, value: fx.Node) -> Affine | None:
         """A float tensor as integers, fine enough to join an integer stream such as a residual sum.
 
-        The unit is 2^-16 steps of the quantiser that reads the stream, so values saturate only beyond 2^14
-        steps, far outside of what that quantiser keeps.
+        Values saturate beyond 256 sqrt(Q) steps of the quantiser that reads the stream, Q its largest code:
+        512 times the mean magnitude of the values for which LSQ's initial step would be right. That range is
+        half of what a stream may hold, so that the stream's first sum keeps the unit.
 
         Returns:
             None if no quantiser reads the tensor, directly or behind other operators.
         """
-        step = self._next_step(source)
-        if step is None:
+        grid = self._next_grid(source)
+        if grid is None:
             return None
-        name = f"{source.name}.fixed_point"
-        unit, limit = float(np.float32(step * 2.0**-16)), 2**WIDE_BITS - 1
+        name, limit = f"{source.name}.fixed_point", 2 ** (WIDE_BITS - 1)
+        reach = 256.0 * math.sqrt(max(grid.high, -grid.low)) * grid.scale
+        unit = float(np.float32(reach / limit))
         node = self.call(_OPS.quantize.default, (value, unit, -limit, limit), name, layer=name, unit=unit)
         term = Term(node, np.float64(unit), np.float64(-limit), np.float64(limit))
         return Affine((term,), np.float64(0.0), len(self.shapes[source]), 1, layers=(source.name,))
 
-    def _next_step(self, source: fx.Node) -> float | None:
+    def _next_grid(self, source: fx.Node) -> ActivationGrid | None:
         queue, seen = list(source.users), set(source.users)
         for node in queue:  # grows while it is walked: nearest quantiser first
             if node.op == "call_module":
                 module = self.model.get_submodule(str(node.target))
                 if isinstance(module, ActivationQuantizer):
-                    return module.grid(self.mode, self.row).scale
+                    return module.grid(self.mode, self.row)
             fresh = [user for user in node.users if user not in seen]
             seen.update(fresh)
             queue.extend(fresh)

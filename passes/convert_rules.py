@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from .aten import LAYOUT, arguments, is_zero_pad
+from .aten import LAYOUT, arguments_of, is_zero_pad
 from .convert_emit import Emitter, Value
 from .fold import Affine, Term
 
@@ -34,7 +34,7 @@ def _clip(low: float | None, high: float | None) -> Rule:
     def rule(emitter: Emitter, node: fx.Node, values: dict[fx.Node, Value]) -> Value | None:
         bottom, top = low, high
         if bottom is None and top is None:
-            given = arguments(node)
+            given = arguments_of(node)
             bottom, top = given.get("min_val", given.get("min")), given.get("max_val", given.get("max"))
         if isinstance(bottom, fx.Node) or isinstance(top, fx.Node):
             return None
@@ -47,7 +47,7 @@ def _clip(low: float | None, high: float | None) -> Rule:
 
 def _add(sign: float) -> Rule:
     def rule(emitter: Emitter, node: fx.Node, values: dict[fx.Node, Value]) -> Value | None:
-        given = arguments(node)
+        given = arguments_of(node)
         left, right = given["self"], given["other"]
         factor = sign * float(given.get("alpha") or 1)
         if not isinstance(right, fx.Node):
@@ -78,7 +78,7 @@ def _channelled(value: Affine) -> bool:
 
 
 def _scale(emitter: Emitter, node: fx.Node, values: dict[fx.Node, Value]) -> Value | None:
-    given = arguments(node)
+    given = arguments_of(node)
     other = given["other"]
     if isinstance(other, fx.Node) or not isinstance(given["self"], fx.Node):
         return None
@@ -92,7 +92,7 @@ def _move(emitter: Emitter, node: fx.Node, values: dict[fx.Node, Value]) -> Valu
     if (
         node.target._schema.name == "aten::pad"
         and not is_zero_pad(node)
-        and arguments(node)["mode"] == "constant"
+        and arguments_of(node)["mode"] == "constant"
     ):
         return None
     if not isinstance(node.args[0], fx.Node) or not isinstance(values[node.args[0]], Affine):
@@ -115,7 +115,7 @@ def _move(emitter: Emitter, node: fx.Node, values: dict[fx.Node, Value]) -> Valu
 
 
 def _max_pool(emitter: Emitter, node: fx.Node, values: dict[fx.Node, Value]) -> Value | None:
-    given = arguments(node)
+    given = arguments_of(node)
     dims = len(emitter.shapes[node]) - 2
     if dims < 1:
         return None
@@ -144,7 +144,7 @@ def _averaged(plain: Affine, node: fx.Node, count: int, rank: int) -> Affine:
 
 
 def _window_average(emitter: Emitter, node: fx.Node, values: dict[fx.Node, Value]) -> Value | None:
-    given = arguments(node)
+    given = arguments_of(node)
     dims = len(emitter.shapes[node]) - 2
     kernel = _each(given["kernel_size"], dims)
     stride = _each(given["stride"] or kernel, dims)
@@ -170,7 +170,7 @@ def _adaptive_average(emitter: Emitter, node: fx.Node, values: dict[fx.Node, Val
 
 
 def _mean(emitter: Emitter, node: fx.Node, values: dict[fx.Node, Value]) -> Value | None:
-    given = arguments(node)
+    given = arguments_of(node)
     shape = emitter.shapes[node.all_input_nodes[0]]
     dims = given.get("dim")
     axes = [int(d) % len(shape) for d in (dims or [])] if not isinstance(dims, int) else [dims % len(shape)]
@@ -185,7 +185,7 @@ def _mean(emitter: Emitter, node: fx.Node, values: dict[fx.Node, Value]) -> Valu
 
 
 def _cat(emitter: Emitter, node: fx.Node, values: dict[fx.Node, Value]) -> Value | None:
-    given = arguments(node)
+    given = arguments_of(node)
     sources = given["tensors"]
     parts = [_as_integers(emitter, one, values) for one in sources]
     if any(part is None for part in parts):

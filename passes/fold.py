@@ -25,11 +25,12 @@ Array: TypeAlias = "NDArray[np.float64] | np.float64"
 #: Sums of an epilogue stay below 2^52, so float64 and int64 evaluate them alike.
 EPILOGUE_BITS = 52
 
-#: Multipliers fit int32.
+#: Significant bits of a multiplier: each term's are int32 values times one power of two.
 MULTIPLIER_BITS = 31
 
-#: Magnitude of tensors that stay between layers at high precision, such as residual streams.
-WIDE_BITS = 30
+#: Magnitude of tensors that stay between layers at high precision, such as residual streams. With sums below
+#: 2^52 this leaves 22 bits for their multipliers; more of one would take from the other.
+WIDE_BITS = 29
 
 
 @dataclass(frozen=True)
@@ -129,14 +130,14 @@ class Epilogue:
     """The integers of one normative epilogue: clip((sum m_i * a_i + c) >> shift, low, high).
 
     Attributes:
-        multipliers: one int32 array per term, shape () or (channels,).
+        multipliers: one int64 array per term, shape () or (channels,): int32 values times one power of two.
         constant: int64 array, shape () or (channels,); rounding included.
         shift: bits that are dropped.
         low, high: clipping range.
         unit: real value of one output unit.
     """
 
-    multipliers: tuple[NDArray[np.int32], ...]
+    multipliers: tuple[NDArray[np.int64], ...]
     constant: NDArray[np.int64]
     shift: int
     low: int
@@ -152,8 +153,9 @@ def round_to_unit(value: float, unit: float) -> int:
 def integer_epilogue(affine: Affine, unit: float, low: int, high: int) -> Epilogue:
     """Choose the multipliers of an epilogue that outputs multiples of `unit` within [low, high].
 
-    The shift is the largest for which every sum stays below 2^52 and every multiplier fits int32, so the
-    error against the real map is below 2^-20 output units wherever a sum uses less than half its range.
+    The shift is the largest for which every sum stays below 2^52 and no multiplier needs more than 31 bits
+    to be exact to the last one; terms with larger coefficients keep their first 31 bits. An accumulator and a
+    residual stream differ by orders of magnitude, so no one shift lets both fill int32.
 
     Raises:
         FoldError: if the values exceed what the contract's integers can hold.
@@ -169,33 +171,49 @@ def integer_epilogue(affine: Affine, unit: float, low: int, high: int) -> Epilog
     sums: Array = np.abs(constant) + 1.0
     for ratio, term in zip(ratios, affine.terms, strict=True):
         sums = sums + np.abs(ratio) * np.maximum(np.abs(term.low), np.abs(term.high))
-    largest = max(float(np.abs(ratio).max()) for ratio in ratios)
-    if not (np.isfinite(sums).all() and math.isfinite(largest)):
+    largest = [float(np.abs(ratio).max()) for ratio in ratios]
+    if not (np.isfinite(sums).all() and np.isfinite(largest).all()):
         raise FoldError(f"layer {affine.layers}: parameters hold NaN or infinity")
     # one bit of room each for the rounding of the multipliers
     shift = EPILOGUE_BITS - 1 - math.ceil(math.log2(float(sums.max())))
-    if largest > 0:
-        shift = min(shift, MULTIPLIER_BITS - 1 - math.ceil(math.log2(largest)))
+    exponents = [math.ceil(math.log2(one)) + 1 for one in largest if one > 0]
+    shift = min(shift, EPILOGUE_BITS, MULTIPLIER_BITS - min(exponents, default=0))
     if shift < 0:
         raise FoldError(
             f"layer {affine.layers}: values reach 2^{math.log2(float(sums.max())):.0f} steps of {unit:g}; "
             "the step is too small for this layer: calibrate it again"
         )
-    shift = min(shift, EPILOGUE_BITS)
-    multipliers = tuple(np.rint(np.ldexp(ratio, shift)).astype(np.int32) for ratio in ratios)
+    multipliers = tuple(_multiplier(ratio, shift) for ratio in ratios)
     half = 2 ** (shift - 1) if shift else 0
     rounded = np.rint(np.ldexp(constant, shift)).astype(np.int64) + half
     return Epilogue(multipliers, np.asarray(rounded, np.int64), shift, low, high, unit)
 
 
+def _multiplier(ratio: Array, shift: int) -> NDArray[np.int64]:
+    """ratio * 2^shift, rounded to 31 bits of the largest channel."""
+    largest = float(np.abs(ratio).max())
+    excess = shift + math.ceil(math.log2(largest)) + 1 - MULTIPLIER_BITS if largest > 0 else 0
+    zeros = max(0, excess)
+    return np.asarray(np.rint(np.ldexp(ratio, shift - zeros)).astype(np.int64) << zeros)
+
+
 def wide_epilogue(affine: Affine) -> Epilogue:
-    """An epilogue that keeps the tensor at high precision: the unit spans its range with 2^30 steps."""
+    """An epilogue that keeps the tensor at high precision: the unit spans its range with 2^28 to 2^29 steps.
+
+    The unit is a power of two times that of the summand with the widest range among those with one factor for
+    all channels, so a residual stream goes through its sums without being rounded.
+    """
     low, high = affine.real_range()
     reach = max(abs(float(low.min())), abs(float(high.max())))
-    unit = reach / (2**WIDE_BITS - 1) if reach > 0 else 1.0
-    bounds = round_to_unit(float(low.min()), unit), round_to_unit(float(high.max()), unit)
-    limit = 2**WIDE_BITS - 1
-    return integer_epilogue(affine, unit, max(bounds[0], -limit), min(bounds[1], limit))
+    streams = [term for term in affine.terms if term.coefficient.ndim == 0 and float(term.coefficient)]
+    base = reach or 1.0
+    if streams and reach > 0:
+        widest = max(streams, key=lambda term: float(np.ptp(term.real_range())))
+        base = abs(float(widest.coefficient))
+    unit = math.ldexp(base, math.ceil(math.log2(reach / base)) - WIDE_BITS) if reach > 0 else 1.0
+    return integer_epilogue(
+        affine, unit, round_to_unit(float(low.min()), unit), round_to_unit(float(high.max()), unit)
+    )
 
 
 def broadcastable(values: Any, rank: int, axis: int) -> NDArray[Any]:

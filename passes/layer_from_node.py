@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from qcompile.passes.normalise_arguments import arguments_of
+from qcompile.passes.aten import arguments_of
 
 _aten = torch.ops.aten
 

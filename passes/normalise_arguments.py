@@ -9,30 +9,8 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
+from qcompile.passes.aten import arguments_of, is_aten
 from qcompile.passes.manager import Condition, Pass, PassResult
-
-
-def arguments_of(node: fx.Node) -> dict[str, Any]:
-    """All arguments of an aten call by the names of its schema, defaults filled in.
-
-    Args:
-        node: a call_function node whose target is an OpOverload.
-    """
-    assert isinstance(node.target, OpOverload)
-    bound: dict[str, Any] = {}
-    for index, argument in enumerate(node.target._schema.arguments):
-        if index < len(node.args):
-            bound[argument.name] = node.args[index]
-        elif argument.name in node.kwargs:
-            bound[argument.name] = node.kwargs[argument.name]
-        else:
-            bound[argument.name] = argument.default_value
-    return bound
-
-
-def is_aten(node: fx.Node) -> bool:
-    """Whether a node calls an aten (or other torch.ops) overload."""
-    return node.op == "call_function" and isinstance(node.target, OpOverload)
 
 
 def _unwritten(graph_module: fx.GraphModule) -> str | None:

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from qcompile.passes.aten import arguments_of, is_aten
 from qcompile.passes.manager import Pass, PassResult
 from qcompile.passes.module_tree import module_at
-from qcompile.passes.normalise_arguments import arguments_of, is_aten
 from qcompile.passes.normalise_layers import replace_by_module
 
 _aten = torch.ops.aten

@@ -12,9 +12,9 @@ from torch import fx
 from torch._ops import OpOverload
 
 from qcompile.errors import CaptureError
+from qcompile.passes.aten import is_aten
 from qcompile.passes.fx_op_table import CALLS, OPERATORS, OVERLOADS
 from qcompile.passes.manager import Condition, Pass, PassResult
-from qcompile.passes.normalise_arguments import is_aten
 from qcompile.passes.normalise_fx_indexing import convert_indexing
 from qcompile.passes.source_lines import source_of
 

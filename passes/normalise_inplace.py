@@ -9,8 +9,8 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 
 from qcompile.errors import CaptureError
+from qcompile.passes.aten import arguments_of, is_aten
 from qcompile.passes.manager import Condition, Pass, PassResult
-from qcompile.passes.normalise_arguments import arguments_of, is_aten
 from qcompile.passes.source_lines import source_of
 
 _aten = torch.ops.aten

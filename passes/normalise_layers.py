@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import fx, nn
 
+from qcompile.passes.aten import arguments_of, is_aten
 from qcompile.passes.layer_from_node import Layer, Origin, layer_of
 from qcompile.passes.manager import Pass, PassResult
 from qcompile.passes.module_tree import module_at, place_module, tensor_at
-from qcompile.passes.normalise_arguments import arguments_of, is_aten
 from qcompile.passes.normalise_inplace import FUNCTIONAL
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from qcompile.passes.aten import arguments_of, is_aten
 from qcompile.passes.manager import Condition, Pass, PassResult
-from qcompile.passes.normalise_arguments import arguments_of, is_aten
 from qcompile.passes.normalise_inplace import FUNCTIONAL
 
 _aten = torch.ops.aten

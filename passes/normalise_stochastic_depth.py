@@ -9,8 +9,8 @@ from typing import Any, Literal, TypeGuard
 import torch
 from torch import fx, nn
 
+from qcompile.passes.aten import arguments_of, is_aten
 from qcompile.passes.manager import Pass, PassResult
-from qcompile.passes.normalise_arguments import arguments_of, is_aten
 from qcompile.passes.normalise_dropout import stateless_path
 from qcompile.passes.normalise_layers import replace_by_module
 from qcompile.passes.stochastic_depth import StochasticDepth

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx, nn
 
-from .aten import AVERAGE, LAYOUT, MAX_POOL, arguments, aten_name
+from .aten import AVERAGE, LAYOUT, MAX_POOL, arguments_of, aten_name
 
 _NON_NEGATIVE = frozenset(
     ("relu", "relu6", "sigmoid", "hardsigmoid", "softmax", "_softmax", "abs", "exp", "square")
@@ -41,12 +41,12 @@ class NonNegative:
         if name in _NON_NEGATIVE:
             return True
         if name in ("hardtanh", "clamp", "clamp_min"):
-            values = arguments(node)
+            values = arguments_of(node)
             low = values.get("min_val", values.get("min"))
             if isinstance(low, (int, float)) and low >= 0:
                 return True
             return name != "hardtanh" and self._known.get(node.all_input_nodes[0], False)
-        if name in ("pad", "constant_pad_nd") and (arguments(node).get("value") or 0) >= 0:
+        if name in ("pad", "constant_pad_nd") and (arguments_of(node).get("value") or 0) >= 0:
             return self._known[node.all_input_nodes[0]]
         if name in _KEEPS_SIGN:
             scalars = [a for a in node.args if isinstance(a, (int, float))] if name in ("add", "mul") else []

@@ -48,8 +48,10 @@ def test_codes_are_the_nearest_except_at_ties(seed, terms, unit):
         epilogue.low,
         epilogue.high,
     )
-    reach = sum(float(term.high) for term in affine.terms)
-    slack = (reach + 1) * 2.0 ** -(epilogue.shift + 1) + 1e-9
+    slack = 2.0 ** -(epilogue.shift + 1) + 1e-9
+    for multiplier, term in zip(epilogue.multipliers, affine.terms, strict=True):
+        last_place = max(1.0, float(np.abs(multiplier).max()) * 2.0**-29)
+        slack += float(term.high) * last_place * 2.0 ** -(epilogue.shift + 1)
     for row in range(3):
         for channel in range(4):
             real = _exact(affine, values, row, channel) / Fraction(unit)
@@ -87,6 +89,38 @@ def test_multipliers_use_their_bits():
     assert 2**29 <= int(np.abs(epilogue.multipliers[0]).max()) <= 2**30
 
 
+@given(st.integers(0, 2**32 - 1), st.integers(1, 3))
+@settings(max_examples=60, deadline=None)
+def test_multipliers_are_int32_values_times_a_power_of_two(seed, terms):
+    affine, _ = _affine(seed, terms, 4)
+    for multiplier in integer_epilogue(affine, 0.37, 0, 255).multipliers:
+        assert multiplier.dtype == np.int64
+        zeros = max(0, int(np.abs(multiplier).max()).bit_length() - 31)
+        assert not (multiplier % 2**zeros).any()
+        assert (np.abs(multiplier) >> zeros < 2**31).all()
+
+
+def test_a_stream_keeps_its_precision_beside_a_coarse_accumulator():
+    accumulator = Term(None, np.array([0.3, 0.2]), np.float64(-5000), np.float64(5000))
+    stream = Term(None, np.float64(1e-6), np.float64(-(2**28)), np.float64(2**28))
+    epilogue = integer_epilogue(Affine((accumulator, stream), np.zeros(2), 4, 1), 0.25, 0, 15)
+    errors = [
+        float(np.abs(np.ldexp(m.astype(np.float64), -epilogue.shift) * 0.25 / term.coefficient - 1.0).max())
+        for m, term in zip(epilogue.multipliers, (accumulator, stream), strict=True)
+    ]
+    assert errors[0] < 2.0**-29
+    assert errors[1] < 2.0**-20
+
+
+def test_a_residual_stream_goes_through_its_sums_unrounded():
+    stream = Term(None, np.float64(3e-7), np.float64(0), np.float64(2**28))
+    accumulator = Term(None, np.array([0.013, 0.017]), np.float64(-5000), np.float64(5000))
+    affine = Affine((accumulator, stream), np.zeros(2), 4, 1).clipped(0.0, math.inf)
+    epilogue = wide_epilogue(affine)
+    assert epilogue.unit == 3e-7 * 2.0 ** round(math.log2(epilogue.unit / 3e-7))
+    assert int(epilogue.multipliers[1]) * epilogue.unit == 3e-7 * 2.0**epilogue.shift
+
+
 def test_a_clip_becomes_a_code_range():
     term = Term(None, np.float64(0.5), np.float64(-100), np.float64(100))
     affine = Affine((term,), np.float64(0.0), 4, 1).clipped(0.0, 6.0)
@@ -100,13 +134,13 @@ def test_a_clip_that_cannot_act_is_left_out():
     assert not Affine((term,), np.float64(0.0), 4, 1).clipped(0.0, math.inf).is_clipped
 
 
-def test_wide_tensors_keep_at_least_29_bits_of_their_range():
+def test_wide_tensors_keep_at_least_28_bits_of_their_range():
     affine, _ = _affine(1, 2, 3)
     epilogue = wide_epilogue(affine)
     low, high = affine.real_range()
     reach = max(abs(low.min()), abs(high.max()))
-    assert reach / epilogue.unit == pytest.approx(2**30 - 1)
-    assert -(2**30) < epilogue.low <= epilogue.high < 2**30
+    assert 2**28 <= reach / epilogue.unit <= 2**29
+    assert -(2**29) <= epilogue.low <= epilogue.high <= 2**29
 
 
 @pytest.mark.parametrize("unit", [0.0, -1.0, math.nan, math.inf])

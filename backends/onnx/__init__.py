@@ -1,9 +1,9 @@
-"""The target `onnx-qdq`: an ONNX model of standard operators that any ONNX runtime executes.
+"""The targets `onnx-qdq` and `onnx-packed`: an ONNX model of standard operators for any ONNX runtime.
 
-`emit` walks the integer graph with the rules of `operators`: `accumulate` (`fused`, `thresholds`, `matrix`),
-`epilogue`, `windows`, `layout`, and for float islands `float_operators` and `torch_operator`. `values` says
-what a tensor became, `forms` changes it. `executable` runs the result, `trace` looks inside of it, `export`
-writes it.
+They differ in how `weights` stores weights. `emit` walks the integer graph with the rules of `operators`:
+`accumulate` (`fused`, `thresholds`, `matrix`), `epilogue`, `windows`, `layout`, and for float islands
+`float_operators` and `torch_operator`. `values` says what a tensor became, `forms` changes it. `executable`
+runs the result, `trace` looks inside of it, `export` writes it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ class OnnxQdqTarget(Target):
     """Codes as uint8, quantised layers between DequantizeLinear and QuantizeLinear, the rest in float32."""
 
     name: ClassVar[str] = "onnx-qdq"
-    summary: ClassVar[str] = "ONNX model with QuantizeLinear/DequantizeLinear, run by ONNX Runtime"
+    summary: ClassVar[str] = "ONNX model with int8 weights, widest reach, run by ONNX Runtime"
+    packed: ClassVar[bool] = False
 
     def compile(self, request: LoweringRequest) -> OnnxExecutable:
         """Lower one mode to an ONNX model and load it into ONNX Runtime.
@@ -33,7 +34,7 @@ class OnnxQdqTarget(Target):
             LoweringError: if an operator has no form in ONNX; names the layer.
             MissingExtra: if the packages of the extra `onnx` are not installed.
         """
-        return _executable_class()(request)
+        return self._executable_class()(request, packed=self.packed)
 
     def load(self, folder: str | Path, request: LoweringRequest) -> OnnxExecutable:
         """What `export` wrote, as an executable again.
@@ -47,16 +48,23 @@ class OnnxQdqTarget(Target):
             FileFormatError: if it is no ONNX model, or not one of this request.
             MissingExtra: if the packages of the extra `onnx` are not installed.
         """
-        return _executable_class().load(folder, request)
+        return self._executable_class().load(folder, request, self.packed)
+
+    def _executable_class(self) -> type[OnnxExecutable]:
+        try:
+            from .executable import OnnxExecutable
+        except ModuleNotFoundError as cause:
+            if (cause.name or "").partition(".")[0] not in _EXTRA:
+                raise
+            raise MissingExtra(
+                f"the target {self.name} needs the package {cause.name}: pip install 'qcompile[onnx]'"
+            ) from cause
+        return OnnxExecutable
 
 
-def _executable_class() -> type[OnnxExecutable]:
-    try:
-        from .executable import OnnxExecutable
-    except ModuleNotFoundError as cause:
-        if (cause.name or "").partition(".")[0] not in _EXTRA:
-            raise
-        raise MissingExtra(
-            f"the target onnx-qdq needs the package {cause.name}: pip install 'qcompile[onnx]'"
-        ) from cause
-    return OnnxExecutable
+class OnnxPackedTarget(OnnxQdqTarget):
+    """As `onnx-qdq`, with weights of at most 4 bits stored as INT4 or INT2 (operator sets 21 and 25)."""
+
+    name: ClassVar[str] = "onnx-packed"
+    summary: ClassVar[str] = "ONNX model with INT4/INT2 weights, smallest file, run by ONNX Runtime"
+    packed: ClassVar[bool] = True

@@ -21,6 +21,7 @@ from .forms import as_codes, as_real, channels_first, quantized, reshaped, zero_
 from .fused import ROUNDING, FusedLayer, Sums, conv_attributes, fuse, spread
 from .matrix import fits_matrix, integer_matrix, is_conv
 from .values import Codes, Deferred, Real, Value, channels, scalar
+from .weights import stored_weight
 
 
 def accumulate(emitter: Emitter, node: fx.Node) -> Value:
@@ -79,8 +80,10 @@ def _per_channel(values: NDArray[Any], node: fx.Node, emitter: Emitter) -> bool:
 def _float_sums(emitter: Emitter, node: fx.Node, sums: Sums, codes: Codes) -> Real:
     """A convolution of integer values in float32; weights are stored as integers and cast at load time."""
     layer, builder, weight = layer_of(node), emitter.builder, sums.weight
-    narrow = np.int8 if weight.min() >= -128 and weight.max() <= 127 else np.int16
-    stored = builder.initializer(f"{layer}/weight", weight, narrow)
+    if weight.min() >= -128 and weight.max() <= 127:
+        stored = stored_weight(emitter, layer, "weight", weight, emitter.constant(node.args[1]), axis=0)
+    else:
+        stored = builder.initializer(f"{layer}/weight", weight, np.int16)
     cast = builder.node("Cast", [stored], f"{node.name}.weight", f"{layer}/weight_cast", to=1)
     inputs, operator = [channels_first(emitter, as_real(emitter, codes)).name, cast], f"{layer}/conv"
     attributes = _attributes(node, weight.shape)
@@ -107,9 +110,16 @@ def emit_fused(emitter: Emitter, node: fx.Node, user: fx.Node, value: Deferred, 
     real = builder.node(
         "DequantizeLinear", [source, scale, zero], f"{node.name}.input", f"{layer}/dequantize"
     )
-    weight = _dequantized(emitter, f"{node.name}.weight", layer, "weight", fused.weight, fused.weight_scale)
+    weight_codes = emitter.constant(node.args[1])
+    if fused.doubled:
+        weight_codes = np.concatenate([weight_codes, weight_codes], axis=1)
+    stored = stored_weight(emitter, layer, "weight", fused.weight, weight_codes, axis=0)
+    weight = _dequantized(
+        emitter, f"{node.name}.weight", layer, "weight", stored, np.int8, fused.weight_scale
+    )
     bias_scale = fused.weight_scale * np.float32(codes.unit)
-    bias = _dequantized(emitter, f"{node.name}.bias", layer, "bias", fused.bias, bias_scale)
+    stored = builder.initializer(f"{layer}/bias", fused.bias)
+    bias = _dequantized(emitter, f"{node.name}.bias", layer, "bias", stored, np.int32, bias_scale)
     if is_conv(node):
         attributes = _attributes(node, fused.weight.shape)
         operator = f"{layer}/conv"
@@ -122,8 +132,10 @@ def emit_fused(emitter: Emitter, node: fx.Node, user: fx.Node, value: Deferred, 
     axis = 1 if is_conv(node) else len(shape) - 1
     emitter.lowered.deviations[user.name] = Deviation(0.0, channels(fused.error, len(shape), axis))
     unit, low = float(user.meta.get("unit", 1.0)), int(user.args[4])
-    stored = quantized(emitter, sums, unit, zero_point_of(low), output, layer_of(user))
-    return reshaped(emitter, stored, shape, f"{output}.shaped", layer_of(user)) if rows else stored
+    output_codes = quantized(emitter, sums, unit, zero_point_of(low), output, layer_of(user))
+    if not rows:
+        return output_codes
+    return reshaped(emitter, output_codes, shape, f"{output}.shaped", layer_of(user))
 
 
 def _doubled(emitter: Emitter, codes: Codes, axis: int) -> str:
@@ -136,12 +148,12 @@ def _doubled(emitter: Emitter, codes: Codes, axis: int) -> str:
 
 
 def _dequantized(
-    emitter: Emitter, output: str, layer: str, what: str, values: NDArray[Any], scale: NDArray[np.float32]
+    emitter: Emitter, output: str, layer: str, what: str, stored: str, dtype: Any, scale: NDArray[np.float32]
 ) -> str:
     builder = emitter.builder
     inputs = [
-        builder.initializer(f"{layer}/{what}", values),
+        stored,
         builder.initializer(f"{layer}/{what}_scale", scale),
-        builder.initializer(f"{layer}/{what}_zero_point", np.zeros(scale.shape, values.dtype)),
+        builder.initializer(f"{layer}/{what}_zero_point", np.zeros(scale.shape, dtype)),
     ]
     return builder.node("DequantizeLinear", inputs, output, f"{layer}/{what}_dequantize", axis=0)

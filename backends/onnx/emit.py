@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from qcompile.errors import LoweringError
 from qcompile.passes.integer_model import IntegerModel
 
-from .graph import GraphBuilder
+from .graph import OPSET, GraphBuilder
 from .static_values import static_values
 from .values import Array, Codes, Constant, Plain, Real, Value
 
@@ -83,6 +83,7 @@ class Emitter:
         model: the integer graph.
         shapes: shapes of its inputs, batch included.
         rules: how to emit each operator, by `IntegerModel.operator_name`; "" holds what remains.
+        packed: whether weights of at most 4 bits are stored so.
 
     Attributes:
         builder: the ONNX graph.
@@ -90,10 +91,16 @@ class Emitter:
     """
 
     def __init__(
-        self, model: IntegerModel, shapes: tuple[tuple[int, ...], ...], rules: Mapping[str, Rule]
+        self,
+        model: IntegerModel,
+        shapes: tuple[tuple[int, ...], ...],
+        rules: Mapping[str, Rule],
+        packed: bool = False,
     ) -> None:
-        self.model, self._rules = model, rules
-        self.builder = GraphBuilder()
+        self.model, self._rules, self.packed = model, rules, packed
+        bits = [node.meta["weight_bits"] for node in model.graph.nodes if "weight_bits" in node.meta]
+        narrowest = min(bits, default=8) if packed else 8
+        self.builder = GraphBuilder(25 if narrowest <= 2 else 21 if narrowest <= 4 else OPSET)
         self.lowered = Lowered()
         self._fake = static_values(model, shapes)
         self._values: dict[fx.Node, Value] = {}
@@ -129,7 +136,7 @@ class Emitter:
     def _outputs(self, node: fx.Node) -> None:
         for index, one in enumerate(torch.utils._pytree.tree_leaves(node.args[0])):
             if not isinstance(one, fx.Node) or not isinstance(self._fake[one], Tensor):
-                raise LoweringError(f"output {index} is not a tensor, which onnx-qdq cannot return")
+                raise LoweringError(f"output {index} is not a tensor, which ONNX targets cannot return")
             name = self.builder.node("Identity", [self.tensor(one)], f"output_{index}", f"output/{index}")
             self.builder.outputs.append((name, self.dtype(one), self.shape(one)))
 
@@ -213,5 +220,5 @@ def numpy_dtype(dtype: torch.dtype, layer: str) -> np.dtype[Any]:
         return torch.empty(0, dtype=dtype).numpy().dtype
     except TypeError:
         raise LoweringError(
-            f"layer {layer!r}: onnx-qdq has no element type {dtype}; convert the model to float32 first"
+            f"layer {layer!r}: ONNX targets have no element type {dtype}; convert the model to float32 first"
         ) from None

@@ -29,17 +29,19 @@ class OnnxExecutable(Executable):
     Args:
         request: what to lower.
         model: an artefact to use instead of the freshly lowered one.
+        packed: whether weights of at most 4 bits are stored so.
 
     Attributes:
+        target: `onnx-packed` or `onnx-qdq`.
         model: the ONNX model; what `export` writes and the session runs.
         lowered: what its tensors mean, by node name of the integer graph.
     """
 
-    target = "onnx-qdq"
-
-    def __init__(self, request: LoweringRequest, model: onnx.ModelProto | None = None) -> None:
-        self.request = request
-        emitter = Emitter(request.model, request.input_shapes, RULES)
+    def __init__(
+        self, request: LoweringRequest, model: onnx.ModelProto | None = None, packed: bool = False
+    ) -> None:
+        self.request, self.target = request, "onnx-packed" if packed else "onnx-qdq"
+        emitter = Emitter(request.model, request.input_shapes, RULES, packed)
         emitter.run()
         properties = {"qcompile.mode": request.model.mode.name, "qcompile.target": self.target}
         fresh = emitter.builder.finish("qcompile", properties)
@@ -48,12 +50,13 @@ class OnnxExecutable(Executable):
         self._session = open_session(self.model, request.threads)
 
     @classmethod
-    def load(cls, path: str | Path, request: LoweringRequest) -> OnnxExecutable:
+    def load(cls, path: str | Path, request: LoweringRequest, packed: bool = False) -> OnnxExecutable:
         """Read a model that `export` wrote.
 
         Args:
             path: folder or `.onnx` file.
             request: the mode that was lowered.
+            packed: whether it was lowered with packed weights.
 
         Raises:
             FileAccessError: if there is no such file.
@@ -66,7 +69,7 @@ class OnnxExecutable(Executable):
             raise FileAccessError(f"cannot read {file}: {cause.strerror or cause}") from cause
         except DecodeError as cause:
             raise FileFormatError(f"{file} is not an ONNX model") from cause
-        return cls(request, model)
+        return cls(request, model, packed)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run on torch tensors; returns the structure that the float model returns, as torch tensors.

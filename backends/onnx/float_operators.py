@@ -10,7 +10,7 @@ import numpy as np
 from onnx import helper
 from torch import fx
 
-from qcompile.passes.aten import arguments
+from qcompile.passes.aten import arguments_of
 
 from .emit import Emitter, layer_of
 from .fused import conv_attributes
@@ -24,7 +24,7 @@ class Island:
 
     def __init__(self, emitter: Emitter, node: fx.Node) -> None:
         self.emitter, self.node, self.layer = emitter, node, layer_of(node)
-        self.given = {key: emitter.static(value) for key, value in arguments(node).items()}
+        self.given = {key: emitter.static(value) for key, value in arguments_of(node).items()}
 
     def tensor(self, key: str, dtype: np.dtype[Any] | None = None) -> str:
         """A tensor or number among the arguments, as a tensor of the given type."""

@@ -15,8 +15,9 @@ import qcompile.version
 #: Oldest operator set that has everything used here; also what torch's exporter writes for single operators.
 OPSET = 18
 
-#: Every ONNX Runtime that knows the operator set reads this version of the file format.
-IR_VERSION = 8
+#: By operator set: the file format's version that every ONNX Runtime reads which knows the set. 21 brings
+#: 4-bit integers, 25 brings 2-bit ones.
+IR_VERSIONS = {OPSET: 8, 21: 10, 25: 13}
 
 
 class GraphBuilder:
@@ -26,11 +27,13 @@ class GraphBuilder:
     tells where it comes from.
 
     Attributes:
+        opset: operator set, a key of `IR_VERSIONS`.
         inputs: (name, dtype, shape) of the graph's inputs.
         outputs: (name, dtype, shape) of the graph's outputs.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, opset: int = OPSET) -> None:
+        self.opset = opset
         self.inputs: list[tuple[str, np.dtype[Any], tuple[int, ...]]] = []
         self.outputs: list[tuple[str, np.dtype[Any], tuple[int, ...]]] = []
         self._nodes: list[onnx.NodeProto] = []
@@ -103,8 +106,8 @@ class GraphBuilder:
         )
         model = helper.make_model(
             graph,
-            opset_imports=[helper.make_opsetid("", OPSET)],
-            ir_version=IR_VERSION,
+            opset_imports=[helper.make_opsetid("", self.opset)],
+            ir_version=IR_VERSIONS[self.opset],
             producer_name="qcompile",
             producer_version=qcompile.version.__version__,
         )

@@ -10,7 +10,7 @@ import numpy as np
 from torch import fx
 
 from qcompile.errors import LoweringError
-from qcompile.passes.aten import arguments
+from qcompile.passes.aten import arguments_of
 
 from .emit import Emitter, layer_of
 from .forms import channels_first, reshaped, uniform
@@ -63,7 +63,7 @@ def _transposed(emitter: Emitter, source: str, order: Sequence[int], output: str
 
 
 def _permute(emitter: Emitter, node: fx.Node, source: str, zero: int) -> str:
-    given = {key: emitter.static(value) for key, value in arguments(node).items() if key != "self"}
+    given = {key: emitter.static(value) for key, value in arguments_of(node).items() if key != "self"}
     rank = len(emitter.shape(node))
     order = list(range(rank))
     if "dims" in given:
@@ -98,7 +98,7 @@ def _sliced(
 
 
 def _select(emitter: Emitter, node: fx.Node, source: str, zero: int) -> str:
-    given = {key: emitter.static(value) for key, value in arguments(node).items() if key != "self"}
+    given = {key: emitter.static(value) for key, value in arguments_of(node).items() if key != "self"}
     shape = emitter.shape(node.all_input_nodes[0])
     axis = int(given["dim"]) % len(shape)
     if "index" in given:
@@ -121,7 +121,7 @@ def _expand(emitter: Emitter, node: fx.Node, source: str, zero: int) -> str:
 
 
 def _pad(emitter: Emitter, node: fx.Node, source: str, zero: int) -> str:
-    given = {key: emitter.static(value) for key, value in arguments(node).items() if key != "self"}
+    given = {key: emitter.static(value) for key, value in arguments_of(node).items() if key != "self"}
     layer, mode = layer_of(node), given.get("mode", "constant")
     amounts = [int(one) for one in given["pad"]]
     rank = len(emitter.shape(node))
@@ -164,7 +164,7 @@ def _wrapped(emitter: Emitter, node: fx.Node, source: str, pairs: Sequence[tuple
 
 def _shuffle(emitter: Emitter, node: fx.Node, source: str, zero: int) -> str:
     """channel_shuffle, pixel_shuffle and pixel_unshuffle: split axes, permute, merge."""
-    given = {key: emitter.static(value) for key, value in arguments(node).items() if key != "self"}
+    given = {key: emitter.static(value) for key, value in arguments_of(node).items() if key != "self"}
     shape = emitter.shape(node.all_input_nodes[0])
     if "groups" in given:
         groups = int(given["groups"])
@@ -183,7 +183,7 @@ def _shuffle(emitter: Emitter, node: fx.Node, source: str, zero: int) -> str:
 
 
 def _repeat_interleave(emitter: Emitter, node: fx.Node, source: str, zero: int) -> str:
-    given = {key: emitter.static(value) for key, value in arguments(node).items() if key != "self"}
+    given = {key: emitter.static(value) for key, value in arguments_of(node).items() if key != "self"}
     if given.get("dim") is None or not isinstance(given.get("repeats"), int):
         raise LoweringError(f"layer {layer_of(node)!r}: repeat_interleave needs a number and a dimension")
     shape, layer, repeats = emitter.shape(node.all_input_nodes[0]), layer_of(node), given["repeats"]
@@ -211,7 +211,7 @@ def _upsample(emitter: Emitter, node: fx.Node, source: str, zero: int) -> str:
 def split(emitter: Emitter, node: fx.Node) -> Value:
     """chunk, split, split_with_sizes and unbind: a tuple of values."""
     name, rebuild, _ = movable(emitter, node)
-    given = {key: emitter.static(value) for key, value in arguments(node).items() if key != "self"}
+    given = {key: emitter.static(value) for key, value in arguments_of(node).items() if key != "self"}
     rank, shapes, layer = len(emitter.shape(node.all_input_nodes[0])), emitter.shapes(node), layer_of(node)
     axis, parts, start = int(given.get("dim", 0)) % rank, [], 0
     for index, shape in enumerate(shapes):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,7 @@ from .emit import Emitter, Probe, layer_of
 from .forms import channels_last, reshaped
 from .fused import Sums
 from .values import Accumulators, Codes, channels
+from .weights import stored_weight
 
 #: Largest matrix of gathered codes, in bytes.
 LARGEST_MATRIX = 2**25
@@ -41,18 +43,16 @@ def integer_matrix(emitter: Emitter, node: fx.Node, sums: Sums, codes: Codes) ->
     weight = sums.weight
     if is_conv(node):
         rows = _rows(emitter, node, codes)
-        axes = (*range(2, weight.ndim), 1, 0)
-        columns = weight.transpose(axes).reshape(-1, len(weight))
     else:
         rows = reshaped(emitter, codes.name, (-1, weight.shape[1]), f"{node.name}.rows", layer)
-        columns = weight.T
+    columns, weight_codes = _columns(weight), _columns(emitter.constant(node.args[1]))
     zero = builder.initializer(f"{layer}/input_zero_point", codes.zero_point, np.uint8)
     narrow = columns.min() >= -128 and columns.max() <= 127
     halves = [columns] if narrow else [columns >> 1, columns - (columns >> 1)]
     products = []
     for index, half in enumerate(halves):
         name = "weight" if narrow else f"weight_half_{index}"
-        stored = builder.initializer(f"{layer}/{name}", half, np.int8)
+        stored = stored_weight(emitter, layer, name, half, weight_codes, axis=1)
         output = node.name if narrow else f"{node.name}.half_{index}"
         products.append(builder.node("MatMulInteger", [rows, stored, zero], output, f"{layer}/product"))
     name = products[0]
@@ -65,6 +65,11 @@ def integer_matrix(emitter: Emitter, node: fx.Node, sums: Sums, codes: Codes) ->
     axis = 1 if is_conv(node) else rank - 1
     low, high = (channels(bound, rank, axis) for bound in sums.bounds())
     return Accumulators(name, shape, is_conv(node), low, high)
+
+
+def _columns(weight: NDArray[Any]) -> NDArray[Any]:
+    """(out, in, *kernel) as (taps * in, out)."""
+    return weight.transpose((*range(2, weight.ndim), 1, 0)).reshape(-1, len(weight))
 
 
 def is_conv(node: fx.Node) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import onnx
 import torch
 from onnx import compose, inliner
+from onnxscript import version_converter
 from torch import fx
 
 from qcompile.errors import LoweringError
@@ -28,7 +29,10 @@ def torch_operator(emitter: Emitter, node: fx.Node) -> Value:
     """
     sources = [one for one in node.all_input_nodes if emitter.is_tensor(one)]
     names = [emitter.tensor(one) for one in sources]
-    exported = compose.add_prefix(_export(emitter, node, sources), f"{layer_of(node)}/{node.name}.")
+    exported = _export(emitter, node, sources)
+    if emitter.builder.opset != OPSET:
+        exported = version_converter.convert_version(exported, emitter.builder.opset)
+    exported = compose.add_prefix(exported, f"{layer_of(node)}/{node.name}.")
     for name, inner in zip(names, exported.graph.input, strict=True):
         emitter.builder.node("Identity", [name], inner.name, f"{layer_of(node)}/input")
     emitter.builder.adopt(exported.graph.node, exported.graph.initializer)

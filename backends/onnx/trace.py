@@ -14,7 +14,7 @@ from qcompile.backends.target import LoweringRequest, Trace
 from qcompile.errors import LoweringError
 
 from .emit import Lowered, Probe
-from .graph import IR_VERSION, OPSET, tensor_info
+from .graph import tensor_info
 from .session import open_session
 from .values import Codes
 
@@ -102,6 +102,7 @@ class _IntegerGraph:
     """A model of ConvInteger and MatMulInteger nodes, one per layer, that all read tapped codes."""
 
     def __init__(self, model: onnx.ModelProto, found: Arrays) -> None:
+        self._opsets, self._ir_version = list(model.opset_import), model.ir_version
         self._operators = {node.name: node for node in model.graph.node}
         self._writers = {output: node for node in model.graph.node for output in node.output}
         self._initializers = {one.name: one for one in model.graph.initializer}
@@ -160,10 +161,19 @@ class _IntegerGraph:
 
     def _weight(self, node: onnx.NodeProto) -> NDArray[Any]:
         source = self._writers.get(node.input[1])
-        name = node.input[1] if source is None else source.input[0]
-        if name not in self._initializers:
-            raise LoweringError(f"node {node.name!r} of the ONNX model has no stored weight")
-        return numpy_helper.to_array(self._initializers[name])
+        return self._integers(node.input[1] if source is None else source.input[0], node.name)
+
+    def _integers(self, tensor: str, reader: str) -> NDArray[Any]:
+        """An integer constant, stored or computed from stored ones."""
+        if tensor in self._initializers:
+            return numpy_helper.to_array(self._initializers[tensor])
+        node = self._writers.get(tensor)
+        if node is None or node.op_type not in ("Cast", "Mul", "Add"):
+            raise LoweringError(f"node {reader!r} of the ONNX model has no stored weight")
+        parts = [self._integers(one, reader) for one in node.input]
+        if node.op_type == "Cast":
+            return parts[0].astype(helper.tensor_dtype_to_np_dtype(node.attribute[0].i))
+        return parts[0] * parts[1] if node.op_type == "Mul" else parts[0] + parts[1]
 
     def _sum(
         self, output: str, name: str, node: onnx.NodeProto, weight: NDArray[np.int8], zero_point: int
@@ -192,4 +202,4 @@ class _IntegerGraph:
             ],
             self._constants,
         )
-        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
+        return helper.make_model(graph, opset_imports=self._opsets, ir_version=self._ir_version)

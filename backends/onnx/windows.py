@@ -11,7 +11,7 @@ import numpy as np
 from torch import fx
 
 from qcompile.errors import LoweringError
-from qcompile.passes.aten import arguments
+from qcompile.passes.aten import arguments_of
 
 from .emit import Deviation, Emitter, layer_of
 from .forms import as_codes, as_real, channels_first, uniform, zero_point_of
@@ -108,7 +108,7 @@ def emit_average_pool(
 
 def integer_sum(emitter: Emitter, node: fx.Node) -> Value:
     """`aten.sum` over dimensions of an integer tensor, as a mean."""
-    real, given = as_real(emitter, emitter.value(node.args[0])), arguments(node)
+    real, given = as_real(emitter, emitter.value(node.args[0])), arguments_of(node)
     rank, keep = len(real.shape), bool(given["keepdim"])
     axes = sorted(int(one) % rank for one in given["dim"])
     if real.last and axes != list(range(2, rank)):
@@ -151,7 +151,7 @@ def _averaged(emitter: Emitter, node: fx.Node, real: Real, name: str, count: int
 
 def concatenate(emitter: Emitter, node: fx.Node) -> Value:
     """`aten.cat` of integers: codes stay codes; otherwise every part keeps its own factor."""
-    sources, axis = node.args[0], int(arguments(node)["dim"])
+    sources, axis = node.args[0], int(arguments_of(node)["dim"])
     values, rank, layer = [emitter.value(one) for one in sources], len(emitter.shape(node)), layer_of(node)
     axis %= rank
     if not any(isinstance(value, (Codes, Accumulators, Real)) for value in values):

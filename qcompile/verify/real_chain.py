@@ -41,6 +41,9 @@ FLOAT_ERROR = 2.0**-16
 #: and outputs of the float64 chain differ by at most this much of the largest.
 OUTPUT_ERROR = 1e-4
 
+#: The largest multiplier of a term has at least this many significant bits, or is exact to its last one.
+MULTIPLIER_BITS = 30
+
 
 class RealChain:
     """One mode of a prepared model in float64.
@@ -191,10 +194,13 @@ class RealChain:
         if self.expected.operator_name(node) != "requantize":
             return 0.0
         inputs: Any = node.args[0]
+        multipliers: Any = node.args[1]
         shift: Any = node.args[3]
-        total = sum(
-            (np.abs(as_array(values[one.name]).astype(np.float64)) for one in inputs), np.float64(1.0)
-        )
+        total: Any = np.float64(1.0)
+        for one, multiplier in zip(inputs, multipliers, strict=True):
+            bits = int(np.abs(as_array(self.expected.constant(multiplier))).max()).bit_length()
+            unit = 2.0 ** max(0, bits - MULTIPLIER_BITS)
+            total = total + unit * np.abs(as_array(values[one.name]).astype(np.float64))
         return np.asarray(total) * 2.0 ** -(shift + 1)
 
     def _module(self, path: str, module: nn.Module, x: Tensor) -> Tensor:
