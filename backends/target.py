@@ -54,10 +54,13 @@ class Executable:
     Attributes:
         target: name of the target.
         request: what was compiled.
+        reproducible: whether `trace` leaves float operators as they are, bit for bit. Runtimes of others fuse
+            them differently where a tap stands between, and round differently then.
     """
 
     target: str
     request: LoweringRequest
+    reproducible: bool = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run on torch tensors; returns the structure that the float model returns, as torch tensors.

@@ -51,7 +51,10 @@ class ModeBatchNorm(nn.Module):
         self.statistics_rows = 1 if variant == "shared" else rows
         for name in ("weight", "bias"):
             value = getattr(source, name)
-            stacked = None if value is None else nn.Parameter(self._stack(value.detach(), self.affine_rows))
+            stacked = None
+            if value is not None:
+                rows_of_value = self._stack(value.detach(), self.affine_rows)
+                stacked = nn.Parameter(rows_of_value, requires_grad=value.requires_grad)
             self.register_parameter(name, stacked)
         for name in ("running_mean", "running_var", "num_batches_tracked"):
             value = getattr(source, name)

@@ -12,6 +12,9 @@ from qcompile.errors import PassError
 
 from .attention import ScaledDotProductAttention
 from .batchnorm import ModeBatchNorm
+from .eval_identities import IDENTITIES_IN_EVAL
+from .layers import QuantizedLayer
+from .quantizers import ActivationQuantizer
 
 _ATEN = torch.ops.aten
 _CONVOLUTIONS: dict[type[nn.Module], Any] = {
@@ -24,6 +27,15 @@ _TRANSPOSED: dict[type[nn.Module], Any] = {
     nn.ConvTranspose2d: _ATEN.conv_transpose2d.input,
     nn.ConvTranspose3d: _ATEN.conv_transpose3d.input,
 }
+
+_INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+
+#: Modules that integer graphs hold in one form or another.
+CONVERTIBLE = (
+    *(QuantizedLayer, ActivationQuantizer, ModeBatchNorm, ScaledDotProductAttention),
+    *(*_CONVOLUTIONS, *_TRANSPOSED, *_INSTANCE_NORMS, *IDENTITIES_IN_EVAL),
+    *(nn.Linear, nn.LayerNorm, nn.GroupNorm, nn.Embedding),
+)
 
 
 def float_call(
@@ -76,6 +88,11 @@ def float_call(
         )
     if isinstance(module, nn.GroupNorm):
         return _ATEN.group_norm.default, (x, module.num_groups, part("weight"), part("bias"), module.eps)
+    if isinstance(module, _INSTANCE_NORMS):
+        own = not module.track_running_stats
+        statistics = (None, None) if own else (part("running_mean"), part("running_var"))
+        scales = (part("weight"), part("bias"))
+        return _ATEN.instance_norm.default, (x, *scales, *statistics, own, 0.0, module.eps, False)
     if isinstance(module, nn.Embedding):
         return _ATEN.embedding.default, (part("weight"), x)
     if isinstance(module, ModeBatchNorm):  # without running statistics: normalises by the batch
@@ -83,4 +100,24 @@ def float_call(
         weight = None if module.weight is None else part("weight", module.weight[affine])
         bias = None if module.bias is None else part("bias", module.bias[affine])
         return _ATEN.batch_norm.default, (x, weight, bias, None, None, True, 0.0, module.eps, False)
-    raise PassError(f"layer {name!r}: {type(module).__name__} has no form in an integer graph")
+    raise _refused(module, name)
+
+
+def check_convertible(model: fx.GraphModule) -> None:
+    """Refuse layers that could be trained but not converted.
+
+    Raises:
+        PassError: naming the layer.
+    """
+    for node in model.graph.find_nodes(op="call_module"):
+        module = model.get_submodule(node.target)
+        if not isinstance(module, CONVERTIBLE):
+            raise _refused(module, node.target)
+
+
+def _refused(module: nn.Module, name: str) -> PassError:
+    kind = type(module).__name__
+    return PassError(
+        f"layer {name!r}: {kind} has no form in an integer graph; write it with operators of "
+        "torch.nn.functional, or replace it"
+    )

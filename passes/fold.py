@@ -32,6 +32,9 @@ MULTIPLIER_BITS = 31
 #: 2^52 this leaves 22 bits for their multipliers; more of one would take from the other.
 WIDE_BITS = 29
 
+#: Sums that give such a tensor stay below this many bits of its unit, so that a sum has 8 bits to round away.
+WIDE_SUM_BITS = 43
+
 
 @dataclass(frozen=True)
 class Term:
@@ -161,7 +164,7 @@ def integer_epilogue(affine: Affine, unit: float, low: int, high: int) -> Epilog
         FoldError: if the values exceed what the contract's integers can hold.
     """
     if not (unit > 0 and math.isfinite(unit)):
-        raise FoldError(f"layer {affine.layers}: the step {unit} is not a positive number")
+        raise FoldError(f"layer {_names(affine)}: the step {unit} is not a positive number")
     if affine.low != -math.inf:
         low = max(low, min(high, round_to_unit(affine.low, unit)))
     if affine.high != math.inf:
@@ -173,20 +176,24 @@ def integer_epilogue(affine: Affine, unit: float, low: int, high: int) -> Epilog
         sums = sums + np.abs(ratio) * np.maximum(np.abs(term.low), np.abs(term.high))
     largest = [float(np.abs(ratio).max()) for ratio in ratios]
     if not (np.isfinite(sums).all() and np.isfinite(largest).all()):
-        raise FoldError(f"layer {affine.layers}: parameters hold NaN or infinity")
+        raise FoldError(f"layer {_names(affine)}: parameters hold NaN or infinity")
     # one bit of room each for the rounding of the multipliers
     shift = EPILOGUE_BITS - 1 - math.ceil(math.log2(float(sums.max())))
     exponents = [math.ceil(math.log2(one)) + 1 for one in largest if one > 0]
-    shift = min(shift, EPILOGUE_BITS, MULTIPLIER_BITS - min(exponents, default=0))
+    shift = min(shift, EPILOGUE_BITS, max(0, MULTIPLIER_BITS - min(exponents, default=0)))
     if shift < 0:
         raise FoldError(
-            f"layer {affine.layers}: values reach 2^{math.log2(float(sums.max())):.0f} steps of {unit:g}; "
+            f"layer {_names(affine)}: values reach 2^{math.log2(float(sums.max())):.0f} steps of {unit:g}; "
             "the step is too small for this layer: calibrate it again"
         )
     multipliers = tuple(_multiplier(ratio, shift) for ratio in ratios)
     half = 2 ** (shift - 1) if shift else 0
     rounded = np.rint(np.ldexp(constant, shift)).astype(np.int64) + half
     return Epilogue(multipliers, np.asarray(rounded, np.int64), shift, low, high, unit)
+
+
+def _names(affine: Affine) -> str:
+    return " + ".join(repr(name) for name in affine.layers) or "'input'"
 
 
 def _multiplier(ratio: Array, shift: int) -> NDArray[np.int64]:
@@ -205,6 +212,12 @@ def wide_epilogue(affine: Affine) -> Epilogue:
     """
     low, high = affine.real_range()
     reach = max(abs(float(low.min())), abs(float(high.max())))
+    whole = replace(affine, low=-math.inf, high=math.inf).real_range()
+    largest = max(abs(float(whole[0].min())), abs(float(whole[1].max())))
+    if not math.isfinite(largest):
+        raise FoldError(f"layer {_names(affine)}: parameters hold NaN or infinity")
+    # a clip may leave a sliver of what the sums reach, and sums have 52 bits
+    reach = max(reach, largest * 2.0 ** (WIDE_BITS - WIDE_SUM_BITS))
     streams = [term for term in affine.terms if term.coefficient.ndim == 0 and float(term.coefficient)]
     base = reach or 1.0
     if streams and reach > 0:

@@ -6,12 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
-
 from .pack import plane_bytes
 from .passes.integer_model import IntegerModel
+from .passes.static_values import static_values
 
 _FLOAT_LAYERS = ("aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.linear")
 
@@ -49,8 +46,11 @@ def layer_costs(model: IntegerModel, input_shapes: Sequence[Sequence[int]]) -> t
     Args:
         model: the graph of one mode.
         input_shapes: shapes of its inputs, batch included.
+
+    Raises:
+        InvalidArgument: if the graph cannot run on inputs of these shapes.
     """
-    shapes = _OutputShapes(model).trace(input_shapes)
+    values = static_values(model, tuple(tuple(shape) for shape in input_shapes))
     batch = max(1, int(input_shapes[0][0]))
     costs = []
     for node in model.graph.nodes:
@@ -58,7 +58,7 @@ def layer_costs(model: IntegerModel, input_shapes: Sequence[Sequence[int]]) -> t
         if not (name.startswith("accumulate") or name in _FLOAT_LAYERS):
             continue
         weight = model.constant(node.args[1])
-        positions = shapes[node].numel() // max(1, weight.shape[0])
+        positions = values[node].numel() // max(1, weight.shape[0])
         macs = positions * weight.numel() // batch
         layer = str(node.meta.get("layer", node.name))
         if name in _FLOAT_LAYERS:
@@ -68,23 +68,3 @@ def layer_costs(model: IntegerModel, input_shapes: Sequence[Sequence[int]]) -> t
             size = bits * plane_bytes(weight.numel())
             costs.append(LayerCost(layer, bits, model.mode.activation_bits, macs, size))
     return tuple(costs)
-
-
-class _OutputShapes(fx.Interpreter):
-    def trace(self, input_shapes: Sequence[Sequence[int]]) -> dict[fx.Node, torch.Size]:
-        self.shapes: dict[fx.Node, torch.Size] = {}
-        inputs = [node for node in self.module.graph.nodes if node.op == "placeholder"]
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-            self.run(
-                *(
-                    torch.empty(tuple(shape), dtype=node.meta.get("dtype", torch.float32))
-                    for node, shape in zip(inputs, input_shapes, strict=True)
-                )
-            )
-        return self.shapes
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        if isinstance(result, Tensor):
-            self.shapes[n] = result.shape
-        return result

@@ -12,7 +12,9 @@ from .float_state import load_float_state
 from .model import QuantModel
 from .modes import Mode, parse_modes
 from .passes.capture import capture
+from .passes.float_layers import check_convertible
 from .passes.manager import PassManager
+from .passes.module_tree import module_at
 from .registry import find_scheme
 
 
@@ -38,11 +40,13 @@ def prepare(
         config: the scheme's options, for example `VerticalConfig(batch_norm="stats")`.
 
     Returns:
-        The prepared model, in the training mode of `model`, its highest mode active.
+        The prepared model, every layer in the training mode it has in `model`, its highest mode active.
 
     Raises:
         CaptureError: if the model cannot be captured; names the user's line.
+        PassError: for a layer that has no form in an integer graph.
         InvalidArgument: for an unknown scheme or layer, or modes out of range.
+        InvalidInputType: if an argument has another type, or `model` is prepared already.
     """
     if not isinstance(model, nn.Module):
         raise InvalidInputType(f"model must be an nn.Module, not {type(model).__name__}")
@@ -56,5 +60,11 @@ def prepare(
     captured = capture(model, example_inputs)
     result = PassManager(chosen.passes(tuple(skip)))(captured.graph_module)
     prepared = QuantModel(result.graph_module, captured.signature, chosen, captured.method)
+    check_convertible(prepared)
     prepared.register_load_state_dict_pre_hook(load_float_state)
-    return prepared.train(model.training)
+    prepared.train(model.training)
+    for path, module in prepared.named_modules():
+        users = module_at(model, path)
+        if users is not None:
+            module.training = users.training  # a layer that the user froze stays frozen
+    return prepared

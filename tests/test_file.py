@@ -13,6 +13,7 @@ from nets import NETWORKS, example, trained
 
 import qcompile
 from qcompile.cli.demo import RecordingFile
+from qcompile.cli.inspect import describe
 from qcompile.errors import FileAccessError, FileFormatError, FoldError, InvalidArgument, InvalidInputType
 from qcompile.file.container import Container, Section, write_container
 from qcompile.file.graph_json import decode_graph, encode_graph
@@ -144,6 +145,10 @@ def _graph(saved) -> tuple[list, dict]:
     return json.loads(json.dumps(encode_graph(graph))), graph.constants()
 
 
+def _first_call(nodes: list) -> list:
+    return next(node for node in nodes if node[1] == "call_function")
+
+
 def test_graphs_survive_json(saved):
     nodes, constants = _graph(saved)
     rebuilt = decode_graph(nodes, constants, Mode(2, 2))
@@ -186,6 +191,14 @@ def test_other_operators_may_not_stand_in_a_file(saved, target):
         lambda nodes: nodes[3].__setitem__(5, []),
         lambda nodes: nodes[0].__setitem__(2, "x; import os"),
         lambda nodes: nodes[1].__setitem__(2, "__class__.__init__"),
+        lambda nodes: nodes[0].__setitem__(2, "class"),
+        lambda nodes: nodes[0].__setitem__(3, [1]),
+        lambda nodes: nodes[0].__setitem__(5, {"dtype": 3}),
+        lambda nodes: nodes.insert(1, ["y", "placeholder", "y", [{"node": nodes[0][0]}], {"dict": []}, {}]),
+        lambda nodes: nodes.insert(1, ["y", "placeholder", "self", [], {"dict": []}, {}]),
+        lambda nodes: _first_call(nodes).__setitem__(4, {"dict": [["a=print(), b", 1]]}),
+        lambda nodes: _first_call(nodes).__setitem__(4, {"dict": [["a=1)\nprint()\n(b", 1]]}),
+        lambda nodes: _first_call(nodes)[3].extend([1] * 20),
     ],
 )
 def test_malformed_graphs_are_refused(saved, spoil):
@@ -193,6 +206,76 @@ def test_malformed_graphs_are_refused(saved, spoil):
     spoil(nodes)
     with pytest.raises(FileFormatError):
         decode_graph(nodes, constants, Mode(2, 2))
+
+
+@pytest.mark.parametrize("quote", ['"', "\\"])
+def test_names_that_could_leave_a_string_are_refused(saved, quote):
+    nodes, constants = _graph(saved)
+    name = f"a{quote}b"
+    nodes.insert(1, ["y", "get_attr", name, [], {"dict": []}, {}])
+    with pytest.raises(FileFormatError, match="reads the constant"):
+        decode_graph(nodes, {**constants, name: torch.zeros(1)}, Mode(2, 2))
+
+
+def _rewritten(saved, folder, change_graph=None, change_model=None) -> Path:
+    """The file with another 2-bit graph or model description, all checksums right."""
+    with Container.open(saved[2]) as container:
+        sections = [Section(s.name, s.kind, container.read(s.name)) for s in container.sections]
+        modes, model = container.modes, json.loads(json.dumps(container.model))
+    if change_graph is not None:
+        nodes, _ = _graph(saved)
+        change_graph(nodes)
+        packed = zlib.compress(json.dumps(nodes).encode())
+        sections = [Section(s.name, s.kind, packed) if s.name == "graph:w2a2" else s for s in sections]
+    if change_model is not None:
+        change_model(model)
+    write_container(folder / "changed.qcm", sections, modes, model, prefix=True)
+    return folder / "changed.qcm"
+
+
+def _make_huge(nodes) -> None:
+    place = next(index for index, node in enumerate(nodes) if node[1] == "output")
+    call = ["huge", "call_function", "aten::full.", [[100000, 100000, 100], 1.0], {"dict": []}, {}]
+    nodes.insert(place, call)
+    nodes[place + 1][3] = [[{"node": "huge"}]]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _make_huge,
+        lambda nodes: _first_call(nodes).__setitem__(3, [[[[1]]]]),
+        lambda nodes: _first_call(nodes)[3].__setitem__(1, _first_call(nodes)[3][0]),
+    ],
+)
+def test_graphs_that_cannot_run_or_not_in_memory_are_refused(saved, tmp_path, change):
+    with pytest.raises(FileFormatError, match=r"changed\.qcm: .*mode 'w2a2'"):
+        qcompile.load(_rewritten(saved, tmp_path, change), bits=2)
+
+
+@pytest.mark.parametrize(
+    "description",
+    [
+        {"layers": 5},
+        {"layers": [1]},
+        {"input_shapes": [[]]},
+        {"input_shapes": []},
+        {"input_shapes": [[2, 7, 6, 6]]},
+        {"input_shapes": [[2**30, 1, 2**30, 6]]},
+        {"input_shapes": [[2**20, 3, 100, 6]]},
+        {"input_shapes": 3},
+        {"weights": [{"name": "a", "shape": [2**31 - 1] * 20_000}]},
+        {"weights": [{"name": "a", "shape": [2**30, 2**30]}]},
+        {"signature": {}},
+    ],
+)
+def test_malformed_descriptions_are_one_short_line(saved, tmp_path, description):
+    path = _rewritten(saved, tmp_path, change_model=lambda model: model.update(description))
+    for read in (qcompile.load, describe):
+        with pytest.raises(FileFormatError, match=r"changed\.qcm") as caught:
+            read(path)
+        assert len(str(caught.value)) < 500
+        assert "\n" not in str(caught.value)
 
 
 def test_a_graph_that_inflates_too_far_is_refused(saved, tmp_path):

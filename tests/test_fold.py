@@ -143,6 +143,23 @@ def test_wide_tensors_keep_at_least_28_bits_of_their_range():
     assert -(2**29) <= epilogue.low <= epilogue.high <= 2**29
 
 
+def test_a_clip_that_leaves_a_sliver_still_fits_the_sums():
+    wide = Term(None, np.array([1.0, 3.0]), np.float64(-2000), np.float64(2000))
+    affine = Affine((wide,), np.array([-1999.999, -5999.999]), 4, 1).clipped(0.0, math.inf)
+    epilogue = wide_epilogue(affine)
+    found = reference.requantise(
+        [np.array([[2000], [2000]])], list(epilogue.multipliers), epilogue.constant, epilogue.shift, 0, 2**29
+    )
+    # the sum is 6000 and its multiplier has 30 bits
+    assert np.abs(found * epilogue.unit - 1e-3).max() < 6000 * 2.0**-30
+
+
+def test_few_accumulator_steps_in_a_fine_unit():
+    few = Term(None, np.array([1.0]), np.float64(-3), np.float64(3))
+    epilogue = integer_epilogue(Affine((few,), np.zeros(1), 4, 1), 2.0**-36, -(2**40), 2**40)
+    assert int(epilogue.multipliers[0][0]) == 2 ** (36 + epilogue.shift)
+
+
 @pytest.mark.parametrize("unit", [0.0, -1.0, math.nan, math.inf])
 def test_bad_steps_are_named(unit):
     term = Term(None, np.float64(0.5), np.float64(0), np.float64(100))

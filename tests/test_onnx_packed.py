@@ -12,7 +12,8 @@ import pytest
 import torch
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
-from onnx_networks import NETWORKS, lowered, prepared
+from onnx_networks import NETWORKS, conv, lowered, network, prepare, prepared
+from test_onnx_float import OTHER, OWN
 from test_onnx_model import operators, optimised
 from test_verify_onnx import changed
 from verify_networks import Residual, images, trained
@@ -53,6 +54,16 @@ def test_packing_changes_nothing_but_the_storage(name: str, bits: int) -> None:
     inputs = [one.numpy() for one in x]
     for expected, found in zip(plain.run(inputs), small.run(inputs), strict=True):
         assert np.array_equal(expected, found)
+
+
+@pytest.mark.parametrize("name", [*OWN, *OTHER])
+def test_islands_mean_the_same_in_newer_operator_sets(name: str) -> None:
+    build = {**OWN, **OTHER}[name]
+    model, x = prepare(lambda: network(conv(8, 16), build()), ((3, 12, 12),), (2,))
+    with torch.no_grad():
+        expected = model(*x)
+    actual = packed(model, 2)(*x)
+    torch.testing.assert_close(actual, expected, rtol=0.0, atol=1e-5 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])

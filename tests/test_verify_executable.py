@@ -146,6 +146,15 @@ def test_the_untapped_run_must_give_the_tapped_outputs(model: QuantModel) -> Non
     assert report.failures == ("outputs: the untapped run differs from the tapped one",)
 
 
+@pytest.mark.parametrize(("offset", "exact"), [(1e-7, True), (1e-2, False)])
+def test_runtimes_that_fuse_float_operators_may_round_differently_without_taps(
+    model: QuantModel, offset: float, exact: bool
+) -> None:
+    executable = runtime(model)
+    executable.reproducible, executable.untapped_offset = False, offset
+    assert verify(model, X, target=executable).exact == exact
+
+
 def test_outputs_must_follow_from_the_last_codes(model: QuantModel) -> None:
     class Tampered(PretendRuntime):
         def _run(self, inputs: Any) -> Any:

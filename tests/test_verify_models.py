@@ -12,8 +12,10 @@ from verify_networks import (
     Attention,
     Bottleneck,
     Dense,
+    Encoder,
     Gate,
     Mlp,
+    Norms,
     OneDimensional,
     Pools,
     Residual,
@@ -33,6 +35,8 @@ NETWORKS: dict[str, tuple[type[nn.Module], Tensor]] = {
     "pools": (Pools, images(6, 15)),
     "gate": (Gate, images(6, 8)),
     "attention": (Attention, torch.arange(42).reshape(6, 7) % 11),
+    "encoder": (Encoder, images(6, 4)),
+    "norms": (Norms, images(6, 8)),
 }
 
 

@@ -13,7 +13,19 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
-from verify_networks import Attention, Bottleneck, Dense, Gate, Mlp, Pools, Residual, images, trained
+from verify_networks import (
+    Attention,
+    Bottleneck,
+    Dense,
+    Encoder,
+    Gate,
+    Mlp,
+    Norms,
+    Pools,
+    Residual,
+    images,
+    trained,
+)
 
 import qcompile
 from qcompile.backends.onnx import OnnxQdqTarget
@@ -29,6 +41,8 @@ NETWORKS: dict[str, tuple[type[torch.nn.Module], torch.Tensor]] = {
     "pools": (Pools, images(6, 15)),
     "gate": (Gate, images(6, 8)),
     "attention": (Attention, torch.arange(42).reshape(6, 7) % 11),
+    "encoder": (Encoder, images(6, 4)),
+    "norms": (Norms, images(6, 8)),
 }
 
 #: Loud, quiet and ordinary images, so that every code occurs.

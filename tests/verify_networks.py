@@ -185,6 +185,38 @@ class Attention(nn.Module):
         return self.head(x.mean(1))
 
 
+class Encoder(nn.Module):
+    """torch's own encoder layer: attention with dropout between quantised projections."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(3, 8), nn.Linear(8, 5)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(functional.relu(self.embed(x.flatten(2).transpose(1, 2)))).mean(1))
+
+
+class Norms(nn.Module):
+    """Normalisations without parameters, and per sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 6, 3), nn.Linear(6, 5)
+        self.conv1, self.conv2, self.conv3 = (nn.Conv2d(6, 6, 3, padding=1) for _ in range(3))
+        self.plain, self.affine = nn.InstanceNorm2d(6), nn.InstanceNorm2d(6, affine=True)
+        self.tracked, self.last = (
+            nn.InstanceNorm2d(6, track_running_stats=True),
+            nn.LayerNorm(6, elementwise_affine=False),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.relu(self.plain(self.conv1(functional.relu(self.stem(x)))))
+        x = functional.relu(self.affine(self.conv2(x)))
+        x = functional.relu(self.tracked(self.conv3(x)))
+        return self.head(self.last(x.mean((2, 3))))
+
+
 def trained(network: Callable[[], nn.Module], x: Tensor, steps: int = 3, **options: Any) -> QuantModel:
     """Build and prepare a network and train it for a few steps, so that every mode has its own parameters."""
     torch.manual_seed(0)

@@ -14,9 +14,9 @@ from torch import Tensor, fx
 
 from qcompile.errors import LoweringError
 from qcompile.passes.integer_model import IntegerModel
+from qcompile.passes.static_values import static_values
 
 from .graph import OPSET, GraphBuilder
-from .static_values import static_values
 from .values import Array, Codes, Constant, Plain, Real, Value
 
 T = TypeVar("T")

@@ -37,6 +37,8 @@ class OnnxExecutable(Executable):
         lowered: what its tensors mean, by node name of the integer graph.
     """
 
+    reproducible = False
+
     def __init__(
         self, request: LoweringRequest, model: onnx.ModelProto | None = None, packed: bool = False
     ) -> None:

@@ -10,8 +10,7 @@ from typing import Any
 
 import onnx
 import torch
-from onnx import compose, inliner
-from onnxscript import version_converter
+from onnx import compose, inliner, version_converter
 from torch import fx
 
 from qcompile.errors import LoweringError

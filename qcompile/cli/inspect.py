@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ..costs import layer_costs
+from ..errors import FileFormatError
 from ..file.container import Container
-from ..file.load import load
+from ..file.load import Metadata, load
 from ..modes import Mode
 from .tables import print_json, print_table
 
@@ -28,7 +29,7 @@ def describe(file: Path) -> dict[str, Any]:
     """Modes, sections and layers of a file, as JSON values.
 
     Raises:
-        FileFormatError: if a section does not match its checksum.
+        FileFormatError: if a section does not match its checksum, or describes no model.
     """
     with Container.open(file) as container:
         available = container.available
@@ -55,13 +56,14 @@ def describe(file: Path) -> dict[str, Any]:
             }
             for mode in container.modes
         ]
-        size, scheme, records = (
-            container.size,
-            container.model.get("scheme"),
-            container.model.get("layers", []),
-        )
-    layers = {
-        name: {"layer": name, "state": "quantised" if done else reason} for name, done, reason in records
+        size = container.size
+        try:
+            metadata = Metadata(container.model)
+        except FileFormatError as error:
+            raise FileFormatError(f"{file}: {error}") from error
+    layers: dict[str, dict[str, Any]] = {
+        one.name: {"layer": one.name, "state": "quantised" if one.quantized else one.reason}
+        for one in metadata.layers
     }
     if available:
         model = load(file)
@@ -73,7 +75,7 @@ def describe(file: Path) -> dict[str, Any]:
             listed = next(one for one in modes if one["mode"] == mode.label)
             listed["BitOPs of quantised layers"] = sum(cost.bitops for cost in costs if cost.weight_bits < 32)
     return {
-        "scheme": scheme,
+        "scheme": metadata.scheme,
         "bytes": size,
         "modes": modes,
         "sections": sections,

@@ -1,13 +1,16 @@
 """Integer graphs as JSON, and back without running any code from the file.
 
 Only operators on a list can be named: qcompile's own, aten operators that neither write to their inputs nor
-touch anything outside of them, and size arithmetic.
+touch anything outside of them, and size arithmetic. torch.fx writes names of nodes, inputs, constants and
+keywords into source text, so each is held to what cannot be anything but a name.
 """
 
 from __future__ import annotations
 
+import keyword
 import math
 import operator
+import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -34,13 +37,19 @@ _COMPOSITES = (
     | {"matmul", "einsum", "scaled_dot_product_attention", "stack", "hstack", "vstack", "where", "square"}
     | {"upsample_bilinear2d", "upsample_bicubic2d", "upsample_linear1d", "upsample_trilinear3d", "dropout"}
     | {"sym_size", "sym_numel", "embedding", "to", "type_as", "concat", "tile", "unfold", "im2col", "roll"}
+    | {"gru", "lstm", "rnn_tanh", "rnn_relu", "linalg_vector_norm", "norm", "cumsum", "_weight_norm"}
+    | {"zeros", "ones", "full", "arange", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones"}
 )
 
-#: Core operators that make tensors of sizes of their own choosing, or read the generator.
+#: Core operators that read files, uninitialised memory or the generator. (How large the tensors of a stored
+#: graph get is checked when it is loaded.)
 _NOT_FROM_FILES = frozenset(
     (
         "from_file",
+        "empty",
+        "empty_like",
         "empty_strided",
+        "new_empty",
         "rand",
         "randn",
         "randint",
@@ -53,7 +62,14 @@ _NOT_FROM_FILES = frozenset(
 )
 
 MAX_NODES = 100_000
-_META_KEYS = ("layer", "layers", "unit", "weight_bits", "weight_signed", "code_low", "code_high", "dtype")
+_META_TYPES: dict[str, Any] = {
+    **dict.fromkeys(("weight_bits", "code_low", "code_high"), int),
+    "layer": str,
+    "layers": list,
+    "unit": (int, float),
+    "weight_signed": bool,
+    "dtype": torch.dtype,
+}
 _DTYPES = {str(one).removeprefix("torch."): one for one in (torch.float32, torch.float64, torch.float16)} | {
     str(one).removeprefix("torch."): one
     for one in (torch.bfloat16, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
@@ -70,9 +86,35 @@ def encode_graph(model: IntegerModel) -> list[Any]:
 
 
 def _encode_node(node: fx.Node) -> list[Any]:
+    layer = node.meta.get("layer", node.name)
     target = node.target if node.op != "call_function" else _operator_name(node)
-    meta = {key: _encode(node.meta[key]) for key in _META_KEYS if key in node.meta}
-    return [node.name, node.op, target, _encode(list(node.args)), _encode(dict(node.kwargs)), meta]
+    if node.op == "get_attr" and not _is_path(str(target)):
+        raise LoweringError(
+            f"layer {layer!r}: the name {target!r} cannot be stored in a file; rename the module"
+        )
+    meta = {key: _encode(node.meta[key]) for key in _META_TYPES if key in node.meta}
+    kwargs = {key: value for key, value in node.kwargs.items() if not _is_placement(key, value)}
+    try:
+        return [node.name, node.op, target, _encode(list(node.args)), _encode(kwargs), meta]
+    except LoweringError as cause:
+        raise LoweringError(
+            f"layer {layer!r}: operator {target}: {cause}; replace it in the model"
+        ) from cause
+
+
+def _is_placement(key: str, value: Any) -> bool:
+    """Whether an argument says no more than where a tensor is made: a stored graph runs wherever it is loaded."""
+    return key in ("device", "layout", "pin_memory") and value in (
+        (None, torch.device("cpu"), torch.strided, False)
+    )
+
+
+def _is_name(text: str) -> bool:
+    return text.isidentifier() and not keyword.iskeyword(text)
+
+
+def _is_path(text: str) -> bool:
+    return text.isprintable() and not set('"\\') & set(text)
 
 
 def _operator_name(node: fx.Node) -> str:
@@ -88,7 +130,7 @@ def _operator_name(node: fx.Node) -> str:
         name = str(target)
     layer = node.meta.get("layer", node.name)
     raise LoweringError(
-        f"layer {layer!r}: operator {name} cannot be stored in a file; pass skip or replace it"
+        f"layer {layer!r}: operator {name} cannot be stored in a file; replace it in the model"
     )
 
 
@@ -149,8 +191,8 @@ def decode_graph(nodes: Any, constants: Mapping[str, Tensor], mode: Mode) -> Int
             str(node.target): constants[str(node.target)] for node in graph.nodes if node.op == "get_attr"
         }
         return IntegerModel(used, graph, mode)
-    except (RuntimeError, AttributeError, SyntaxError, KeyError, TypeError) as cause:
-        raise FileFormatError(f"the graph is inconsistent: {str(cause).splitlines()[0]}") from cause
+    except (RuntimeError, AttributeError, SyntaxError, LookupError, TypeError, NameError) as cause:
+        raise FileFormatError(f"the graph is inconsistent: {str(cause).splitlines()[0][:200]}") from cause
 
 
 def _decode_node(
@@ -159,29 +201,43 @@ def _decode_node(
     if not isinstance(record, list) or len(record) != 6:
         raise FileFormatError("a graph node must be a list of 6 entries")
     name, op, target, args, kwargs, meta = record
-    if not (isinstance(name, str) and name.isidentifier() and name not in known):
-        raise FileFormatError(f"{name!r} is no valid or no unused node name")
+    if not (isinstance(name, str) and _is_name(name) and name not in known):
+        raise FileFormatError(f"{reprlib.repr(name)} is no valid or no unused node name")
     if not isinstance(target, str):
         raise FileFormatError(f"node {name!r}: its target must be a string")
     callee: Any = target
     if op == "call_function":
         callee = _find_operator(target)
     elif op == "get_attr":
-        if target not in constants:
+        if target not in constants or not _is_path(target):
             raise FileFormatError(
                 f"node {name!r} reads the constant {target!r}, which the file does not hold"
             )
     elif op == "placeholder":
-        if not target.isidentifier():
-            raise FileFormatError(f"input {target!r} is no valid name")
+        if not _is_name(target):
+            raise FileFormatError(f"input {reprlib.repr(target)} is no valid name")
     elif op != "output":
         raise FileFormatError(f"node {name!r}: {op!r} is no node kind of an integer graph")
     decoded = _decode(kwargs, known)
     if not isinstance(args, list) or not isinstance(decoded, dict) or not isinstance(meta, dict):
         raise FileFormatError(f"node {name!r}: malformed arguments")
+    most, keywords = _signature(op, callee)
+    if len(args) > most or not keywords.issuperset(decoded):
+        raise FileFormatError(f"node {name!r}: {target} has no such arguments")
     node = graph.create_node(op, callee, tuple(_decode(one, known) for one in args), decoded, name=name)
-    node.meta.update({key: _decode(meta[key], known) for key in _META_KEYS if key in meta})
+    node.meta.update({key: _decode(meta[key], known) for key in _META_TYPES if key in meta})
+    if not all(isinstance(node.meta[key], kind) for key, kind in _META_TYPES.items() if key in node.meta):
+        raise FileFormatError(f"node {name!r}: malformed description")
     known[name] = node
+
+
+def _signature(op: str, callee: Any) -> tuple[int, set[str]]:
+    """How many arguments and which keywords a node of a graph may have."""
+    if op != "call_function":
+        return (1 if op == "output" else 0), set()
+    if isinstance(callee, torch._ops.OpOverload):
+        return len(callee._schema.arguments), {argument.name for argument in callee._schema.arguments}
+    return 2, set()
 
 
 def _find_operator(target: str) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import reprlib
 import zlib
 from collections.abc import Sequence
 from os import PathLike
@@ -17,6 +19,7 @@ from ..pack import plane_bytes, split_planes, unpack_planes
 from ..passes.integer_model import IntegerModel
 from ..passes.quantize_layers import LayerRecord
 from ..passes.signature import CallSignature
+from ..passes.static_values import static_values
 from .container import Container
 from .graph_json import decode_graph
 from .strict_json import parse_json
@@ -25,11 +28,17 @@ from .tensors import decode_tensors
 #: A stored graph may not inflate to more.
 MAX_GRAPH_BYTES = 64 << 20
 
+#: No tensor of a stored graph may be larger at the stored input shapes.
+MAX_TENSOR_BYTES = 8 << 30
+
+#: Weights have no more dimensions.
+MAX_DIMENSIONS = 8
+
 
 class DeployedModel(MultiModeModel):
     """A model loaded from a file: it runs and lowers at the loaded modes, but does not train."""
 
-    def __init__(self, graphs: dict[Mode, IntegerModel], metadata: _Metadata, prefix_decodable: bool) -> None:
+    def __init__(self, graphs: dict[Mode, IntegerModel], metadata: Metadata, prefix_decodable: bool) -> None:
         super().__init__()
         self.prepared_modes = tuple(graphs)
         self.active = self.prepared_modes[-1]
@@ -80,27 +89,38 @@ class DeployedModel(MultiModeModel):
         return self
 
 
-class _Metadata:
-    """The header's description of the model, checked."""
+class Metadata:
+    """The header's description of the model, checked.
+
+    Raises:
+        FileFormatError: if it is malformed; without the file's name.
+    """
 
     def __init__(self, data: dict[str, Any]) -> None:
         try:
             self.scheme = str(data["scheme"])
             self.signature = CallSignature.from_json(data["signature"])
-            self.shapes = tuple(tuple(_size(size) for size in shape) for shape in data["input_shapes"])
-            self.weights = [
-                (str(one["name"]), tuple(_size(s) for s in one["shape"])) for one in data["weights"]
-            ]
+            self.shapes = tuple(_shape(shape) for shape in data["input_shapes"])
+            self.weights = [(str(one["name"]), _shape(one["shape"])) for one in data["weights"]]
             self.layers = tuple(LayerRecord(str(n), bool(q), str(r)) for n, q, r in data["layers"])
         except (KeyError, TypeError, ValueError) as cause:
             raise FileFormatError(f"its model description is malformed ({cause})") from cause
-        if len(self.shapes) != len(self.signature.inputs):
+        if len(self.shapes) != len(self.signature.inputs) or not all(self.shapes):
             raise FileFormatError("its input shapes do not match its inputs")
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list) or len(value) > MAX_DIMENSIONS:
+        raise ValueError(f"{reprlib.repr(value)} is no shape")
+    shape = tuple(_size(size) for size in value)
+    if math.prod(shape) >= 2**36:
+        raise ValueError(f"a tensor of shape {shape} is too large")
+    return shape
 
 
 def _size(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
-        raise ValueError(f"{value!r} is no size")
+        raise ValueError(f"{reprlib.repr(value)} is no size")
     return value
 
 
@@ -146,15 +166,13 @@ def _load(container: Container, bits: int | str | Mode | None) -> DeployedModel:
             raise FileFormatError("it holds no complete mode")
     else:
         wanted = [find_mode(bits, tuple(listed.values()))]
-    metadata = _Metadata(container.model)
+    metadata = Metadata(container.model)
     cache: dict[str, bytes] = {}
     graphs = {mode: _read_mode(container, mode, metadata, cache) for mode in wanted}
     return DeployedModel(graphs, metadata, container.prefix)
 
 
-def _read_mode(
-    container: Container, mode: Mode, metadata: _Metadata, cache: dict[str, bytes]
-) -> IntegerModel:
+def _read_mode(container: Container, mode: Mode, metadata: Metadata, cache: dict[str, bytes]) -> IntegerModel:
     def read(name: str) -> bytes:
         if name not in cache:
             cache[name] = container.read(name)
@@ -178,12 +196,34 @@ def _read_mode(
         raise FileFormatError(
             f"the graph of mode {mode.name!r} is incomplete or larger than {MAX_GRAPH_BYTES} bytes"
         )
-    return decode_graph(parse_json(text), constants, mode)
+    graph = decode_graph(parse_json(text), constants, mode)
+    _check_sizes(graph, metadata)
+    return graph
 
 
-def _codes(sections: list[bytes], mode: Mode, metadata: _Metadata) -> dict[str, Tensor]:
+def _check_sizes(graph: IntegerModel, metadata: Metadata) -> None:
+    """Run the graph without data: what it computes must fit its inputs, and memory.
+
+    Raises:
+        FileFormatError: if it does not.
+    """
+    try:
+        values = static_values(graph, metadata.shapes)
+    except InvalidArgument as cause:
+        raise FileFormatError(f"the graph of mode {graph.mode.name!r} is inconsistent: {cause}") from cause
+    for node, value in values.items():
+        for one in torch.utils._pytree.tree_leaves(value):
+            size = one.numel() * one.itemsize if isinstance(one, Tensor) else 0
+            if size > MAX_TENSOR_BYTES:
+                raise FileFormatError(
+                    f"node {node.name!r} of mode {graph.mode.name!r} needs {size} bytes; "
+                    f"at most {MAX_TENSOR_BYTES} are allowed"
+                )
+
+
+def _codes(sections: list[bytes], mode: Mode, metadata: Metadata) -> dict[str, Tensor]:
     """Put the bit-planes of all sections together, layer by layer."""
-    sizes = [_numel(shape) for _, shape in metadata.weights]
+    sizes = [math.prod(shape) for _, shape in metadata.weights]
     per_plane = sum(plane_bytes(size) for size in sizes)
     planes: list[list[memoryview]] = [[] for _ in sizes]
     for data in sections:
@@ -205,12 +245,3 @@ def _codes(sections: list[bytes], mode: Mode, metadata: _Metadata) -> dict[str, 
             )
         codes[name] = torch.from_numpy(unpack_planes(layer, shape, True))
     return codes
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    numel = 1
-    for size in shape:
-        numel *= size
-    if numel >= 2**40:
-        raise FileFormatError(f"a weight of shape {shape} is too large")
-    return numel

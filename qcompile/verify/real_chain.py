@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from ..model import QuantModel
 from ..modes import Mode
 from ..passes.batchnorm import ModeBatchNorm
+from ..passes.eval_identities import IDENTITIES_IN_EVAL
 from ..passes.integer_model import IntegerModel
 from ..passes.layers import QuantizedLayer
 from ..passes.mode_input import MODE_INPUT
@@ -124,13 +125,16 @@ class RealChain:
                 self._compare_outputs(substitute(node.args[0], values.__getitem__), outputs)
             elif node.op == "call_module":
                 module = self.model.get_submodule(str(node.target))
-                x = values[node.all_input_nodes[0]]
+                given = [
+                    one for one in node.args if not (isinstance(one, fx.Node) and one.meta.get(MODE_INPUT))
+                ]
+                args = substitute(given, values.__getitem__)
                 if isinstance(module, ActivationQuantizer):
                     path = str(node.target)
-                    values[node] = self._quantised(path, calls[path], module, x, codes)
+                    values[node] = self._quantised(path, calls[path], module, args[0], codes)
                     calls[path] += 1
                 else:
-                    values[node] = self._module(str(node.target), module, x)
+                    values[node] = self._module(str(node.target), module, args)
             elif node.op == "get_attr":
                 values[node] = _double(_attribute(self.model, str(node.target)))
             else:
@@ -203,17 +207,17 @@ class RealChain:
             total = total + unit * np.abs(as_array(values[one.name]).astype(np.float64))
         return np.asarray(total) * 2.0 ** -(shift + 1)
 
-    def _module(self, path: str, module: nn.Module, x: Tensor) -> Tensor:
+    def _module(self, path: str, module: nn.Module, args: Sequence[Any]) -> Any:
         if isinstance(module, QuantizedLayer):
-            return self._layer(path, module, x)
+            return self._layer(path, module, args[0])
         if isinstance(module, ModeBatchNorm):
-            return self._normalised(module, x)
+            return self._normalised(module, args[0])
+        if isinstance(module, IDENTITIES_IN_EVAL):
+            return args[0]
         tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        if not tensors:
-            return x  # dropout, stochastic depth
         doubles = {name: _double(value.detach().cpu()) for name, value in tensors.items()}
-        result: Tensor = torch.func.functional_call(module, doubles, (x,))
-        return _double(result)
+        result = torch.func.functional_call(module, doubles, tuple(args))
+        return pytree.tree_map_only(Tensor, _double, result)
 
     def _layer(self, path: str, layer: QuantizedLayer, x: Tensor) -> Tensor:
         weight, geometry = self._weight(path).real, layer.geometry

@@ -178,7 +178,7 @@ class VerificationReport:
         differing = sum(one.count for one in end.differences)
         yield (
             f"end to end: {differing} of {end.codes_compared} codes differ, logits by {end.logits_error:.1e} "
-            f"of the largest; untapped run {'equal' if end.untapped_equal else 'DIFFERS'}"
+            f"of the largest; untapped run {'equal' if end.untapped_equal else 'not bit for bit equal'}"
         )
         for one in end.differences:
             cause = f"behind {CAUSES[one.behind]}" if one.behind else "WITHOUT CAUSE"

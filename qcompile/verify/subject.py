@@ -40,10 +40,12 @@ class Subject:
     Attributes:
         name: what the report calls it.
         in_process: whether its float operators are torch's, so that they repeat bit for bit here.
+        reproducible: whether they repeat bit for bit with and without taps.
     """
 
     name: str
     in_process: bool
+    reproducible: bool = True
 
     def tapped(self, inputs: Sequence[Tensor]) -> Observation:
         """Run with every integer tensor shown."""
@@ -110,6 +112,7 @@ class ExecutableSubject(Subject):
 
     def __init__(self, executable: Executable, signature: CallSignature, fresh: bool) -> None:
         self.executable, self.signature, self.name = executable, signature, executable.target
+        self.reproducible = executable.reproducible
         self.fresh = fresh
 
     def tapped(self, inputs: Sequence[Tensor]) -> Observation:

@@ -36,7 +36,7 @@ def static_values(model: IntegerModel, shapes: tuple[tuple[int, ...], ...]) -> d
         ]
         try:
             recorder.run(*tensors)
-        except (RuntimeError, ValueError, TypeError) as cause:
+        except (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError) as cause:
             listed = ", ".join(str(tuple(shape)) for shape in shapes)
             reason = (str(cause) or type(cause).__name__).splitlines()[0]
             raise InvalidArgument(f"the model does not run on inputs of shape {listed}: {reason}") from cause
