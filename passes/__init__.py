@@ -1,0 +1,16 @@
+"""Graph passes: capture, normalisation, schemes, folding, conversion; for users who compose their own."""
+
+from .batchnorm import SplitBatchNorm
+from .integer_model import IntegerModel
+from .manager import Condition, Pass, PassManager, PassResult
+from .quantize_layers import QuantizeLayers
+
+__all__ = [
+    "Condition",
+    "IntegerModel",
+    "Pass",
+    "PassManager",
+    "PassResult",
+    "QuantizeLayers",
+    "SplitBatchNorm",
+]

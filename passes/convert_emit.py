@@ -20,6 +20,7 @@ from .float_layers import float_call
 from .fold import WIDE_BITS, Affine, Epilogue, Term, broadcastable, integer_epilogue, wide_epilogue
 from .layers import QuantizedLayer
 from .mode_input import MODE_INPUT
+from .module_tree import tensor_at
 from .quantizers import ActivationGrid, ActivationQuantizer, WeightCodes
 
 #: What a tensor of the training graph is in the integer graph: an affine map of integers, or a float node
@@ -72,10 +73,9 @@ class Emitter:
 
     def float_attribute(self, node: fx.Node) -> fx.Node:
         """A parameter or buffer that a float operator reads directly."""
-        owner: Any = self.model
-        for part in str(node.target).split("."):
-            owner = getattr(owner, part)
-        return self.constant(str(node.target), owner, owner.dtype)
+        found = tensor_at(self.model, str(node.target))
+        assert found is not None
+        return self.constant(str(node.target), found, found.dtype)
 
     # ---- integers -----------------------------------------------------------------------------------------
 
@@ -273,8 +273,10 @@ class Emitter:
             return self.constant(f"{name}.{part}", tensor, tensor.dtype)
 
         sources = [self.to_float(value) for value in inputs]
-        target, arguments = float_call(module, sources, constant, self.row, name)
-        return self.call(target, arguments, name, layer=name)
+        made = float_call(module, sources, constant, self.row, name)
+        node_of_layer = self.call(made.target, made.args, name, layer=name)
+        node_of_layer.kwargs = made.kwargs
+        return node_of_layer
 
     def island(self, node: fx.Node, values: dict[fx.Node, Value]) -> fx.Node:
         """Any other operator, in float."""

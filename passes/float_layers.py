@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,9 +13,6 @@ from qcompile.errors import PassError
 
 from .attention import ScaledDotProductAttention
 from .batchnorm import ModeBatchNorm
-from .eval_identities import IDENTITIES_IN_EVAL
-from .layers import QuantizedLayer
-from .quantizers import ActivationQuantizer
 
 _ATEN = torch.ops.aten
 _CONVOLUTIONS: dict[type[nn.Module], Any] = {
@@ -30,18 +28,25 @@ _TRANSPOSED: dict[type[nn.Module], Any] = {
 
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
-#: Modules that integer graphs hold in one form or another.
-CONVERTIBLE = (
-    *(QuantizedLayer, ActivationQuantizer, ModeBatchNorm, ScaledDotProductAttention),
-    *(*_CONVOLUTIONS, *_TRANSPOSED, *_INSTANCE_NORMS, *IDENTITIES_IN_EVAL),
-    *(nn.Linear, nn.LayerNorm, nn.GroupNorm, nn.Embedding),
-)
+
+@dataclass(frozen=True)
+class Call:
+    """A call of an aten operator.
+
+    Attributes:
+        target: the overload.
+        args, kwargs: its arguments; nodes of the graph under construction among them.
+    """
+
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
 
 
 def float_call(
     module: Any, inputs: Sequence[fx.Node], constant: Callable[[str, Tensor], fx.Node], row: int, name: str
-) -> tuple[Any, tuple[Any, ...]]:
-    """The aten operator and arguments of a layer.
+) -> Call:
+    """The aten call of a layer.
 
     Args:
         module: the layer.
@@ -61,63 +66,54 @@ def float_call(
     x = inputs[0]
     if isinstance(module, ScaledDotProductAttention):
         mask = inputs[3] if len(inputs) > 3 else None
-        if module.scale is not None or module.enable_gqa:
-            raise PassError(
-                f"layer {name!r}: attention with its own scale or grouped keys cannot be converted yet"
-            )
-        return _ATEN.scaled_dot_product_attention.default, (*inputs[:3], mask, 0.0, module.is_causal)
+        return Call(
+            _ATEN.scaled_dot_product_attention.default,
+            (*inputs[:3], mask, 0.0, module.is_causal),
+            {"scale": module.scale, "enable_gqa": module.enable_gqa},
+        )
     if type(module) in _CONVOLUTIONS:
         overloads = _CONVOLUTIONS[type(module)]
         named = isinstance(module.padding, str)
         padding = module.padding if named else list(module.padding)
         shape = (list(module.stride), padding, list(module.dilation), module.groups)
         overload = overloads.padding if named else overloads.default
-        return overload, (x, part("weight"), part("bias"), *shape)
+        return Call(overload, (x, part("weight"), part("bias"), *shape))
     if type(module) in _TRANSPOSED:
         moves = (list(module.stride), list(module.padding), list(module.output_padding), module.groups)
-        return _TRANSPOSED[type(module)], (x, part("weight"), part("bias"), *moves, list(module.dilation))
+        return Call(
+            _TRANSPOSED[type(module)], (x, part("weight"), part("bias"), *moves, list(module.dilation))
+        )
     if isinstance(module, nn.Linear):
-        return _ATEN.linear.default, (x, part("weight"), part("bias"))
+        return Call(_ATEN.linear.default, (x, part("weight"), part("bias")))
     if isinstance(module, nn.LayerNorm):
-        return _ATEN.layer_norm.default, (
-            x,
-            list(module.normalized_shape),
-            part("weight"),
-            part("bias"),
-            module.eps,
+        return Call(
+            _ATEN.layer_norm.default,
+            (
+                x,
+                list(module.normalized_shape),
+                part("weight"),
+                part("bias"),
+                module.eps,
+            ),
         )
     if isinstance(module, nn.GroupNorm):
-        return _ATEN.group_norm.default, (x, module.num_groups, part("weight"), part("bias"), module.eps)
+        return Call(
+            _ATEN.group_norm.default, (x, module.num_groups, part("weight"), part("bias"), module.eps)
+        )
     if isinstance(module, _INSTANCE_NORMS):
         own = not module.track_running_stats
         statistics = (None, None) if own else (part("running_mean"), part("running_var"))
         scales = (part("weight"), part("bias"))
-        return _ATEN.instance_norm.default, (x, *scales, *statistics, own, 0.0, module.eps, False)
+        return Call(_ATEN.instance_norm.default, (x, *scales, *statistics, own, 0.0, module.eps, False))
     if isinstance(module, nn.Embedding):
-        return _ATEN.embedding.default, (part("weight"), x)
+        return Call(_ATEN.embedding.default, (part("weight"), x))
     if isinstance(module, ModeBatchNorm):  # without running statistics: normalises by the batch
         affine, _ = module.rows_of(row)
         weight = None if module.weight is None else part("weight", module.weight[affine])
         bias = None if module.bias is None else part("bias", module.bias[affine])
-        return _ATEN.batch_norm.default, (x, weight, bias, None, None, True, 0.0, module.eps, False)
-    raise _refused(module, name)
-
-
-def check_convertible(model: fx.GraphModule) -> None:
-    """Refuse layers that could be trained but not converted.
-
-    Raises:
-        PassError: naming the layer.
-    """
-    for node in model.graph.find_nodes(op="call_module"):
-        module = model.get_submodule(node.target)
-        if not isinstance(module, CONVERTIBLE):
-            raise _refused(module, node.target)
-
-
-def _refused(module: nn.Module, name: str) -> PassError:
+        return Call(_ATEN.batch_norm.default, (x, weight, bias, None, None, True, 0.0, module.eps, False))
     kind = type(module).__name__
-    return PassError(
+    raise PassError(
         f"layer {name!r}: {kind} has no form in an integer graph; write it with operators of "
         "torch.nn.functional, or replace it"
     )

@@ -55,11 +55,6 @@ class Geometry:
         return Geometry("conv", tuple(module.stride), padding, dilation, module.groups)
 
     @property
-    def channel_axis(self) -> int:
-        """Axis of the output that holds the output channels."""
-        return 1 if self.kind == "conv" else -1
-
-    @property
     def flat_padding(self) -> list[int]:
         """(before, after) pairs in one list, first spatial dimension first."""
         return [amount for pair in self.padding for amount in pair]

@@ -158,12 +158,12 @@ def requantize(
 
     Args:
         inputs: integer tensors that broadcast against each other.
-        multipliers: int32 tensors, one per input, broadcastable against it.
+        multipliers: int64 tensors, one per input, broadcastable against it; int32 times a power of two.
         constant: int64 tensor, broadcastable; holds the rounding term.
         shift: bits dropped by the arithmetic shift.
         low, high: clipping range; it decides the output's dtype (uint8, int8 or int32).
 
-    Every partial sum stays below 2^53 in magnitude (the fold chooses multipliers so), hence float64
+    Every partial sum stays below 2^52 in magnitude (the fold chooses multipliers so), hence float64
     evaluates it exactly and fast; int64 gives the same.
     """
     if any(value.dim() == 0 for value in inputs) or len({value.shape for value in inputs}) > 1:

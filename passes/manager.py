@@ -18,7 +18,7 @@ from typing import ClassVar
 
 from torch import fx
 
-from qcompile.errors import PassError, PostconditionError, PreconditionError, QCompileError
+from qcompile.errors import FileAccessError, PassError, PostconditionError, PreconditionError, QCompileError
 
 
 @dataclass(frozen=True)
@@ -126,10 +126,13 @@ class PassManager:
 
     def _write(self, graph_module: fx.GraphModule, name: str) -> None:
         if self.dump is not None:
-            self.dump.mkdir(parents=True, exist_ok=True)
-            (self.dump / name).write_text(
-                f"{graph_module.graph}\n\n{graph_module.graph.python_code('self').src}"
-            )
+            text = f"{graph_module.graph}\n\n{graph_module.graph.python_code('self').src}"
+            try:
+                self.dump.mkdir(parents=True, exist_ok=True)
+                (self.dump / name).write_text(text)
+            except OSError as cause:
+                reason = cause.strerror or cause
+                raise FileAccessError(f"cannot write graphs to {self.dump}: {reason}") from cause
 
 
 def log_line(topic: str, *lines: str) -> None:

@@ -57,7 +57,6 @@ class QuantizeLayers(Pass):
         weight_quantizer: builds the quantiser of one layer's weight.
         activation_quantizer: builds the quantiser of one tensor, told whether it can be negative.
         skip: module paths (or prefixes of paths) that stay in float.
-        first_last: `float` keeps the first and last weighted layers in float.
     """
 
     ensures = (Condition("feeds every quantised layer from an activation quantiser", _unquantized_input),)
@@ -80,9 +79,13 @@ class QuantizeLayers(Pass):
             InvalidArgument: if a name in `skip` does not exist, or no layer is left to quantise.
         """
         paths = {name for name, _ in graph_module.named_modules()}
+        weighted = [str(node.target) for node in weighted_nodes(graph_module)]
         for name in self.skip:
-            if name not in paths:
-                layers = ", ".join(dict.fromkeys(str(node.target) for node in weighted_nodes(graph_module)))
+            known = any(one == name or one.startswith(f"{name}.") for one in weighted)
+            if name in paths and name and not known:
+                raise InvalidArgument(f"skip names {name!r}, which holds no layer that would be quantised")
+            if name not in paths or not name:
+                layers = ", ".join(dict.fromkeys(weighted))
                 raise InvalidArgument(
                     f"skip names {name!r}, which is no layer of the model; its layers: {layers}"
                 )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .errors import InvalidArgument
+from .errors import InvalidArgument, InvalidInputType
 from .model import QuantModel, as_prepared
 from .modes import ActiveMode
 from .passes.batchnorm import ModeBatchNorm
@@ -37,13 +37,17 @@ def calibrate(model: nn.Module, batches: Iterable[Any], reset_steps: bool = Fals
         reset_steps: search all activation steps anew.
 
     Raises:
-        InvalidArgument: if there are no batches, or they do not fit the model's inputs.
+        InvalidArgument: if there are no batches, they do not fit the model's inputs, or hold NaN or infinity.
+        InvalidInputType: if the model was not prepared, or `batches` cannot be iterated.
     """
     prepared = as_prepared(model)
+    if not isinstance(batches, Iterable):
+        raise InvalidInputType(f"batches must be an iterable of inputs, not {type(batches).__name__}")
     seen = 0
     with torch.no_grad(), _statistics_from_scratch(prepared, reset_steps):
         for batch in batches:
             args, kwargs = _inputs(prepared, batch)
+            _check_finite(prepared, args, kwargs)
             for row, mode in enumerate(prepared.prepared_modes):
                 with _step_search(prepared, row):
                     prepared.run(ActiveMode(mode, row), args, kwargs)
@@ -58,6 +62,14 @@ def _inputs(model: QuantModel, batch: Any) -> tuple[tuple[Any, ...], dict[str, A
     if isinstance(batch, (tuple, list)):
         return tuple(batch[: len(model.signature.inputs)]), {}
     return (batch,), {}
+
+
+def _check_finite(model: QuantModel, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    for one, value in zip(model.signature.inputs, model.signature.bind(args, kwargs), strict=True):
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise InvalidArgument(
+                f"cannot calibrate on a batch that holds NaN or infinity (input {one.name!r})"
+            )
 
 
 @contextmanager

@@ -23,7 +23,8 @@ def convert(model: nn.Module, bits: int | str | Mode | None = None) -> IntegerMo
 
     Raises:
         InvalidArgument: if the mode was not prepared, or input shapes are unknown.
-        FoldError: if activation steps were never set.
+        InvalidInputType: if the model was neither prepared nor loaded.
+        FoldError: if activation steps were never set, or integers exceed what the contract allows.
     """
     checked = as_multi_mode(model)
     mode = checked.active if bits is None else find_mode(bits, checked.prepared_modes)

@@ -53,7 +53,3 @@ class LoweringError(QCompileError, RuntimeError):
 
 class MissingExtra(QCompileError, ImportError):
     """An optional dependency is not installed; the message carries the pip command."""
-
-
-class QCompileWarning(UserWarning):
-    """Something works but is probably not what the caller wants."""

@@ -66,6 +66,7 @@ def float_state_dict(model: nn.Module, mode: int | str | Mode | None = None) -> 
 
     Raises:
         InvalidArgument: if the mode was not prepared.
+        InvalidInputType: if the model was not prepared.
     """
     prepared: QuantModel = as_prepared(model)
     chosen = prepared.active if mode is None else find_mode(mode, prepared.prepared_modes)

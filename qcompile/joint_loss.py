@@ -37,6 +37,10 @@ class JointLoss(nn.Module):
         batch_fn: for batches of any structure: `batch_fn(forward, batch)` calls `forward` like the model
             and returns (loss, logits); the joint loss is then called as `joint.backward(batch)`.
 
+    Raises:
+        InvalidInputType: if the model was not prepared.
+        InvalidArgument: unless exactly one of `criterion` and `batch_fn` is given.
+
     Attributes:
         losses: the last unweighted loss of every mode, by its label; detached scalars.
         weights: the last alpha of every mode, by its label.
@@ -65,9 +69,14 @@ class JointLoss(nn.Module):
 
         Args:
             batch: `x, y`; `inputs, y` with a tuple or dict of inputs; or one batch if `batch_fn` is given.
+                Inputs as the model takes them, dimension 0 the batch; `y` as the criterion takes it.
 
         Returns:
-            The weighted sum of the losses, detached.
+            The weighted sum of the losses, shape (), detached.
+
+        Raises:
+            InvalidArgument: if the inputs do not fit the model, or outputs that are to be distilled are no
+                tensor of logits.
         """
         if self.model.scheme.mode_weights() is None:
             return self._backward_min_norm(batch)

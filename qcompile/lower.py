@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from os import PathLike
 from typing import TYPE_CHECKING
 
 from torch import nn
 
-from .errors import InvalidArgument
+from .errors import InvalidArgument, InvalidInputType
 from .model import MultiModeModel, as_multi_mode, example_shapes
 from .modes import Mode, find_mode
 from .registry import find_target
@@ -40,6 +41,9 @@ def lower(
 
     Raises:
         InvalidArgument: for an unknown target or mode, or shapes that do not fit.
+        InvalidInputType: if the model was not prepared, or shapes are no shapes.
+        FileAccessError, FileFormatError: if `model` is a path that cannot be read, or no `.qcm` file.
+        FoldError: if the mode's steps were never set, or its integers exceed the contract's.
         LoweringError: if the target lacks an operator; names the layer.
         MissingExtra: if the target's packages are not installed.
     """
@@ -67,11 +71,17 @@ def _batched_shapes(
 ) -> tuple[tuple[int, ...], ...]:
     inputs = model.signature.inputs
     if given is not None:
-        if len(given) != len(inputs):
+        try:
+            shapes = [tuple(operator.index(size) for size in shape) for shape in given]
+        except TypeError:
+            raise InvalidInputType(
+                f"input_shapes holds one shape per input, for example ((3, 224, 224),), not {given!r}"
+            ) from None
+        if len(shapes) != len(inputs):
             raise InvalidArgument(
-                f"input_shapes has {len(given)} entries; the model takes {len(inputs)} inputs"
+                f"input_shapes has {len(shapes)} entries; the model takes {len(inputs)} inputs"
             )
-        return tuple((batch, *(int(size) for size in shape)) for shape in given)
+        return tuple((batch, *shape) for shape in shapes)
     known = example_shapes(model.signature) or model.last_shapes
     if known is None:
         raise InvalidArgument(

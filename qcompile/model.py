@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .errors import InvalidArgument, InvalidInputType
+from .errors import CaptureError, InvalidArgument, InvalidInputType
 from .modes import ActiveMode, Mode, find_mode
 from .passes.convert import convert_graph
 from .passes.integer_model import IntegerModel
+from .passes.module_tree import module_at
 from .passes.quantize_layers import LayerRecord
 from .passes.schemes.base import Scheme
 from .passes.signature import CallSignature
@@ -26,7 +27,7 @@ class MultiModeModel(nn.Module):
         active: the mode that a plain call runs.
         signature: how a user's call maps to the graph's inputs and outputs.
         last_shapes: shapes of the inputs of the last call, or of the examples; None if neither is known.
-        layers: what became of every weighted layer.
+        records: what became of every weighted layer.
         scheme_name: the scheme that quantised it.
         prefix_decodable: whether low modes' weight codes are the top bits of high modes'.
     """
@@ -35,7 +36,7 @@ class MultiModeModel(nn.Module):
     active: Mode
     signature: CallSignature
     last_shapes: tuple[tuple[int, ...], ...] | None
-    layers: tuple[LayerRecord, ...]
+    records: tuple[LayerRecord, ...]
     scheme_name: str
     prefix_decodable: bool
 
@@ -81,6 +82,8 @@ class QuantModel(MultiModeModel):
         method: `export` or `fx`, how the model was captured.
     """
 
+    _users: nn.Module
+
     def __init__(
         self, graph_module: fx.GraphModule, signature: CallSignature, scheme: Scheme, method: str
     ) -> None:
@@ -92,13 +95,13 @@ class QuantModel(MultiModeModel):
         self.method = method
         self.prepared_modes = scheme.modes
         self.active = scheme.modes[-1]
-        self.layers = graph_module.meta.get("layers", ())
-        for name, child in graph_module.named_children():
-            self.add_module(name, child)
-        for name, parameter in graph_module.named_parameters(recurse=False):
-            self.register_parameter(name, parameter)
-        for name, buffer in graph_module.named_buffers(recurse=False):
-            self.register_buffer(name, buffer)
+        self.records = graph_module.meta.get("layers", ())
+        self._check_names(graph_module)
+        self._modules.update(graph_module._modules)
+        self._parameters.update(graph_module._parameters)
+        self._buffers.update(graph_module._buffers)
+        self._non_persistent_buffers_set.update(graph_module._non_persistent_buffers_set)
+        self._link_users_modules()
         code = self.graph.python_code("self")
         namespace = dict(code.globals)
         exec(compile(code.src, f"<qcompile training graph {id(self)}>", "exec"), namespace)
@@ -107,13 +110,34 @@ class QuantModel(MultiModeModel):
         self._fingerprint: tuple[Any, ...] = ()
         self.last_shapes = example_shapes(signature)
 
+    @staticmethod
+    def _check_names(graph_module: fx.GraphModule) -> None:
+        """Refuse the few names that graphs, or later writes to this model's own attributes, cannot share."""
+        reserved = (set(dir(IntegerModel)) | {"mode", "active", "last_shapes"}) - set(dir(nn.Module))
+        for name in (*graph_module._modules, *graph_module._parameters, *graph_module._buffers):
+            if name in reserved:
+                raise CaptureError(
+                    f"the model has an attribute {name!r}, a name that graphs use themselves; rename it"
+                )
+
+    def _link_users_modules(self) -> None:
+        """A module with the user's names alone, which attributes of this class cannot hide from the graph."""
+        users = nn.Module()
+        users._modules, users._parameters, users._buffers = self._modules, self._parameters, self._buffers
+        self.__dict__["_users"] = users
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """As `nn.Module.get_submodule`, for any name of the user's."""
+        found = module_at(self, target)
+        return super().get_submodule(target) if found is None else found
+
     def run(self, active: ActiveMode, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Run one mode: the float chain in training mode, the integer graph in eval mode."""
         inputs = self.signature.bind(args, kwargs)
         shapes = tuple(tuple(one.shape) for one in inputs)
         self.last_shapes = shapes
         if self.training:
-            outputs = self._training_chain(self, *inputs, active)
+            outputs = self._training_chain(self._users, *inputs, active)
         else:
             with torch.no_grad():
                 outputs = self.integer_model(active.mode, shapes)(*inputs)
@@ -139,8 +163,12 @@ class QuantModel(MultiModeModel):
         # dimension 0 is the batch, which integer graphs leave open
         key = (mode, tuple(tuple(shape[1:]) for shape in shapes))
         if key not in self._integer:
-            self._integer[key] = convert_graph(self, self.graph, mode, self.row(mode), shapes)
+            self._integer[key] = self.converted(mode, shapes)
         return self._integer[key]
+
+    def converted(self, mode: Mode, shapes: Sequence[Sequence[int]]) -> IntegerModel:
+        """A freshly folded integer graph of one mode."""
+        return convert_graph(self._users, self.graph, mode, self.row(mode), shapes)
 
     def _current_fingerprint(self) -> tuple[Any, ...]:
         """Changes with every write to a parameter or buffer.
@@ -167,8 +195,9 @@ class QuantModel(MultiModeModel):
         copied = QuantModel.__new__(QuantModel)
         memo[id(self)] = copied
         for name, value in self.__dict__.items():
-            shared = name in ("_training_chain", "scheme")
+            shared = name in ("_training_chain", "scheme", "_users")
             copied.__dict__[name] = {} if name == "_integer" else value if shared else deepcopy(value, memo)
+        copied._link_users_modules()
         return copied
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 from .errors import InvalidArgument
 
-_MODE_NAME = re.compile(r"w(\d+)a(\d+)")
+_MODE_NAME = re.compile(r"w(\d{1,3})a(\d{1,3})", re.ASCII)
 
 
 @dataclass(frozen=True, order=True)
@@ -43,16 +45,16 @@ class Mode:
         """
         if isinstance(value, Mode):
             return value
-        if isinstance(value, int) and not isinstance(value, bool):
-            return Mode(value, value)
+        if isinstance(value, Integral) and not isinstance(value, bool):
+            return Mode(int(value), int(value))
         if isinstance(value, str):
             match = _MODE_NAME.fullmatch(value)
             if match:
                 return Mode(int(match[1]), int(match[2]))
-            if value.isdecimal():
+            if value.isdecimal() and len(value) <= 3:
                 return Mode(int(value), int(value))
         raise InvalidArgument(
-            f"{value!r} is not a mode; write a bit-width from 1 to 8 or a name such as 'w2a4'"
+            f"{reprlib.repr(value)} is not a mode; write a bit-width from 1 to 8 or a name such as 'w2a4'"
         )
 
 
@@ -84,7 +86,7 @@ def parse_modes(bits: Sequence[int] | None, modes: Sequence[int | str | Mode] | 
             "pass either bits=(2, 3, 4) or modes=('w2a2', 'w4a8'), not both and not neither"
         )
     given = bits if bits is not None else modes
-    if isinstance(given, (int, str)) or given is None:
+    if isinstance(given, str) or not isinstance(given, Iterable):
         raise InvalidArgument(f"bits and modes are sequences, for example bits=(2, 3, 4), not {given!r}")
     parsed = tuple(Mode.parse(value) for value in given)
     if not parsed:

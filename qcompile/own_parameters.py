@@ -34,7 +34,11 @@ def param_groups(
         quantizer_lr: learning rate of step sizes; default: `lr` times the scheme's factor.
 
     Returns:
-        Groups named `weights`, `quantizers` and `batch_norm`; empty groups are left out.
+        Groups named `weights`, `quantizers` and `batch_norm`; empty groups are left out. Every parameter, one
+        that does not require gradients included, is in exactly one.
+
+    Raises:
+        InvalidInputType: if the model was not prepared.
     """
     prepared = as_prepared(model)
     quantizers: list[nn.Parameter] = []

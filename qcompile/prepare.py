@@ -12,7 +12,6 @@ from .float_state import load_float_state
 from .model import QuantModel
 from .modes import Mode, parse_modes
 from .passes.capture import capture
-from .passes.float_layers import check_convertible
 from .passes.manager import PassManager
 from .passes.module_tree import module_at
 from .registry import find_scheme
@@ -44,7 +43,6 @@ def prepare(
 
     Raises:
         CaptureError: if the model cannot be captured; names the user's line.
-        PassError: for a layer that has no form in an integer graph.
         InvalidArgument: for an unknown scheme or layer, or modes out of range.
         InvalidInputType: if an argument has another type, or `model` is prepared already.
     """
@@ -52,15 +50,14 @@ def prepare(
         raise InvalidInputType(f"model must be an nn.Module, not {type(model).__name__}")
     if isinstance(model, QuantModel):
         raise InvalidInputType("this model is already prepared; prepare the float model instead")
-    if isinstance(skip, str):
-        raise InvalidInputType(f"skip is a list of module paths, for example skip=[{skip!r}]")
+    if isinstance(skip, str) or not isinstance(skip, Collection) or not all(isinstance(s, str) for s in skip):
+        raise InvalidInputType(f"skip is a list of module paths, for example skip=['layer1.0'], not {skip!r}")
     scheme_type = find_scheme(scheme)
     parsed = parse_modes(scheme_type.default_bits if bits is None and modes is None else bits, modes)
     chosen = scheme_type(parsed, config)
     captured = capture(model, example_inputs)
     result = PassManager(chosen.passes(tuple(skip)))(captured.graph_module)
     prepared = QuantModel(result.graph_module, captured.signature, chosen, captured.method)
-    check_convertible(prepared)
     prepared.register_load_state_dict_pre_hook(load_float_state)
     prepared.train(model.training)
     for path, module in prepared.named_modules():

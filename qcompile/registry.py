@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
-from .errors import InvalidArgument
+from .errors import InvalidArgument, InvalidInputType
 
 if TYPE_CHECKING:
     from .backends.target import Target
@@ -42,6 +42,8 @@ def find_target(name: str) -> type[Target]:
 
 
 def _find(kind: str, group: str, name: str) -> Any:
+    if not isinstance(name, str):
+        raise InvalidInputType(f"a {kind} is given by its name, not {name!r}")
     points = {point.name: point for point in entry_points(group=group)}
     if name not in points:
         raise InvalidArgument(f"unknown {kind} {name!r}; known: {', '.join(sorted(points))}")

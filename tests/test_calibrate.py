@@ -9,7 +9,7 @@ from nets import example, trained
 
 import qcompile
 from qcompile.calibrate import least_squares_step
-from qcompile.errors import InvalidArgument
+from qcompile.errors import FoldError, InvalidArgument
 
 
 def test_the_step_is_the_best_of_its_grid():
@@ -31,6 +31,15 @@ def test_statistics_are_the_averages_over_all_batches():
     for row in range(3):
         torch.testing.assert_close(prepared.get_submodule("bn0").running_mean[row], means.detach())
         torch.testing.assert_close(prepared.get_submodule("bn0").running_var[row], variances.detach())
+
+
+def test_parameters_with_nan_are_named():
+    prepared, x = trained("residual")
+    with torch.no_grad():
+        prepared.get_submodule("bn0").running_mean[:, 0] = float("nan")
+        next(p for n, p in prepared.named_parameters() if n.endswith("bn1.weight"))[:, 0] = float("nan")
+    with pytest.raises(FoldError, match="NaN"):
+        prepared.eval()(x)
 
 
 def test_trained_steps_are_kept_unless_asked():
@@ -72,4 +81,10 @@ def test_a_batch_with_nan_changes_nothing():
     before = {key: value.clone() for key, value in prepared.state_dict().items()}
     with pytest.raises(InvalidArgument, match="NaN"):
         qcompile.calibrate(prepared, [torch.full_like(x, float("nan"))])
+    spoilt = x.clone()
+    spoilt[0, 0, 0, 0] = float("nan")
+    before = {name: value.clone() for name, value in prepared.state_dict().items()}
+    with pytest.raises(InvalidArgument, match="NaN"):
+        qcompile.calibrate(prepared, [x, spoilt])
+    assert all(torch.equal(value, before[name]) for name, value in prepared.state_dict().items())
     assert all(torch.equal(value, before[key]) for key, value in prepared.state_dict().items())

@@ -26,6 +26,22 @@ def build():
 
 def wrong():
     return 7
+
+def broken():
+    raise ValueError("no such backbone")
+
+class Words(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.head = nn.Embedding(9, 8), nn.Linear(8, 3)
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, tokens, extra):
+        x = self.first(self.table(tokens).mean(1) + extra).relu()
+        return self.head(self.second(x).relu())
+
+def words():
+    return Words()
 """
 
 
@@ -57,6 +73,10 @@ def folder(tmp_path, monkeypatch) -> Path:
     prepared, x = trained("residual")
     qcompile.save(prepared, tmp_path / "m.qcm")
     np.savez(tmp_path / "test.npz", x=x.numpy(), y=np.array([0, 1, 2, 0]))
+    np.savez(tmp_path / "halves.npz", x=x.numpy(), y=np.array([0, 1.5, 2, 0]))
+    np.savez(tmp_path / "nan.npz", x=np.full_like(x.numpy(), np.nan))
+    tokens, extra = generator.integers(0, 9, (20, 5)), generator.normal(size=(20, 8)).astype(np.float32)
+    np.savez(tmp_path / "words.npz", tokens=tokens, extra=extra, y=generator.integers(0, 3, 20))
     return tmp_path
 
 
@@ -124,7 +144,16 @@ def test_lower_verify_and_targets(folder, monkeypatch, capsys):
         (["lower", "m.qcm", "--target", "abacus", "-o", "build"], "unknown target 'abacus'; known: "),
         (["lower", "m.qcm", "--target", "onnx-qdq", "-o", "m.qcm/build"], "m.qcm"),
         (["lower", "m.qcm", "--target", "onnx-qdq", "-o", "build", "--batch", "0"], "batch"),
+        (["eval", "m.qcm", "--data", "halves.npz"], "whole number"),
+        (["eval", "m.qcm", "--data", "words.npz", "--target", "onnx-qdq"], "dtype"),
         (["verify", "m.qcm", "--samples", "0"], "--samples"),
+        (["verify", "m.qcm", "--data", "nan.npz"], "NaN"),
+        (["verify", "m.qcm", "--nonsense"], "--nonsense"),
+        (["verify"], "'file'"),
+        (["fly"], "fly"),
+        (["eval", "m.qcm", "--data", "test.npz", "--batch", "x"], "--batch"),
+        (["quantize", "FACTORY:broken", "--calibrate", "data.npz", "-o", "o.qcm"], "no such backbone"),
+        (["quantize", "FACTORY:words", "--calibrate", "data.npz", "-o", "o.qcm"], "tokens, extra"),
         (["quantize", "nowhere:build", "--calibrate", "data.npz", "-o", "o.qcm"], "nowhere"),
         (["quantize", "FACTORY:missing", "--calibrate", "data.npz", "-o", "o.qcm"], "missing"),
         (["quantize", "FACTORY:wrong", "--calibrate", "data.npz", "-o", "o.qcm"], "int"),
@@ -157,6 +186,28 @@ def test_bad_input_is_one_line_and_leaves_nothing(folder, monkeypatch, capsys, a
     assert err.count("\n") == 1
     assert "Traceback" not in err
     assert sorted(path.name for path in folder.rglob("*") if "__pycache__" not in str(path)) == before
+
+
+def test_models_of_several_inputs_go_through_every_command(folder, monkeypatch, capsys):
+    factory = f"{_factory(folder)}:words"
+    made = run(monkeypatch, capsys, "quantize", factory, "--calibrate", "words.npz", "-o", "words.qcm")
+    assert made[0] == 0
+    for arguments in (["verify", "words.qcm"], ["verify", "words.qcm", "--data", "words.npz", "--bits", "2"]):
+        assert run(monkeypatch, capsys, *arguments)[0] == 0
+    for more in ([], ["--target", "onnx-qdq", "--batch", "7"]):
+        code, out, _ = run(monkeypatch, capsys, "eval", "words.qcm", "--data", "words.npz", "--json", *more)
+        assert code == 0
+        assert [row["samples"] for row in json.loads(out)] == [20, 20, 20]
+
+
+def test_an_export_that_fails_leaves_nothing(folder, monkeypatch, capsys):
+    (folder / "build" / "README.md").mkdir(parents=True)
+    code, _, err = run(
+        monkeypatch, capsys, "lower", "m.qcm", "--target", "onnx-qdq", "--bits", "2", "-o", "build"
+    )
+    assert code == 2
+    assert "README.md" in err
+    assert [path.name for path in (folder / "build").iterdir()] == ["README.md"]
 
 
 def test_debug_shows_the_traceback(folder, monkeypatch, capsys):

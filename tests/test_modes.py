@@ -143,7 +143,7 @@ def test_unknown_scheme_and_layer_list_the_choices():
 def test_skip_and_first_and_last_stay_float():
     model, x = example("residual")
     prepared = qcompile.prepare(model, x, skip=["down"])
-    states = {record.name: record.quantized for record in prepared.layers}
+    states = {record.name: record.quantized for record in prepared.records}
     assert states == {
         "stem": False,
         "conv1": True,

@@ -131,7 +131,7 @@ def test_transposed_convolutions_survive_in_float():
     )
     x = torch.randn(2, 1, 8, 8)
     prepared = qcompile.prepare(model, x)
-    records = {record.name: record for record in prepared.layers}
+    records = {record.name: record for record in prepared.records}
     assert not records["2"].quantized
     assert "ConvTranspose2d" in records["2"].reason
     assert records["4"].quantized

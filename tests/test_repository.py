@@ -37,6 +37,9 @@ STAGES = (
 #: All that passes may know of the rest of the library.
 KNOWN_TO_PASSES = ("qcompile.passes", "qcompile.errors", "qcompile.modes")
 
+#: All that backends may know of it.
+KNOWN_TO_BACKENDS = (*KNOWN_TO_PASSES, "qcompile.backends", "qcompile.version")
+
 HEAVY = frozenset(("tvm", "onnx", "onnxscript", "onnxruntime", "matplotlib", "sklearn", "scipy"))
 
 
@@ -164,13 +167,22 @@ def test_pyproject_lists_the_folders_that_hold_python_files() -> None:
     assert not [relative(path) for path in modules if not (path.parent / "__init__.py").is_file()]
 
 
-def test_nothing_points_backwards_from_passes() -> None:
+@pytest.mark.parametrize(
+    ("package", "known"), [("qcompile.passes", KNOWN_TO_PASSES), ("qcompile.backends", KNOWN_TO_BACKENDS)]
+)
+def test_nothing_points_backwards(package: str, known: tuple[str, ...]) -> None:
     def backwards(name: str) -> bool:
-        return is_inside(name, "qcompile") and not any(is_inside(name, known) for known in KNOWN_TO_PASSES)
+        return is_inside(name, "qcompile") and not any(is_inside(name, one) for one in known)
 
-    passes = [path for path in files("*.py") if is_inside(installed_package(path), "qcompile.passes")]
-    assert passes
-    assert not offending_imports(passes, backwards)
+    paths = [path for path in files("*.py") if is_inside(installed_package(path), package)]
+    assert paths
+    assert not offending_imports(paths, backwards)
+
+
+def test_targets_are_known_through_the_registry_alone() -> None:
+    paths = [path for path in files("*.py") if is_inside(installed_package(path), "qcompile")]
+    outside = [path for path in paths if not is_inside(installed_package(path), "qcompile.backends")]
+    assert not offending_imports(outside, lambda name: is_inside(name, "qcompile.backends.onnx"))
 
 
 def test_no_file_holds_a_path_of_one_machine() -> None:

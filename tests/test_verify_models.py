@@ -19,6 +19,7 @@ from verify_networks import (
     OneDimensional,
     Pools,
     Residual,
+    ScaledAttention,
     images,
     trained,
 )
@@ -37,6 +38,7 @@ NETWORKS: dict[str, tuple[type[nn.Module], Tensor]] = {
     "attention": (Attention, torch.arange(42).reshape(6, 7) % 11),
     "encoder": (Encoder, images(6, 4)),
     "norms": (Norms, images(6, 8)),
+    "scaled attention": (ScaledAttention, images(6, 4)),
 }
 
 

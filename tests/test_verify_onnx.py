@@ -23,6 +23,7 @@ from verify_networks import (
     Norms,
     Pools,
     Residual,
+    ScaledAttention,
     images,
     trained,
 )
@@ -43,6 +44,7 @@ NETWORKS: dict[str, tuple[type[torch.nn.Module], torch.Tensor]] = {
     "attention": (Attention, torch.arange(42).reshape(6, 7) % 11),
     "encoder": (Encoder, images(6, 4)),
     "norms": (Norms, images(6, 8)),
+    "scaled attention": (ScaledAttention, images(6, 4)),
 }
 
 #: Loud, quiet and ordinary images, so that every code occurs.

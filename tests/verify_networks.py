@@ -197,6 +197,25 @@ class Encoder(nn.Module):
         return self.head(self.layer(functional.relu(self.embed(x.flatten(2).transpose(1, 2)))).mean(1))
 
 
+class ScaledAttention(nn.Module):
+    """Attention with dropout, a scale of its own, and keys that groups of queries share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(3, 8), nn.Linear(8, 5)
+        self.queries, self.keys, self.values = nn.Linear(8, 8), nn.Linear(8, 4), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.relu(self.embed(x.flatten(2).transpose(1, 2)))
+        q, k, v = (
+            layer(x).unflatten(-1, (-1, 2)).transpose(1, 2)
+            for layer in (self.queries, self.keys, self.values)
+        )
+        drop = 0.1 if self.training else 0.0
+        mixed = functional.scaled_dot_product_attention(q, k, v, dropout_p=drop, scale=0.3, enable_gqa=True)
+        return self.head(mixed.transpose(1, 2).flatten(2).mean(1))
+
+
 class Norms(nn.Module):
     """Normalisations without parameters, and per sample."""
 

@@ -17,7 +17,7 @@ from qcompile.errors import MissingExtra
 if TYPE_CHECKING:
     from .executable import OnnxExecutable
 
-_EXTRA = ("onnx", "onnxruntime", "onnxscript")
+_EXTRA = ("onnx", "onnxruntime", "onnxscript", "ml_dtypes")
 
 
 class OnnxQdqTarget(Target):

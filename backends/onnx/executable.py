@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from qcompile.backends.target import Executable, LoweringRequest, Trace
-from qcompile.errors import FileAccessError, FileFormatError, InvalidArgument
+from qcompile.errors import FileAccessError, FileFormatError, InvalidArgument, InvalidInputType
 
 from .emit import Emitter
 from .export import MODEL_FILE, export
@@ -120,6 +121,8 @@ class OnnxExecutable(Executable):
         Raises:
             FileAccessError: if the folder cannot be written; nothing half-written is left.
         """
+        if not isinstance(folder, (str, os.PathLike)):
+            raise InvalidInputType(f"folder must be a path, not {type(folder).__name__}")
         return export(self.model, self.request, Path(folder))
 
     def trace(self, inputs: Sequence[NDArray[Any]]) -> Trace:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from pathlib import Path
@@ -45,22 +46,31 @@ outputs = session.run(None, feed)
 
 
 def export(model: onnx.ModelProto, request: LoweringRequest, folder: Path) -> tuple[Path, ...]:
-    """Write `model.onnx` and `README.md`, each complete or not at all.
+    """Write `model.onnx` and `README.md`, both or neither.
 
     Raises:
         FileAccessError: if the folder or a file cannot be written.
     """
     contents = {MODEL_FILE: model.SerializeToString(), README_FILE: readme(model, request).encode()}
+    written: dict[Path, Path] = {}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():
-            _replace(folder / name, content)
+            if (folder / name).is_dir():
+                raise IsADirectoryError(errno.EISDIR, f"{name} is a folder")
+            written[folder / name] = _write_beside(folder / name, content)
+        for path in contents:
+            os.replace(written.pop(folder / path), folder / path)
     except OSError as cause:
         raise FileAccessError(f"cannot write to {folder}: {cause.strerror or cause}") from cause
+    finally:
+        for temporary in written.values():
+            temporary.unlink(missing_ok=True)
     return tuple(folder / name for name in contents)
 
 
-def _replace(path: Path, content: bytes) -> None:
+def _write_beside(path: Path, content: bytes) -> Path:
+    """A complete temporary file next to `path`, with the permissions of new files."""
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
@@ -68,10 +78,10 @@ def _replace(path: Path, content: bytes) -> None:
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)  # mkstemp gives 0600
-        os.replace(temporary, path)
     except OSError:
         Path(temporary).unlink(missing_ok=True)
         raise
+    return Path(temporary)
 
 
 def readme(model: onnx.ModelProto, request: LoweringRequest) -> str:

@@ -44,7 +44,7 @@ def _root(
 )
 def quantize(
     factory: Annotated[str, typer.Argument(help="module:function that returns the float model.")],
-    calibrate: Annotated[Path, typer.Option(help=".npz with inputs in `x` (or its first array).")],
+    calibrate: Annotated[Path, typer.Option(help=".npz with inputs, named as in `forward`, or `x`.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The .qcm file to write.")],
     weights: Annotated[
         Path | None, typer.Option(help="safetensors file with the model's state dict.")
@@ -72,7 +72,9 @@ def inspect(file: File, json: Json = False) -> None:
 @app.command("eval", epilog="Example: qcompile eval model.qcm --data test.npz --bits 2")
 def evaluate(
     file: File,
-    data: Annotated[Path, typer.Option(help=".npz with inputs in `x` and labels in `y`.")],
+    data: Annotated[
+        Path, typer.Option(help=".npz with inputs, named as in `forward` or `x`, and labels in `y`.")
+    ],
     bits: Bits = None,
     target: Annotated[Optional[str], typer.Option(help="Run it lowered to this target.")] = None,  # noqa: UP045
     batch: Annotated[int, typer.Option(help="Samples per call.")] = 64,
@@ -106,7 +108,10 @@ def verify(
         str | None, typer.Option(help="Check this target too; default: the integer graph.")
     ] = None,
     bits: Bits = None,
-    data: Annotated[Optional[Path], typer.Option(help=".npz with inputs; default: random inputs.")] = None,  # noqa: UP045
+    data: Annotated[
+        Path | None,
+        typer.Option(help=".npz with inputs, named as in `forward` or `x`; default: random ones."),
+    ] = None,
     samples: Annotated[int, typer.Option(help="How many samples to check.")] = 16,
     json: Json = False,
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,27 +40,56 @@ def read_arrays(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def read_inputs(path: Path) -> Tensor:
-    """The inputs: array `x`, or the first one; dimension 0 is the sample."""
-    arrays = read_arrays(path)
-    inputs = arrays.get("x", next(iter(arrays.values())))
-    if inputs.dim() < 2 or not len(inputs):
-        raise FileFormatError(f"{path}: inputs have shape {tuple(inputs.shape)}, expected (samples, ...)")
+def read_inputs(path: Path, parameters: Sequence[str]) -> dict[str, Tensor]:
+    """The model's inputs by the parameter of `forward` that takes them; dimension 0 is the sample.
+
+    Arrays may be called like the parameters. A single input may also be called `x`, or be the first array.
+
+    Raises:
+        FileFormatError: if an input is missing, holds no samples, or they differ in number.
+    """
+    return _inputs(path, read_arrays(path), parameters)
+
+
+def _inputs(path: Path, arrays: dict[str, Tensor], parameters: Sequence[str]) -> dict[str, Tensor]:
+    inputs = {name: arrays[name] for name in parameters if name in arrays}
+    if not inputs:
+        if len(parameters) > 1:
+            raise FileFormatError(f"{path}: needs arrays {', '.join(parameters)}, has {', '.join(arrays)}")
+        inputs = {name: arrays.get("x", next(iter(arrays.values()))) for name in parameters}
+    for name, value in inputs.items():
+        if value.dim() < 2 or not len(value):
+            raise FileFormatError(
+                f"{path}: input {name!r} has shape {tuple(value.shape)}, expected (samples, ...)"
+            )
+    if len({len(value) for value in inputs.values()}) > 1:
+        raise FileFormatError(f"{path}: its inputs differ in the number of samples")
     return inputs
 
 
-def read_labelled(path: Path) -> tuple[Tensor, Tensor]:
-    """Inputs `x` and integer labels `y` of equal length.
+def read_labelled(path: Path, parameters: Sequence[str]) -> tuple[dict[str, Tensor], Tensor]:
+    """Inputs as `read_inputs` finds them, and whole-numbered labels `y`, one per sample.
 
     Raises:
         FileFormatError: if either is missing or they do not fit.
     """
     arrays = read_arrays(path)
-    if "x" not in arrays or "y" not in arrays:
-        raise FileFormatError(f"{path}: needs arrays x and y, has {', '.join(arrays)}")
-    x, y = arrays["x"], arrays["y"]
-    if y.dim() != 1 or len(x) != len(y) or not len(y):
+    labels = arrays.pop("y", None)
+    if labels is None or not arrays:
+        held = ", ".join([*arrays, *(["y"] if labels is not None else [])])
+        raise FileFormatError(f"{path}: needs inputs and labels, arrays x and y for example; has {held}")
+    if labels.is_floating_point() or labels.dim() != 1 or not len(labels):
         raise FileFormatError(
-            f"{path}: x has shape {tuple(x.shape)} and y {tuple(y.shape)}; one label per sample"
+            f"{path}: labels y have shape {tuple(labels.shape)} and dtype {labels.dtype}; expected one whole "
+            "number per sample"
         )
-    return x, y.long()
+    inputs = _inputs(path, arrays, parameters)
+    samples = len(next(iter(inputs.values())))
+    if len(labels) != samples:
+        raise FileFormatError(f"{path}: holds {samples} samples and {len(labels)} labels")
+    return inputs, labels.long()
+
+
+def part(inputs: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
+    """Some of the samples."""
+    return {name: value[start:stop] for name, value in inputs.items()}

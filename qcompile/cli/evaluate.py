@@ -13,7 +13,7 @@ from ..errors import InvalidArgument
 from ..file.load import load
 from ..lower import lower
 from ..model import at
-from .data import read_labelled
+from .data import part, read_labelled
 from .tables import print_json, print_table
 
 
@@ -23,32 +23,45 @@ def evaluate_command(
     """Print top-1 accuracy per mode."""
     if batch < 1:
         raise InvalidArgument(f"--batch must be at least 1, not {batch}")
-    x, y = read_labelled(data)
     model = load(file, bits=bits)
+    x, y = read_labelled(data, [one.name for one in model.signature.parameters])
     rows: list[dict[str, Any]] = []
     for mode in model.prepared_modes:
         run: Callable[..., Any] = at(model, mode)
         if target is not None:
             run = lower(model, target, bits=mode, batch=batch)
-        accuracy = top1(run, x, y, batch)
+        accuracy = top1(run, x, y, batch, fill=target is not None)
         rows.append(
             {"mode": mode.label, "target": target or "torch", "samples": len(y), "accuracy %": accuracy}
         )
     print_json(rows) if as_json else print_table(f"Accuracy of {file.name}", rows)
 
 
-def top1(run: Callable[..., Any], x: Tensor, y: Tensor, batch: int) -> float:
-    """Top-1 accuracy in percent; the last batch is filled up, since lowered models have a fixed batch size.
+def top1(run: Callable[..., Any], inputs: dict[str, Tensor], labels: Tensor, batch: int, fill: bool) -> float:
+    """Top-1 accuracy in percent.
+
+    Args:
+        run: called with keyword inputs.
+        inputs: by parameter.
+        labels: (samples,) int64.
+        batch: samples per call.
+        fill: whether to repeat the last sample up to a whole batch, since lowered models have a fixed size.
 
     Raises:
         InvalidArgument: if the model does not return (batch, classes).
     """
     correct = 0
-    for start in range(0, len(y), batch):
-        part = x[start : start + batch]
-        filled = torch.cat([part, part[-1:].expand(batch - len(part), *part.shape[1:])])
-        outputs = run(filled)
+    for start in range(0, len(labels), batch):
+        given = part(inputs, start, start + batch)
+        wanted = labels[start : start + batch]
+        if fill:
+            given = {name: _filled(value, batch) for name, value in given.items()}
+        outputs = run(**given)
         if not isinstance(outputs, Tensor) or outputs.dim() != 2:
             raise InvalidArgument("accuracy needs a model that returns one tensor of (batch, classes)")
-        correct += int((outputs[: len(part)].argmax(1) == y[start : start + batch]).sum())
-    return 100.0 * correct / len(y)
+        correct += int((outputs[: len(wanted)].argmax(1) == wanted).sum())
+    return 100.0 * correct / len(labels)
+
+
+def _filled(value: Tensor, batch: int) -> Tensor:
+    return torch.cat([value, value[-1:].expand(batch - len(value), *value.shape[1:])])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from ..calibrate import calibrate
 from ..errors import FileAccessError, FileFormatError, InvalidArgument
 from ..file.save import save
 from ..prepare import prepare
-from .data import read_inputs
+from .data import part, read_inputs
 
 
 def quantize_command(
@@ -31,17 +32,17 @@ def quantize_command(
     """Build the float model, prepare and calibrate it, and write the file."""
     if batch < 1:
         raise InvalidArgument(f"--batch must be at least 1, not {batch}")
-    inputs = read_inputs(data)
     model = _build(factory)
+    inputs = read_inputs(data, _parameters(model))
     if weights is not None:
         _load_weights(model, weights)
     widths = None if bits is None else [_width(one) for one in bits.split(",")]
     names = None if modes is None else modes.split(",")
-    prepared = prepare(model.eval(), inputs[:2], scheme=scheme, bits=widths, modes=names, skip=skip)
-    starts = range(0, len(inputs), batch)
+    prepared = prepare(model.eval(), part(inputs, 0, 2), scheme=scheme, bits=widths, modes=names, skip=skip)
+    starts = range(0, len(next(iter(inputs.values()))), batch)
     from rich.progress import track
 
-    batches = (inputs[start : start + batch] for start in starts)
+    batches = (part(inputs, start, start + batch) for start in starts)
     calibrate(prepared, track(batches, description="calibrating", total=len(starts), transient=True))
     save(prepared.eval(), output)
     print(f"wrote {output}")
@@ -62,17 +63,30 @@ def _build(factory: str) -> nn.Module:
     sys.path.insert(0, "")
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise InvalidArgument(f"cannot import {module_name!r} from here: {error}") from error
+    except Exception as error:
+        raise InvalidArgument(
+            f"cannot import {module_name!r} from here: {type(error).__name__}: {error}"
+        ) from error
     finally:
         sys.path.remove("")
     function = getattr(module, attribute, None)
     if not callable(function):
         raise InvalidArgument(f"module {module_name!r} has no function {attribute!r}")
-    model = function()
+    try:
+        model = function()
+    except Exception as error:
+        raise InvalidArgument(f"{factory} raised {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise InvalidArgument(f"{factory} returned {type(model).__name__}, expected a torch.nn.Module")
     return model
+
+
+def _parameters(model: nn.Module) -> list[str]:
+    """Names of the parameters of `forward` that take one value each."""
+    single = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = inspect.signature(model.forward).parameters.values()
+    named = [one for one in parameters if one.kind in single]
+    return [one.name for one in named if one.default is inspect.Parameter.empty] or ["x"]
 
 
 def _load_weights(model: nn.Module, path: Path) -> None:

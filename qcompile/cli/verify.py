@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..errors import InvalidArgument
-from ..file.load import load
+from ..file.load import DeployedModel, load
 from ..verify import verify
-from .data import read_inputs
+from ..verify.inputs import call_arguments
+from .data import part, read_inputs
 from .tables import print_json
 
 
@@ -20,15 +23,28 @@ def verify_command(
     if samples < 1:
         raise InvalidArgument(f"--samples must be at least 1, not {samples}")
     model = load(file, bits=bits)
-    if data is not None:
-        inputs = [read_inputs(data)[:samples]]
+    if data is None:
+        inputs = _random_inputs(model, samples)
     else:
-        generator = torch.Generator().manual_seed(0)
-        inputs = [torch.randn((samples, *shape[1:]), generator=generator) for shape in model.known_shapes()]
-    reports = [verify(model, tuple(inputs), bits=mode, target=target) for mode in model.prepared_modes]
+        inputs = part(read_inputs(data, [one.name for one in model.signature.parameters]), 0, samples)
+    reports = [verify(model, inputs, bits=mode, target=target) for mode in model.prepared_modes]
     if as_json:
         print_json([report.to_dict() for report in reports])
     else:
         for report in reports:
             print(report)
     return all(report.exact for report in reports)
+
+
+def _random_inputs(model: DeployedModel, samples: int) -> Any:
+    """Normal random numbers; 0 and 1 where a model takes whole numbers: indices that any table has."""
+    generator = torch.Generator().manual_seed(0)
+    flat: list[Tensor] = []
+    for one, shape in zip(model.signature.inputs, model.known_shapes(), strict=True):
+        dtype, size = one.dtype or torch.float32, (samples, *shape[1:])
+        if dtype.is_floating_point:
+            flat.append(torch.randn(size, generator=generator).to(dtype))
+        else:
+            flat.append(torch.randint(0, 2, size, generator=generator).to(dtype))
+    args, kwargs = call_arguments(model.signature, flat)
+    return {**dict(zip(model.signature.positional, args, strict=False)), **kwargs} if kwargs else args

@@ -38,6 +38,7 @@ _COMPOSITES = (
     | {"upsample_bilinear2d", "upsample_bicubic2d", "upsample_linear1d", "upsample_trilinear3d", "dropout"}
     | {"sym_size", "sym_numel", "embedding", "to", "type_as", "concat", "tile", "unfold", "im2col", "roll"}
     | {"gru", "lstm", "rnn_tanh", "rnn_relu", "linalg_vector_norm", "norm", "cumsum", "_weight_norm"}
+    | {"expand_as", "reshape_as", "view_as", "clamp_min", "clamp_max", "numpy_T", "movedim", "flatten"}
     | {"zeros", "ones", "full", "arange", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones"}
 )
 
@@ -103,7 +104,7 @@ def _encode_node(node: fx.Node) -> list[Any]:
 
 
 def _is_placement(key: str, value: Any) -> bool:
-    """Whether an argument says no more than where a tensor is made: a stored graph runs wherever it is loaded."""
+    """Whether an argument says no more than where a tensor is made; graphs run where they are loaded."""
     return key in ("device", "layout", "pin_memory") and value in (
         (None, torch.device("cpu"), torch.strided, False)
     )

@@ -44,7 +44,7 @@ class DeployedModel(MultiModeModel):
         self.active = self.prepared_modes[-1]
         self.signature = metadata.signature
         self.last_shapes = metadata.shapes
-        self.layers = metadata.layers
+        self.records = metadata.layers
         self.scheme_name = metadata.scheme
         self.prefix_decodable = prefix_decodable
         self._graphs = torch.nn.ModuleDict({mode.name: graph for mode, graph in graphs.items()})

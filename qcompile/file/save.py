@@ -5,7 +5,8 @@ Layout of a prefix-decodable model, modes in increasing order:
     shared        float constants that all modes read (first and last layer)
     then per mode
       planes:B    the bit-planes that this mode adds, all layers, most significant first
-      mode:NAME   the integer graph, its epilogues and other constants
+      graph:NAME  the integer graph
+      mode:NAME   its epilogues and other constants
 
 so that the b-bit model is a prefix of the file. Other schemes store all planes of every mode.
 """
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import FoldError
+from ..errors import FoldError, InvalidInputType
 from ..model import MultiModeModel, as_multi_mode
 from ..modes import Mode
 from ..pack import pack_planes
@@ -41,10 +42,14 @@ def save(model: nn.Module, path: str | PathLike[str]) -> None:
 
     Raises:
         InvalidArgument: if the model's input shapes are unknown.
+        InvalidInputType: if the model was not prepared, or `path` is no path.
         FoldError: if activation steps were never set.
+        LoweringError: if an operator of a float island may not stand in a file; names the layer.
         FileAccessError: if the path cannot be written.
     """
     checked = as_multi_mode(model)
+    if not isinstance(path, (str, PathLike)):
+        raise InvalidInputType(f"path must be a path, not {type(path).__name__}")
     modes = checked.prepared_modes
     graphs = {mode: checked.integer_model(mode) for mode in modes}
     weights = {mode: _weight_codes(graph) for mode, graph in graphs.items()}
@@ -118,5 +123,5 @@ def _metadata(model: MultiModeModel, codes: Mapping[str, Tensor]) -> dict[str, A
         "signature": model.signature.to_json(),
         "input_shapes": [[int(size) for size in shape] for shape in model.known_shapes()],
         "weights": layers,
-        "layers": [[record.name, record.quantized, record.reason] for record in model.layers],
+        "layers": [[record.name, record.quantized, record.reason] for record in model.records],
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -26,7 +27,7 @@ def flat_inputs(signature: CallSignature, x: Any) -> list[Tensor]:
         x: a tensor, a tuple or list of positional inputs, or a dict of keyword inputs.
 
     Raises:
-        InvalidArgument: if the inputs do not fit the model, or hold no sample.
+        InvalidArgument: if the inputs do not fit the model, hold no sample, or NaN or infinity.
         InvalidInputType: if a leaf is no tensor or has another dtype.
     """
     if isinstance(x, dict):
@@ -36,6 +37,8 @@ def flat_inputs(signature: CallSignature, x: Any) -> list[Tensor]:
     for one, value in zip(signature.inputs, flat, strict=True):
         if value.numel() == 0:
             raise InvalidArgument(f"input {one.name!r} of shape {tuple(value.shape)} holds no sample")
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise InvalidArgument(f"input {one.name!r} holds NaN or infinity, which no code stands for")
     return [value.detach() for value in flat]
 
 

@@ -25,6 +25,7 @@ from ..passes.eval_identities import IDENTITIES_IN_EVAL
 from ..passes.integer_model import IntegerModel
 from ..passes.layers import QuantizedLayer
 from ..passes.mode_input import MODE_INPUT
+from ..passes.module_tree import tensor_at
 from ..passes.quantizers import ActivationQuantizer
 from . import reference
 from .chain import as_array, substitute
@@ -136,7 +137,9 @@ class RealChain:
                 else:
                     values[node] = self._module(str(node.target), module, args)
             elif node.op == "get_attr":
-                values[node] = _double(_attribute(self.model, str(node.target)))
+                tensor = tensor_at(self.model, str(node.target))
+                assert tensor is not None
+                values[node] = _double(tensor.detach().cpu())
             else:
                 args, kwargs = substitute((node.args, node.kwargs), values.__getitem__)
                 function: Any = node.target
@@ -246,11 +249,3 @@ class RealChain:
 
 def _double(value: Tensor) -> Tensor:
     return value.double() if value.is_floating_point() else value
-
-
-def _attribute(model: nn.Module, path: str) -> Tensor:
-    owner: Any = model
-    for part in path.split("."):
-        owner = getattr(owner, part)
-    tensor: Tensor = owner.detach().cpu()
-    return tensor

@@ -13,7 +13,6 @@ from ..errors import InvalidArgument, InvalidInputType
 from ..lower import lower
 from ..model import MultiModeModel, QuantModel, as_multi_mode
 from ..modes import ActiveMode, Mode, find_mode
-from ..passes.convert import convert_graph
 from ..passes.integer_model import IntegerModel
 from .chain import ReferenceGraph
 from .inputs import call_arguments, flat_inputs, piece_samples, pieces, sample_count
@@ -146,7 +145,7 @@ def _subject(
 def _fresh_graph(model: MultiModeModel, mode: Mode, shapes: Sequence[Sequence[int]]) -> IntegerModel:
     """The expected graph; not the cached one that eval mode runs, which may be what is checked."""
     if isinstance(model, QuantModel):
-        return convert_graph(model, model.graph, mode, model.row(mode), shapes)
+        return model.converted(mode, shapes)
     return model.integer_model(mode, shapes)
 
 
