@@ -1,0 +1,129 @@
+"""Every name of TVM that this package uses, as TVM 0.27 spells it, and the few idioms that kernels are made
+of.
+
+Kernels are Python functions that build TIR statement by statement, closing over sizes. Vectors are explicit:
+a load or store of `lanes` consecutive elements, and arithmetic on such values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import tvm
+from tvm import relax, tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script.builder import ir as builder
+
+__all__ = ["Function", "relax", "tirx", "tvm"]
+
+#: Tells Relax not to fuse a kernel with anything: it has its epilogues already.
+OPAQUE = 8
+
+serial, parallel, evaluate = builder.serial, builder.parallel, builder.evaluate
+minimum, maximum, select, floor, nearbyint = tirx.min, tirx.max, tirx.Select, tirx.floor, tirx.nearbyint
+
+
+class Function:
+    """A PrimFunc under construction.
+
+    Args:
+        name: symbol of the function.
+        buffers: (name, shape, dtype) of every argument, inputs first.
+    """
+
+    def __init__(self, name: str, buffers: Sequence[tuple[str, tuple[int, ...], str]]) -> None:
+        self._name, self._declared = name, buffers
+        self.buffers: dict[str, Any] = {}
+        self.result: Any = None
+
+    @contextmanager
+    def body(self) -> Iterator[None]:
+        """Where statements are added; `result` is the finished PrimFunc afterwards."""
+        with IRBuilder() as made, builder.prim_func(s_tir=True):
+            builder.func_name(self._name)
+            builder.func_attr({"global_symbol": self._name, "tirx.noalias": True, "op_pattern": OPAQUE})
+            for name, shape, dtype in self._declared:
+                self.buffers[name] = builder.arg(name, builder.buffer(shape, dtype))
+            with builder.sblock("root"):  # Relax fuses and plans only functions that have one
+                builder.reads()
+                builder.writes()
+                yield
+        self.result = made.get()
+
+    def flat(self, name: str) -> Any:
+        """An argument as a one-dimensional buffer."""
+        buffer = self.buffers[name]
+        size = 1
+        for extent in buffer.shape:
+            size *= int(extent)
+        return builder.decl_buffer((size,), buffer.dtype, data=buffer.data)
+
+
+def scratch(size: int, dtype: str) -> Any:
+    """Memory of one task."""
+    return builder.alloc_buffer((size,), dtype, scope="global")
+
+
+def registers(count: int, lanes: int, dtype: str) -> Any:
+    """An array of vectors that stays in registers where every index is a constant."""
+    return builder.alloc_buffer((count * lanes,), dtype, scope="local")
+
+
+def constant(value: float, dtype: str, lanes: int = 1) -> Any:
+    """A number, or a vector of equal ones."""
+    scalar = tirx.const(value, dtype)
+    return scalar if lanes == 1 else tirx.Broadcast(scalar, lanes)
+
+
+def broadcast(value: Any, lanes: int) -> Any:
+    """A vector of equal elements."""
+    return tirx.Broadcast(value, lanes)
+
+
+def cast(value: Any, dtype: str, lanes: int = 1) -> Any:
+    """Conversion of value."""
+    return tirx.Cast(dtype if lanes == 1 else f"{dtype}x{lanes}", value)
+
+
+def reinterpret(value: Any, dtype: str) -> Any:
+    """The same bits as another type."""
+    return tirx.call_intrin(dtype, "tirx.reinterpret", value)
+
+
+def intrinsic(dtype: str, name: str, *arguments: Any) -> Any:
+    """An LLVM intrinsic."""
+    return tirx.call_llvm_intrin(dtype, name, *arguments)
+
+
+def load(buffer: Any, index: Any, lanes: int = 1) -> Any:
+    """`lanes` elements from `index` on."""
+    return buffer[index] if lanes == 1 else buffer[tirx.Ramp(index, 1, lanes)]
+
+
+def store(buffer: Any, value: Any, index: Any, lanes: int = 1) -> None:
+    """Write `lanes` elements from `index` on."""
+    builder.buffer_store(buffer, value, [index if lanes == 1 else tirx.Ramp(index, 1, lanes)])
+
+
+def inside(value: Any, extent: int) -> Any:
+    """Whether 0 <= value < extent."""
+    return tirx.And(value >= 0, value < extent)
+
+
+def if_then_else(condition: Any, then: Any, otherwise: Any) -> Any:
+    """A value; the branch that is not taken is not evaluated."""
+    return tirx.if_then_else(condition, then, otherwise)
+
+
+@contextmanager
+def when(condition: Any) -> Iterator[None]:
+    """Statements that only run if the condition holds."""
+    with builder.If(condition), builder.Then():
+        yield
+
+
+def both(first: Any, second: Any) -> Any:
+    """Whether two conditions hold."""
+    return tirx.And(first, second)

@@ -1,0 +1,1 @@
+"""Kernels as TIR, one family or stage per file."""

@@ -1,0 +1,53 @@
+"""Unpack low-bit weights to int8: a shift, a mask, and one addition for sign and compensation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .. import api
+from ..packing import GROUP, parts_of
+from ..specs import Layer
+
+
+def unpack_group(layer: Layer, packed: Any, start: Any, target: Any, to: Any) -> None:
+    """Eight vectors of 64 weights, as the dot product wants them.
+
+    Args:
+        layer: says how many bits a code has and what it stands for.
+        packed: flat uint8 buffer.
+        start: index of the group's first byte.
+        target: flat int8 buffer.
+        to: index of the first of 8 * 64 weights.
+    """
+    scale, numerator = (layer.shift, layer.numerator) if layer.is_effective else (0, 0)
+    bias = numerator - (2 ** (layer.bits - 1) << scale if layer.signed and layer.bits < 8 else 0)
+    for vector in range(GROUP):
+        if layer.bits == 8:
+            weights = api.reinterpret(api.load(packed, start + vector * 64, 64), "int8x64")
+        else:
+            weights = api.reinterpret(_code(layer.bits, packed, start, vector, scale), "int8x64")
+        if bias:
+            weights = weights + api.constant((bias + 128) % 256 - 128, "int8", 64)
+        api.store(target, weights, to + vector * 64, 64)
+
+
+def _code(bits: int, packed: Any, start: Any, vector: int, scale: int) -> Any:
+    """One vector's codes, `scale` bits up."""
+    total, row = None, 0
+    for width, position in parts_of(bits):
+        index, slot = divmod(vector, GROUP // width)
+        stored = api.reinterpret(api.load(packed, start + (row + index) * 64, 64), "uint32x16")
+        part = _moved(stored, slot * width, position + scale, (2**width - 1) << (position + scale))
+        total = part if total is None else total | part
+        row += width
+    assert total is not None
+    return total
+
+
+def _moved(value: Any, source: int, target: int, mask: int) -> Any:
+    """Bits of every byte, moved from one position to another."""
+    if source > target:
+        value = value >> api.constant(source - target, "uint32", 16)
+    elif target > source:
+        value = value << api.constant(target - source, "uint32", 16)
+    return value & api.constant(mask * 0x01010101, "uint32", 16)

@@ -1,0 +1,47 @@
+"""From a graph of kernels to a Relax module: import, legalise and fuse what has no kernel, plan memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from tvm.relax.frontend.torch import from_exported_program
+
+from . import kernel_op
+from .api import relax, tvm
+
+
+def import_graph(graph: fx.GraphModule, shapes: tuple[tuple[int, ...], ...]) -> Any:
+    """The graph as one Relax module."""
+    inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    examples = tuple(
+        torch.zeros(shape, dtype=node.meta.get("dtype", torch.float32))
+        for node, shape in zip(inputs, shapes, strict=True)
+    )
+    program = torch.export.export(graph, examples, strict=False)
+
+    def convert(node: fx.Node, importer: Any) -> Any:
+        kernel = kernel_op.find(node.args[1])
+        given = relax.Tuple([importer.env[one] for one in node.args[0]])
+        function = importer.block_builder.add_func(kernel.build(kernel.name), kernel.name)
+        types = [relax.TensorType(shape, dtype) for shape, dtype in kernel.outputs]
+        called = importer.block_builder.emit(
+            relax.call_tir(function, given, types if len(types) > 1 else types[0])
+        )
+        return called if len(types) > 1 else importer.block_builder.emit(relax.Tuple([called]))
+
+    return from_exported_program(program, custom_convert_map={"kernel.default": convert})
+
+
+def optimise(module: Any, target: Any) -> Any:
+    """Legalise, fuse, and call kernels with memory allocated for them."""
+    passes = [
+        relax.transform.LegalizeOps(),
+        relax.transform.AnnotateTIROpPattern(),
+        relax.transform.FoldConstant(),
+        relax.transform.FuseOps(),
+        relax.transform.FuseTIR(),
+    ]
+    with target:
+        return tvm.transform.Sequential(passes)(module)

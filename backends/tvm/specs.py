@@ -1,0 +1,90 @@
+"""What kernels compute, as plain records: no TVM here, so that a plan can be made and read without it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .maps import Map
+from .packing import Runs
+
+#: Stands for a layer's own accumulators among the terms of an output.
+ACCUMULATOR = -1
+
+
+@dataclass(frozen=True)
+class Output:
+    """One tensor that an epilogue writes: clip(floor((constant + sum of terms) * 2^-shift), low, high).
+
+    The constants are float64 and hold integers: (1 + terms, channels), first the constant, then one row of
+    multipliers per term. Every partial sum is an integer below 2^53, so float64 is exact and may be
+    contracted.
+
+    Attributes:
+        map: where it goes.
+        terms: `ACCUMULATOR`, or the position of another input.
+        shift, low, high: of the epilogue.
+    """
+
+    map: Map
+    terms: tuple[int, ...]
+    shift: int
+    low: int
+    high: int
+
+    @property
+    def constants(self) -> tuple[int, int]:
+        """Shape of the array of constants."""
+        return 1 + len(self.terms), self.map.padded
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A quantised convolution or linear layer with everything behind it.
+
+    Attributes:
+        source: codes that it reads.
+        runs: how.
+        stride, dilation: of rows and columns.
+        padding: (top, left), at most the source's border.
+        h, w: extents of the output.
+        bits, signed: of the weight codes.
+        numerator, shift: effective weights are 2^shift * code + numerator.
+        outputs: what it writes.
+        others: further tensors that its outputs add.
+    """
+
+    source: Map
+    runs: Runs
+    stride: tuple[int, int]
+    dilation: tuple[int, int]
+    padding: tuple[int, int]
+    h: int
+    w: int
+    bits: int
+    signed: bool
+    numerator: int
+    shift: int
+    outputs: tuple[Output, ...]
+    others: tuple[Map, ...]
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        """Lowest and highest weight code."""
+        return (-(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1) if self.signed else (0, 2**self.bits - 1)
+
+    @property
+    def effective_range(self) -> tuple[int, int]:
+        """Lowest and highest effective weight."""
+        low, high = self.code_range
+        return (low << self.shift) + self.numerator, (high << self.shift) + self.numerator
+
+    @property
+    def is_effective(self) -> bool:
+        """Whether effective weights fit int8, so that kernels multiply them and not the codes."""
+        low, high = self.effective_range
+        return low >= -128 and high <= 127
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of 16 outputs."""
+        return len(self.runs.first)

@@ -1,0 +1,80 @@
+"""Integer graphs as graphs of kernels: every code, accumulator and stream equals the integer graph's."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from test_tvm_kernels import FLAGS
+from verify_networks import (
+    Attention,
+    Bottleneck,
+    Dense,
+    Encoder,
+    Gate,
+    Mlp,
+    Norms,
+    OneDimensional,
+    Pools,
+    Residual,
+    images,
+    trained,
+)
+
+tvm = pytest.importorskip("tvm")
+
+from qcompile.backends.tvm.kernel_graph import Builder  # noqa: E402
+from qcompile.backends.tvm.kernels.x86 import VNNI, avx2  # noqa: E402
+from qcompile.backends.tvm.lowering import import_graph, optimise  # noqa: E402
+from qcompile.backends.tvm.maps import from_memory  # noqa: E402
+from qcompile.backends.tvm.rules import RULES  # noqa: E402
+
+NETWORKS = {
+    "residual": (Residual, images()),
+    "bottleneck": (Bottleneck, images()),
+    "mlp": (Mlp, images(8, 3)),
+    "dense": (Dense, images()),
+    "one-dimensional": (OneDimensional, images()[:, :, 0].repeat(1, 1, 3)),
+    "pools": (Pools, images(6, 15)),
+    "gate": (Gate, images(6, 8)),
+    "attention": (Attention, torch.arange(42).reshape(6, 7) % 11),
+    "encoder": (Encoder, images(6, 4)),
+    "norms": (Norms, images(6, 8)),
+}
+
+pytestmark = pytest.mark.skipif("avx2" not in FLAGS, reason="this processor has no AVX2")
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_kernels_compute_the_integer_graph(name: str) -> None:
+    kind, x = NETWORKS[name]
+    model = trained(kind, x)
+    use_vnni = "avx512_vnni" in FLAGS and name != "residual"
+    target = tvm.target.Target({"kind": "llvm", "mcpu": "cascadelake" if use_vnni else "haswell"})
+    mode = model.prepared_modes[len(name) % 3]
+    shapes = (tuple(x.shape),)
+    integer = model.integer_model(mode, shapes)
+    builder = Builder(integer, shapes, (lambda a, w: VNNI) if use_vnni else avx2, RULES, tapped=True)
+    module = optimise(import_graph(builder.run(), shapes), target)
+    machine = tvm.relax.VirtualMachine(tvm.compile(module, target=target), tvm.cpu())
+    found = [one.numpy() for one in machine["main"](tvm.runtime.tensor(x.numpy()))]
+    expected, values = integer.run_with_values((x,))
+    logits = found[0]
+    reference = expected[0].numpy()
+    assert np.abs(logits - reference).max() <= 1e-5 * np.abs(reference).max()
+    assert len(builder.taps) >= 4
+    behind_islands: set[str] = set()
+    for (node, mapped), array in zip(builder.taps.items(), found[1:], strict=True):
+        want = values[node].numpy()
+        got = from_memory(array, mapped.map)
+        got = np.moveaxis(got, 1, -1) if mapped.rows or want.ndim == 2 else got
+        different = got.reshape(want.shape) != want
+        if different.any():
+            # the last bits of a fixed-point stream follow the float operators that feed it
+            behind_islands.add(node)
+            assert want.dtype == np.int32
+            assert np.abs(got.reshape(want.shape) - want).max() <= 2**12
+            assert different.mean() < 0.2
+    codes = [node for node in builder.taps if values[node].dtype in (torch.uint8, torch.int8)]
+    assert codes
+    assert not behind_islands & set(codes)

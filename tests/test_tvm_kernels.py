@@ -1,0 +1,165 @@
+"""Kernels of quantised layers, over random shapes, strides, paddings, dilations, groups and bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+tvm = pytest.importorskip("tvm")
+
+from qcompile.backends.tvm.kernels.layer import layer_kernel  # noqa: E402
+from qcompile.backends.tvm.kernels.x86 import VNNI, avx2  # noqa: E402
+from qcompile.backends.tvm.maps import Map, from_memory, to_memory  # noqa: E402
+from qcompile.backends.tvm.packing import arrange, pack, parts_of, runs_of  # noqa: E402
+from qcompile.backends.tvm.specs import ACCUMULATOR, Layer, Output  # noqa: E402
+
+CPUINFO = Path("/proc/cpuinfo")
+FLAGS = set(CPUINFO.read_text().split()) if CPUINFO.exists() else set()
+FAMILIES = [
+    pytest.param(
+        "cascadelake",
+        None,
+        marks=pytest.mark.skipif("avx512_vnni" not in FLAGS, reason="this processor has no AVX-512 VNNI"),
+        id="vnni",
+    ),
+    pytest.param(
+        "haswell",
+        avx2,
+        marks=pytest.mark.skipif("avx2" not in FLAGS, reason="this processor has no AVX2"),
+        id="avx2",
+    ),
+]
+
+
+def convolution(
+    a: NDArray[np.int64],
+    w: NDArray[np.int64],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> NDArray[np.int64]:
+    """The sums of a convolution, tap by tap in int64."""
+    (rows, columns), (outputs, per_group) = w.shape[2:], w.shape[:2]
+    x = np.pad(a, ((0, 0), (0, 0), (padding[0],) * 2, (padding[1],) * 2))
+    h = (x.shape[2] - dilation[0] * (rows - 1) - 1) // stride[0] + 1
+    width = (x.shape[3] - dilation[1] * (columns - 1) - 1) // stride[1] + 1
+    total = np.zeros((len(a), outputs, h, width), np.int64)
+    for o in range(outputs):
+        first = o // (outputs // groups) * per_group
+        for i in range(rows):
+            for j in range(columns):
+                y, z = i * dilation[0], j * dilation[1]
+                part = x[:, first : first + per_group, y : y + h * stride[0] : stride[0]]
+                part = part[..., z : z + width * stride[1] : stride[1]][:, :, :h, :width]
+                total[:, o] += np.einsum("ncyx,c->nyx", part, w[o, :, i, j])
+    return total
+
+
+def random_case(seed: int) -> dict[str, Any]:
+    rng = np.random.default_rng(seed)
+
+    def draw(low: int, high: int) -> int:
+        return int(rng.integers(low, high + 1))
+
+    bits = draw(1, 8)
+    groups = draw(1, 3) if seed % 3 == 0 else 1
+    shift, numerator = [(0, 0), (1, 1), (2, -1), (3, 3)][draw(0, 3)] if bits < 8 and groups == 1 else (0, 0)
+    return {
+        "rng": rng,
+        "n": draw(1, 2),
+        "inputs": groups * draw(1, 24),
+        "outputs": groups * draw(1, 40),
+        "size": (draw(6, 12), draw(6, 20)),
+        "kernel": (draw(1, 3), draw(1, 3)),
+        "stride": (draw(1, 2), draw(1, 2)),
+        "dilation": (draw(1, 2), draw(1, 2)),
+        "padding": (draw(0, 2), draw(0, 2)),
+        "groups": groups,
+        "bits": bits,
+        "signed": bits == 8 or bool(draw(0, 1)),
+        "shift": shift,
+        "numerator": numerator,
+        "zero_point": 8 * draw(0, 1),
+        "highest": [255, 15][draw(0, 1)],
+    }
+
+
+@pytest.mark.parametrize(("cpu", "family"), FAMILIES)
+@pytest.mark.parametrize("seed", range(18))
+def test_layers_with_epilogues_are_exact(seed: int, cpu: str, family: Any) -> None:
+    case = random_case(seed)
+    rng, n, groups, bits = case["rng"], case["n"], case["groups"], case["bits"]
+    (h, w), (top, left) = case["size"], case["padding"]
+    source = Map(n, h, w, case["inputs"], "uint8", case["zero_point"], (top, top, left, left))
+    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if case["signed"] else (0, 2**bits - 1)
+    shape = (case["outputs"], case["inputs"] // groups, *case["kernel"])
+    weight = rng.integers(low, high + 1, shape)
+    codes = rng.integers(
+        -source.zero_point, case["highest"] - source.zero_point + 1, (n, case["inputs"], h, w)
+    )
+    effective = weight * 2 ** case["shift"] + case["numerator"]
+    sums = convolution(codes, effective, case["stride"], (top, left), case["dilation"], groups)
+    out = Map(n, *sums.shape[2:], case["outputs"], "uint8", 3, (1, 0, 2, 1))
+    plain = Map(n, *sums.shape[2:], case["outputs"], "int32")
+    runs = runs_of(shape, source.padded, case["dilation"], groups)
+    outputs = (
+        Output(out, (ACCUMULATOR, 0), 20, -3, 15),
+        Output(plain, (ACCUMULATOR,), 0, -(2**31), 2**31 - 1),
+    )
+    layer = Layer(
+        source, runs, case["stride"], case["dilation"], (top, left), *sums.shape[2:], bits, case["signed"],
+        case["numerator"], case["shift"], outputs, (plain,),
+    )  # fmt: skip
+    stream = rng.integers(-(2**20), 2**20, sums.shape)
+    factors = rng.integers(-(2**20), 2**20, (2, case["outputs"]))
+    constant = rng.integers(-(2**30), 2**30, case["outputs"])
+    per_channel = (slice(None), None, None)
+    total = sums * factors[0][per_channel] + stream * factors[1][per_channel] + constant[per_channel]
+    vectors = arrange(weight, runs, groups)
+    stored = vectors.astype(np.int64) * 2 ** case["shift"] + case["numerator"]
+    correction = source.zero_point * stored.sum((1, 3)).reshape(-1)[: case["outputs"]]
+    epilogue, raw = np.zeros(outputs[0].constants), np.zeros(outputs[1].constants)
+    epilogue[0, : case["outputs"]] = constant - factors[0] * correction
+    epilogue[1:, : case["outputs"]] = factors
+    raw[0, : case["outputs"]], raw[1] = -correction, 1.0
+    largest = max(abs(one) for one in (layer.effective_range if layer.is_effective else layer.code_range))
+    dot = VNNI if family is None else family(case["highest"], largest)
+    target = tvm.target.Target({"kind": "llvm", "mcpu": cpu})
+    compiled = tvm.compile(tvm.IRModule({"layer": layer_kernel("layer", layer, dot)}), target=target)
+    results = [np.full(out.shape, 77, np.uint8), np.full(plain.shape, 77, np.int32)]
+    arrays = [to_memory(codes, source), pack(vectors, bits, case["signed"]).reshape(-1)]
+    arrays += [to_memory(stream, plain), epilogue, raw, *results]
+    tensors = [tvm.runtime.tensor(np.ascontiguousarray(one)) for one in arrays]
+    compiled["layer"](*tensors)
+    np.testing.assert_array_equal(from_memory(tensors[-1].numpy(), plain), sums)
+    np.testing.assert_array_equal(from_memory(tensors[-2].numpy(), out), np.clip(total >> 20, -3, 15))
+    inside = np.zeros(out.shape, bool)
+    inside[:, 1:, 2:-1] = True
+    assert (tensors[-2].numpy()[~inside] == 3).all()  # the border holds code 0
+
+
+@given(st.integers(1, 8), st.booleans(), st.integers(1, 40), st.integers(0, 2**32 - 1))
+@settings(max_examples=40, deadline=None)
+def test_packed_codes_come_back_by_shifts_and_masks(bits: int, signed: bool, count: int, seed: int) -> None:
+    signed = signed or bits == 8
+    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+    vectors = np.random.default_rng(seed).integers(low, high + 1, (2, count, 16, 4))
+    stored = pack(vectors, bits, signed)
+    assert stored.shape == (2, -(-count // 8) * bits, 64)
+    for vector in range(count):
+        group, place = divmod(vector, 8)
+        found, row = np.zeros((2, 64), np.int64), group * bits
+        for width, position in parts_of(bits):
+            line, slot = divmod(place, 8 // width)
+            part = (stored[:, row + line].astype(np.int64) >> (slot * width)) & (2**width - 1)
+            found, row = found | part << position, row + width
+        expected = vectors[:, vector].reshape(2, 64)
+        offset = 2 ** (bits - 1) if signed and bits < 8 else 0
+        np.testing.assert_array_equal(found, (expected + offset) % 2**bits)
