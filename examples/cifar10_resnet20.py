@@ -1,7 +1,7 @@
 """Train one ResNet-20 for 2, 3 and 4 bits on real CIFAR-10 images, from pretrained float weights.
 
     python examples/cifar10_resnet20.py                    the short recipe, 11 minutes on two cores
-    python examples/cifar10_resnet20.py --long             45 minutes on two cores
+    python examples/cifar10_resnet20.py --long             35 minutes on two cores
     python examples/cifar10_resnet20.py --single-bit       a quarter of the budget, against a model per width
     python examples/cifar10_resnet20.py --ablations        a quarter of the budget, one part left out each
 
@@ -128,7 +128,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, default=DATA, help="folder with the images and weights")
-    parser.add_argument("--steps", type=int, help="optimiser steps; default 1000, with --long 4000")
+    parser.add_argument("--steps", type=int, help="optimiser steps; default 1000, with --long 3000")
     parser.add_argument("--long", action="store_true", help="the hour-long recipe")
     parser.add_argument("--single-bit", action="store_true", help="compare with single-bit models")
     parser.add_argument("--ablations", action="store_true", help="compare the variants of the scheme")
@@ -142,7 +142,7 @@ def main() -> None:
     options = parser.parse_args()
     if not (options.data / "cifar10_exact" / "labels.npz").exists():
         parser.error(f"no CIFAR-10 data in {options.data}; pass --data FOLDER")
-    base = Recipe(steps=options.steps or (4000 if options.long else 1000))
+    base = Recipe(steps=options.steps or (3000 if options.long else 1000))
     if options.one_run:
         torch.set_num_threads(1)
         fields = json.loads(options.one_run)

@@ -15,7 +15,7 @@ from nets import trained
 from safetensors.torch import save_file
 
 import qcompile
-from qcompile.cli import main
+from qcompile.cli import demo, main
 
 FACTORY = """
 from torch import nn
@@ -198,6 +198,17 @@ def test_models_of_several_inputs_go_through_every_command(folder, monkeypatch, 
         code, out, _ = run(monkeypatch, capsys, "eval", "words.qcm", "--data", "words.npz", "--json", *more)
         assert code == 0
         assert [row["samples"] for row in json.loads(out)] == [20, 20, 20]
+
+
+def test_the_demo_prints_every_mode(monkeypatch, capsys):
+    monkeypatch.setattr(demo, "FLOAT_EPOCHS", 1)
+    monkeypatch.setattr(demo, "JOINT_EPOCHS", 1)
+    code, out, _ = run(monkeypatch, capsys, "demo", "--json")
+    assert code == 0
+    rows = json.loads(out)
+    assert [row["mode"] for row in rows] == ["float", "4 bits", "3 bits", "2 bits"]
+    assert all(abs(row["trained %"] - row["lowered %"]) <= 0.3 for row in rows[1:])
+    assert rows[1]["bytes read"] > rows[2]["bytes read"] > rows[3]["bytes read"]
 
 
 def test_an_export_that_fails_leaves_nothing(folder, monkeypatch, capsys):

@@ -64,7 +64,8 @@ def test_kernels_compute_the_integer_graph(name: str) -> None:
     assert np.abs(logits - reference).max() <= 1e-5 * np.abs(reference).max()
     assert len(builder.taps) >= 4
     behind_islands: set[str] = set()
-    for (node, mapped), array in zip(builder.taps.items(), found[1:], strict=True):
+    for (node, tap), array in zip(builder.taps.items(), found[1:], strict=True):
+        mapped = tap.mapped
         want = values[node].numpy()
         got = from_memory(array, mapped.map)
         got = np.moveaxis(got, 1, -1) if mapped.rows or want.ndim == 2 else got

@@ -42,6 +42,19 @@ class Mapped:
     rows: bool
 
 
+@dataclass(frozen=True)
+class Tap:
+    """A tensor of the integer graph that is an output too.
+
+    Attributes:
+        mapped: where it lies.
+        shape: of the tensor.
+    """
+
+    mapped: Mapped
+    shape: tuple[int, ...]
+
+
 Rule = Callable[["Builder", fx.Node], None]
 
 
@@ -75,7 +88,7 @@ class Builder:
         self.graph = fx.Graph()
         self.constants: dict[str, Tensor] = {}
         self.keys: list[str] = []
-        self.taps: dict[str, Mapped] = {}
+        self.taps: dict[str, Tap] = {}
         self.maps: dict[fx.Node, Mapped] = {}
         self._plain: dict[fx.Node, Any] = {}
         self._attributes: dict[str, fx.Node] = {}
@@ -92,13 +105,21 @@ class Builder:
                 continue
             elif node.op == "output":
                 outputs = [self.plain(one) for one in torch.utils._pytree.tree_leaves(node.args[0])]
-                self.graph.output((*outputs, *(one.node for one in self.taps.values())))
+                self.graph.output((*outputs, *(one.mapped.node for one in self.taps.values())))
             elif not isinstance(self.values[node], (Tensor, tuple, list)):
                 self._plain[node] = self.values[node]  # a size
             elif node not in self.maps and node not in self._plain:
-                rule = self._rules.get(self.model.operator_name(node), self._rules[""])
-                rule(self, node)
+                self._build(node)
         return fx.GraphModule(dict(self.constants), self.graph)
+
+    def _build(self, node: fx.Node) -> None:
+        rule = self._rules.get(self.model.operator_name(node), self._rules[""])
+        try:
+            rule(self, node)
+        except LoweringError as cause:
+            if str(cause).startswith("layer "):
+                raise
+            raise LoweringError(f"layer {str(node.meta.get('layer', node.name))!r}: {cause}") from cause
 
     # ---- what nodes are -----------------------------------------------------------------------------------
 
@@ -150,11 +171,6 @@ class Builder:
         self.keys.append(key)
         made = self.graph.call_function(torch.ops.qcompile_tvm.kernel.default, (list(inputs), key))
         return [self.graph.call_function(operator.getitem, (made, index)) for index in range(len(outputs))]
-
-    def tap(self, name: str, mapped: Mapped) -> None:
-        """Show a tensor of the integer graph."""
-        if self.tapped:
-            self.taps[name] = mapped
 
     # ---- layouts ------------------------------------------------------------------------------------------
 
@@ -223,8 +239,8 @@ class Builder:
     def set_map(self, node: fx.Node, mapped: Mapped) -> None:
         """Record a tensor in a map."""
         self.maps[node] = mapped
-        if self.is_integer_node(node):
-            self.tap(node.name, mapped)
+        if self.tapped and self.is_integer_node(node):
+            self.taps[node.name] = Tap(mapped, self.shape(node))
 
 
 def extents(shape: tuple[int, ...], rows: bool) -> tuple[int, int, int, int]:
@@ -242,7 +258,9 @@ def extents(shape: tuple[int, ...], rows: bool) -> tuple[int, int, int, int]:
         return shape[0], 1, shape[2], shape[1]
     if len(shape) == 4:
         return shape[0], shape[2], shape[3], shape[1]
-    raise LoweringError(f"a tensor of shape {shape} has too many dimensions for this target's kernels")
+    raise LoweringError(
+        f"a tensor of shape {shape} has too many dimensions for this target's kernels; lower to onnx-qdq"
+    )
 
 
 def padding_of(node: fx.Node) -> tuple[int, int, int, int]:

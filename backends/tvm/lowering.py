@@ -8,12 +8,18 @@ import torch
 from torch import fx
 from tvm.relax.frontend.torch import from_exported_program
 
+from qcompile.errors import LoweringError
+
 from . import kernel_op
 from .api import relax, tvm
 
 
 def import_graph(graph: fx.GraphModule, shapes: tuple[tuple[int, ...], ...]) -> Any:
-    """The graph as one Relax module."""
+    """The graph as one Relax module.
+
+    Raises:
+        LoweringError: if TVM cannot import an operator; names its layer.
+    """
     inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
     examples = tuple(
         torch.zeros(shape, dtype=node.meta.get("dtype", torch.float32))
@@ -31,7 +37,23 @@ def import_graph(graph: fx.GraphModule, shapes: tuple[tuple[int, ...], ...]) -> 
         )
         return called if len(types) > 1 else importer.block_builder.emit(relax.Tuple([called]))
 
-    return from_exported_program(program, custom_convert_map={"kernel.default": convert})
+    try:
+        return from_exported_program(program, custom_convert_map={"kernel.default": convert})
+    except (AssertionError, NotImplementedError, ValueError, TypeError, KeyError) as cause:
+        reason = " ".join(str(cause).split())
+        raise LoweringError(f"{_culprits(graph, reason)}: TVM cannot import it; lower to onnx-qdq") from cause
+
+
+def _culprits(graph: fx.GraphModule, reason: str) -> str:
+    """Layers whose operators an error of the importer mentions."""
+    found = [
+        f"layer {str(node.meta.get('layer', node.name))!r}"
+        for node in graph.graph.nodes
+        if isinstance(node.target, torch._ops.OpOverload)
+        and node.target._schema.name.startswith("aten::")
+        and node.target._schema.name.removeprefix("aten::") in reason
+    ]
+    return ", ".join(dict.fromkeys(found)) or f"an operator ({reason[:200]})"
 
 
 def optimise(module: Any, target: Any) -> Any:

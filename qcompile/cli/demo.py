@@ -71,7 +71,7 @@ def _run(output: Path | None, as_json: bool) -> None:
     rows: list[dict[str, Any]] = [
         {
             "mode": "float",
-            "trained %": top1(network, {"input": test_x}, test_y, BATCH, fill=False),
+            "trained %": top1(network, {"x": test_x}, test_y, BATCH, fill=False),
             "lowered %": None,
             "bytes read": sum(4 * parameter.numel() for parameter in network.parameters()),
             "latency us": _latency(network, test_x[:1]),
@@ -88,8 +88,8 @@ def _run(output: Path | None, as_json: bool) -> None:
             rows.append(
                 {
                     "mode": f"{mode.label} bits",
-                    "trained %": top1(at(prepared, mode), {"input": test_x}, test_y, BATCH, fill=False),
-                    "lowered %": top1(run, {"input": test_x}, test_y, BATCH, fill=True),
+                    "trained %": top1(at(prepared, mode), {"x": test_x}, test_y, BATCH, fill=False),
+                    "lowered %": top1(run, {"x": test_x}, test_y, BATCH, fill=True),
                     "bytes read": recorder.bytes_read,
                     "latency us": _latency(single, test_x[:1]),
                 }

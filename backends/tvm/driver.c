@@ -1,0 +1,221 @@
+/* Runs a static plan: kernels in order on one arena. Included after the generated tables of plan.h.
+
+   Kernels are TVM's; the few functions of TVM's runtime that they call are here: parallel loops on a pool of
+   threads, memory for a task, and errors. Nothing else of TVM is needed. */
+
+#define _GNU_SOURCE
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "model.h"
+
+typedef struct {
+    void *data;
+    struct { int32_t type, id; } device;
+    int32_t dimensions;
+    struct { uint8_t code, bits; uint16_t lanes; } dtype;
+    int64_t *shape, *strides;
+    uint64_t offset;
+} tensor_view;
+
+typedef struct {
+    int32_t type;
+    uint32_t padding;
+    void *pointer;
+} argument;
+
+typedef int (*kernel)(void *self, const argument *arguments, int32_t count, argument *result);
+
+#include "plan.h"
+
+enum { CPU = 1, TENSOR = 7 /* kTVMFFIDLTensorPtr */ };
+
+static _Thread_local char message[256];
+
+const char *qcompile_error(void) { return message; }
+
+const void *qcompile_data(void) { return qcompile_constants; }
+
+/* ---- parallel loops ---------------------------------------------------------------------------------------- */
+
+typedef struct { void *sync; int32_t tasks; } group;
+typedef int (*task)(int index, group *environment, void *data);
+
+typedef struct {
+    pthread_mutex_t lock;
+    pthread_cond_t wake, done;
+    pthread_t *threads;
+    int count, stopping;
+    atomic_uint round;
+    task body;
+    void *data;
+    group environment;
+    atomic_int next, running, failed;
+} pool;
+
+static _Thread_local pool *current;
+
+static inline void pause_a_little(void) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+}
+
+static void work(pool *p) {
+    int index;
+    while ((index = atomic_fetch_add(&p->next, 1)) < p->environment.tasks)
+        if (p->body(index, &p->environment, p->data)) atomic_store(&p->failed, 1);
+}
+
+/* Kernels follow each other within microseconds: wait this many looks before sleeping. */
+enum { LOOKS = 2000 };
+
+static void *worker(void *given) {
+    pool *p = given;
+    unsigned seen = 0;
+    for (;;) {
+        for (int i = 0; i < LOOKS && atomic_load(&p->round) == seen; i++) pause_a_little();
+        pthread_mutex_lock(&p->lock);
+        while (atomic_load(&p->round) == seen && !p->stopping) pthread_cond_wait(&p->wake, &p->lock);
+        int stopping = p->stopping;
+        seen = atomic_load(&p->round);
+        pthread_mutex_unlock(&p->lock);
+        if (stopping) return NULL;
+        work(p);
+        pthread_mutex_lock(&p->lock);
+        if (atomic_fetch_sub(&p->running, 1) == 1) pthread_cond_signal(&p->done);
+        pthread_mutex_unlock(&p->lock);
+    }
+}
+
+int TVMBackendParallelLaunch(task body, void *data, int tasks) {
+    pool *p = current;
+    if (p == NULL || p->count == 0) {
+        group environment = {NULL, 1};
+        return body(0, &environment, data);
+    }
+    pthread_mutex_lock(&p->lock);
+    p->body = body;
+    p->data = data;
+    p->environment.tasks = tasks > 0 ? tasks : p->count + 1;
+    atomic_store(&p->next, 0);
+    atomic_store(&p->failed, 0);
+    atomic_store(&p->running, p->count);
+    atomic_fetch_add(&p->round, 1);
+    pthread_cond_broadcast(&p->wake);
+    pthread_mutex_unlock(&p->lock);
+    work(p);
+    for (int i = 0; i < LOOKS && atomic_load(&p->running); i++) pause_a_little();
+    pthread_mutex_lock(&p->lock);
+    while (atomic_load(&p->running)) pthread_cond_wait(&p->done, &p->lock);
+    pthread_mutex_unlock(&p->lock);
+    return atomic_load(&p->failed) ? -1 : 0;
+}
+
+/* ---- memory of tasks, errors --------------------------------------------------------------------------------- */
+
+void *TVMBackendAllocWorkspace(int type, int id, uint64_t bytes, int code, int bits) {
+    (void)type, (void)id, (void)code, (void)bits;
+    return aligned_alloc(64, (bytes + 63) / 64 * 64);
+}
+
+int TVMBackendFreeWorkspace(int type, int id, void *memory) {
+    (void)type, (void)id;
+    free(memory);
+    return 0;
+}
+
+void TVMFFIErrorSetRaisedFromCStrParts(const char *kind, const char **parts, int32_t count) {
+    size_t used = (size_t)snprintf(message, sizeof message, "%s: ", kind);
+    for (int32_t i = 0; i < count && used < sizeof message; i++)
+        used += (size_t)snprintf(message + used, sizeof message - used, "%s", parts[i]);
+}
+
+void TVMFFIErrorSetRaisedFromCStr(const char *kind, const char *text) {
+    TVMFFIErrorSetRaisedFromCStrParts(kind, &text, 1);
+}
+
+/* Kernels call these through pointers that a runtime of TVM's would fill in. */
+int (*__TVMBackendParallelLaunch)(task, void *, int) = TVMBackendParallelLaunch;
+void *(*__TVMBackendAllocWorkspace)(int, int, uint64_t, int, int) = TVMBackendAllocWorkspace;
+int (*__TVMBackendFreeWorkspace)(int, int, void *) = TVMBackendFreeWorkspace;
+
+/* ---- models ---------------------------------------------------------------------------------------------------- */
+
+struct qcompile_model {
+    const kernel *kernels;
+    unsigned char *arena;
+    tensor_view views[TENSORS];
+    pool threads;
+};
+
+qcompile_model *qcompile_create(int threads) {
+    qcompile_model *model = calloc(1, sizeof *model);
+    if (model == NULL) return NULL;
+    model->kernels = choose_kernels();
+    model->arena = aligned_alloc(64, ARENA_BYTES + 64);
+    if (model->kernels == NULL || model->arena == NULL) {
+        snprintf(message, sizeof message, model->kernels ? "out of memory" : "this processor lacks " REQUIRED);
+        qcompile_destroy(model);
+        return NULL;
+    }
+    memset(model->arena, 0, ARENA_BYTES);
+    for (int i = 0; i < TENSORS; i++) {
+        const tensor_record *one = &tensors[i];
+        tensor_view *view = &model->views[i];
+        if (one->kind == ARENA) view->data = model->arena + one->position;
+        if (one->kind == CONSTANT) view->data = (void *)(qcompile_constants + one->position);
+        view->device.type = CPU;
+        view->dimensions = one->dimensions;
+        view->dtype.code = one->code, view->dtype.bits = one->bits, view->dtype.lanes = 1;
+        view->shape = (int64_t *)&extents[one->extents];
+    }
+    pthread_mutex_init(&model->threads.lock, NULL);
+    pthread_cond_init(&model->threads.wake, NULL);
+    pthread_cond_init(&model->threads.done, NULL);
+    int wanted = threads > 1 ? threads - 1 : 0;
+    model->threads.threads = calloc((size_t)wanted + 1, sizeof(pthread_t));
+    while (model->threads.threads != NULL && model->threads.count < wanted &&
+           pthread_create(&model->threads.threads[model->threads.count], NULL, worker, &model->threads) == 0)
+        model->threads.count++;
+    return model;
+}
+
+void qcompile_destroy(qcompile_model *model) {
+    if (model == NULL) return;
+    pool *p = &model->threads;
+    if (p->count) {
+        pthread_mutex_lock(&p->lock);
+        p->stopping = 1;
+        pthread_cond_broadcast(&p->wake);
+        pthread_mutex_unlock(&p->lock);
+        for (int i = 0; i < p->count; i++) pthread_join(p->threads[i], NULL);
+    }
+    free(p->threads);
+    free(model->arena);
+    free(model);
+}
+
+int qcompile_run(qcompile_model *model, const void *const *inputs, void *const *outputs) {
+    for (int i = 0; i < TENSORS; i++) {
+        if (tensors[i].kind == INPUT) model->views[i].data = (void *)inputs[tensors[i].position];
+        if (tensors[i].kind == OUTPUT) model->views[i].data = outputs[tensors[i].position];
+    }
+    current = &model->threads;
+    int failed = 0;
+    for (int i = 0; i < CALLS && !failed; i++) {
+        const call_record *call = &calls[i];
+        argument given[MOST_ARGUMENTS], result = {0, 0, NULL};
+        for (int j = 0; j < call->count; j++) {
+            given[j].type = TENSOR, given[j].padding = 0;
+            given[j].pointer = &model->views[arguments[call->first + j]];
+        }
+        failed = model->kernels[call->kernel](NULL, given, call->count, &result);
+    }
+    current = NULL;
+    return failed;
+}

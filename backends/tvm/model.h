@@ -1,0 +1,33 @@
+/* A compiled model. A model runs in one thread at a time; make one per thread that calls it. */
+
+#ifndef QCOMPILE_MODEL_H
+#define QCOMPILE_MODEL_H
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define QCOMPILE_API __attribute__((visibility("default")))
+
+typedef struct qcompile_model qcompile_model;
+
+/* A model that uses so many threads; NULL on failure, see qcompile_error. */
+QCOMPILE_API qcompile_model *qcompile_create(int threads);
+
+/* Run it. One pointer per input and output, to tensors of the shapes that README.md lists, contiguous, aligned to
+   64 bytes. Returns 0, or another number on failure. */
+QCOMPILE_API int qcompile_run(qcompile_model *model, const void *const *inputs, void *const *outputs);
+
+QCOMPILE_API void qcompile_destroy(qcompile_model *model);
+
+/* What went wrong last in this thread. */
+QCOMPILE_API const char *qcompile_error(void);
+
+/* The block of constants: weights, and the numbers of epilogues. */
+QCOMPILE_API const void *qcompile_data(void);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif
