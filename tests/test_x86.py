@@ -204,7 +204,7 @@ def mutant(compiled: Any, kernel: str, argument: str, folder: Path) -> tuple[Any
     for index in range(0, array.size, array.size // 50 | 1):
         content = bytearray(original)
         at = place + index * array.itemsize
-        content[at + array.itemsize - 1 - (array.itemsize > 1)] ^= 1
+        content[at + array.itemsize - 1] ^= 1  # of floats the exponent
         changed = folder / f"{index}.so"
         changed.write_bytes(content)
         artefact = dataclasses.replace(compiled.library.artefact, library=changed)
