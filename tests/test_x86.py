@@ -16,21 +16,7 @@ import pytest
 import torch
 from test_tvm_kernels import FLAGS
 from torch import nn
-from verify_networks import (
-    Attention,
-    Bottleneck,
-    Dense,
-    Encoder,
-    Gate,
-    Mlp,
-    Norms,
-    OneDimensional,
-    Pools,
-    Residual,
-    ScaledAttention,
-    images,
-    trained,
-)
+from verify_networks import Gate, Residual, images, trained
 
 import qcompile
 from qcompile.errors import FileAccessError, InvalidArgument, LoweringError, MissingExtra
@@ -48,17 +34,6 @@ NETWORKS: dict[str, tuple[type[nn.Module], torch.Tensor]] = {
     "residual": (Residual, images()),
     "gate": (Gate, images(6, 8)),
 }
-MORE: dict[str, tuple[type[nn.Module], torch.Tensor]] = {
-    "one-dimensional": (OneDimensional, images()[:, :, 0].repeat(1, 1, 3)),
-    "attention": (Attention, torch.arange(42).reshape(6, 7) % 11),
-    "bottleneck": (Bottleneck, images()),
-    "mlp": (Mlp, images(8, 3)),
-    "dense": (Dense, images()),
-    "pools": (Pools, images(6, 15)),
-    "encoder": (Encoder, images(6, 4)),
-    "norms": (Norms, images(6, 8)),
-    "scaled attention": (ScaledAttention, images(6, 4)),
-}
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -67,17 +42,6 @@ def test_networks_are_exact(name: str) -> None:
     report = verify(trained(kind, x), x, bits=2, target="x86")
     assert report.failures == ()
     assert report.exact
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [*NETWORKS, *MORE])
-def test_every_mode_of_every_network_is_exact(name: str) -> None:
-    kind, x = {**NETWORKS, **MORE}[name]
-    model = trained(kind, x, modes=("w1a1", "w3a4", "w8a8"))
-    for bits in qcompile.modes(model):
-        report = verify(model, x, bits=bits, target="x86")
-        assert report.failures == ()
-        assert report.exact
 
 
 @pytest.mark.parametrize("processor", executable_module.X86, ids=lambda one: one.name)
