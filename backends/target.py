@@ -24,6 +24,8 @@ class LoweringRequest:
         input_shapes: shapes of the flat inputs, batch included.
         batch: size of dimension 0 of every input.
         threads: threads at run time; None leaves the choice to the runtime.
+        cpu: the only processor to serve, by the target's names; None serves what the target serves.
+        features: the only kinds of processors to serve, by the target's names; None for all.
     """
 
     model: IntegerModel
@@ -31,6 +33,8 @@ class LoweringRequest:
     input_shapes: tuple[tuple[int, ...], ...]
     batch: int
     threads: int | None = None
+    cpu: str | None = None
+    features: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,14 @@ class Executable:
         """
         return 0.0
 
+    def kernels(self) -> list[dict[str, str]]:
+        """What runs, in order: `layer` and `kernel` of each step; empty where a runtime of others decides."""
+        return []
+
+    def arena_bytes(self) -> int | None:
+        """Bytes of working memory of one model; None where a runtime of others decides."""
+        return None
+
     def constants(self) -> Mapping[str, NDArray[Any]]:
         """Every number that the artefact holds, by `layer/what`, for comparison with a fresh lowering."""
         raise TypeError(f"{type(self).__name__} does not define constants()")
@@ -105,10 +117,12 @@ class Target:
     Attributes:
         name: what users write in `lower(target=...)`.
         summary: one line for `qcompile targets`.
+        takes_processors: whether `LoweringRequest.cpu` and `.features` mean something here.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
+    takes_processors: ClassVar[bool] = False
 
     def compile(self, request: LoweringRequest) -> Executable:
         """Lower one mode.

@@ -25,6 +25,9 @@ def lower(
     batch: int = 1,
     input_shapes: Sequence[Sequence[int]] | None = None,
     threads: int | None = None,
+    cpu: str | None = None,
+    features: Sequence[str] | None = None,
+    chunk: bool = False,
 ) -> Executable:
     """Compile one mode for a target.
 
@@ -35,6 +38,10 @@ def lower(
         batch: size of dimension 0 of every input.
         input_shapes: one shape per input without the batch dimension; default: those of the example inputs.
         threads: threads at run time; None leaves the choice to the runtime.
+        cpu: compile for this processor only, by LLVM's name ("cortex-a72"); targets `x86` and `arm`.
+        features: compile for these kinds of processors only; `x86`: "amx", "vnni", "avx2"; `arm`: "dotprod",
+            "neon". Default: for all, the best is chosen at run time.
+        chunk: take inputs of any batch size and run them `batch` samples at a time.
 
     Returns:
         An executable: call it with torch tensors, or `.export(folder)` it.
@@ -47,6 +54,7 @@ def lower(
         LoweringError: if the target lacks an operator; names the layer.
         MissingExtra: if the target's packages are not installed.
     """
+    from .backends.chunked import ChunkedExecutable
     from .backends.target import LoweringRequest
 
     chosen_target = find_target(target)
@@ -54,6 +62,10 @@ def lower(
         raise InvalidArgument(f"batch must be a positive whole number, not {batch!r}")
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
         raise InvalidArgument(f"threads must be a positive whole number or None, not {threads!r}")
+    if isinstance(features, str) or any(not isinstance(one, str) for one in features or ()):
+        raise InvalidInputType(f"features is a sequence of names, not {features!r}")
+    if (cpu is not None or features is not None) and not chosen_target.takes_processors:
+        raise InvalidArgument(f"the target {target} takes neither cpu nor features: its runtime decides")
     if isinstance(model, (str, PathLike)):
         from .file.load import load
 
@@ -63,7 +75,10 @@ def lower(
     mode = loaded.active if bits is None else find_mode(bits, loaded.prepared_modes)
     shapes = _batched_shapes(loaded, batch, input_shapes)
     integer = loaded.integer_model(mode, shapes)
-    return chosen_target().compile(LoweringRequest(integer, loaded.signature, shapes, batch, threads))
+    kinds = None if features is None else tuple(features)
+    request = LoweringRequest(integer, loaded.signature, shapes, batch, threads, cpu, kinds)
+    compiled = chosen_target().compile(request)
+    return ChunkedExecutable(compiled) if chunk else compiled
 
 
 def _batched_shapes(

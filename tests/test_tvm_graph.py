@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from test_tvm_kernels import FLAGS
+from amx import FLAGS
 from verify_networks import (
     Attention,
     Bottleneck,
@@ -23,10 +23,12 @@ from verify_networks import (
 
 tvm = pytest.importorskip("tvm")
 
+from qcompile.backends.tvm import api  # noqa: E402
+from qcompile.backends.tvm.families import choose  # noqa: E402
 from qcompile.backends.tvm.kernel_graph import Builder  # noqa: E402
-from qcompile.backends.tvm.kernels.x86 import VNNI, avx2  # noqa: E402
 from qcompile.backends.tvm.lowering import import_graph, optimise  # noqa: E402
 from qcompile.backends.tvm.maps import from_memory  # noqa: E402
+from qcompile.backends.tvm.processors import X86, select  # noqa: E402
 from qcompile.backends.tvm.rules import RULES  # noqa: E402
 
 NETWORKS = {
@@ -50,11 +52,14 @@ def test_kernels_compute_the_integer_graph(name: str) -> None:
     kind, x = NETWORKS[name]
     model = trained(kind, x)
     use_vnni = "avx512_vnni" in FLAGS and name != "residual"
-    target = tvm.target.Target({"kind": "llvm", "mcpu": "cascadelake" if use_vnni else "haswell"})
+    (processor,) = select(X86, None, ("vnni" if use_vnni else "avx2",))
+    target = api.llvm(X86.triple, processor.target)
     mode = model.prepared_modes[len(name) % 3]
     shapes = (tuple(x.shape),)
     integer = model.integer_model(mode, shapes)
-    builder = Builder(integer, shapes, (lambda a, w: VNNI) if use_vnni else avx2, RULES, tapped=True)
+    builder = Builder(
+        integer, shapes, lambda layer: choose(layer, processor.features), RULES, tapped=True
+    )
     module = optimise(import_graph(builder.run(), shapes), target)
     machine = tvm.relax.VirtualMachine(tvm.compile(module, target=target), tvm.cpu())
     found = [one.numpy() for one in machine["main"](tvm.runtime.tensor(x.numpy()))]

@@ -2,38 +2,41 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from amx import FLAGS, provide_amx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 tvm = pytest.importorskip("tvm")
 
-from qcompile.backends.tvm.kernels.layer import layer_kernel  # noqa: E402
-from qcompile.backends.tvm.kernels.x86 import VNNI, avx2  # noqa: E402
+from qcompile.backends.tvm.families import FAMILIES, Family  # noqa: E402
 from qcompile.backends.tvm.maps import Map, from_memory, to_memory  # noqa: E402
 from qcompile.backends.tvm.packing import arrange, pack, parts_of, runs_of  # noqa: E402
 from qcompile.backends.tvm.specs import ACCUMULATOR, Layer, Output  # noqa: E402
 
-CPUINFO = Path("/proc/cpuinfo")
-FLAGS = set(CPUINFO.read_text().split()) if CPUINFO.exists() else set()
-FAMILIES = [
-    pytest.param(
-        "cascadelake",
-        None,
-        marks=pytest.mark.skipif("avx512_vnni" not in FLAGS, reason="this processor has no AVX-512 VNNI"),
-        id="vnni",
-    ),
-    pytest.param(
-        "haswell",
-        avx2,
-        marks=pytest.mark.skipif("avx2" not in FLAGS, reason="this processor has no AVX2"),
-        id="avx2",
-    ),
+
+
+PROCESSORS = {
+    "amx": ("sapphirerapids", "amx_int8"),
+    "vnni": ("cascadelake", "avx512_vnni"),
+    "bitalg": ("icelake-server", "avx512_bitalg"),
+    "avx2": ("haswell", "avx2"),
+}
+
+
+def native(family: Family, cpu: str, flag: str) -> Any:
+    """A family with LLVM's name of a processor that runs it, where this one does."""
+    there = flag in FLAGS or (flag == "amx_int8" and "avx512_vnni" in FLAGS)  # see amx.py
+    mark = pytest.mark.skipif(not there, reason=f"this processor has no {flag}")
+    return pytest.param(family, cpu, marks=mark, id=f"{family.name} {cpu}")
+
+
+NATIVE = [
+    native(one, *PROCESSORS[min(one.needs)]) for one in FAMILIES if one.needs <= {"amx", "vnni", "bitalg", "avx2"}
 ]
 
 
@@ -91,9 +94,9 @@ def random_case(seed: int) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize(("cpu", "family"), FAMILIES)
+@pytest.mark.parametrize(("family", "cpu"), NATIVE)
 @pytest.mark.parametrize("seed", range(18))
-def test_layers_with_epilogues_are_exact(seed: int, cpu: str, family: Any) -> None:
+def test_layers_with_epilogues_are_exact(seed: int, family: Family, cpu: str) -> None:
     case = random_case(seed)
     rng, n, groups, bits = case["rng"], case["n"], case["groups"], case["bits"]
     (h, w), (top, left) = case["size"], case["padding"]
@@ -110,12 +113,12 @@ def test_layers_with_epilogues_are_exact(seed: int, cpu: str, family: Any) -> No
     plain = Map(n, *sums.shape[2:], case["outputs"], "int32")
     runs = runs_of(shape, source.padded, case["dilation"], groups)
     outputs = (
-        Output(out, (ACCUMULATOR, 0), 20, -3, 15),
-        Output(plain, (ACCUMULATOR,), 0, -(2**31), 2**31 - 1),
+        Output(out, (ACCUMULATOR, 0), -3, 15),
+        Output(plain, (ACCUMULATOR,), -(2**31), 2**31 - 1),
     )
     layer = Layer(
-        source, runs, case["stride"], case["dilation"], (top, left), *sums.shape[2:], bits, case["signed"],
-        case["numerator"], case["shift"], outputs, (plain,),
+        source, runs, case["stride"], case["dilation"], (top, left), *sums.shape[2:], case["highest"],
+        bits, case["signed"], case["numerator"], case["shift"], outputs, (plain,),
     )  # fmt: skip
     stream = rng.integers(-(2**20), 2**20, sums.shape)
     factors = rng.integers(-(2**20), 2**20, (2, case["outputs"]))
@@ -124,17 +127,20 @@ def test_layers_with_epilogues_are_exact(seed: int, cpu: str, family: Any) -> No
     total = sums * factors[0][per_channel] + stream * factors[1][per_channel] + constant[per_channel]
     vectors = arrange(weight, runs, groups)
     stored = vectors.astype(np.int64) * 2 ** case["shift"] + case["numerator"]
-    correction = source.zero_point * stored.sum((1, 3)).reshape(-1)[: case["outputs"]]
+    correction = (source.zero_point - family.bias(layer)) * stored.sum((1, 3)).reshape(-1)[: case["outputs"]]
     epilogue, raw = np.zeros(outputs[0].constants), np.zeros(outputs[1].constants)
     epilogue[0, : case["outputs"]] = constant - factors[0] * correction
     epilogue[1:, : case["outputs"]] = factors
+    epilogue *= 2.0**-20
     raw[0, : case["outputs"]], raw[1] = -correction, 1.0
-    largest = max(abs(one) for one in (layer.effective_range if layer.is_effective else layer.code_range))
-    dot = VNNI if family is None else family(case["highest"], largest)
+    if family.cycles(layer) is None:
+        pytest.skip("the family has no such layers")
+    if family.name == "amx":
+        provide_amx()
     target = tvm.target.Target({"kind": "llvm", "mcpu": cpu})
-    compiled = tvm.compile(tvm.IRModule({"layer": layer_kernel("layer", layer, dot)}), target=target)
+    compiled = tvm.compile(tvm.IRModule({"layer": family.build("layer", layer)}), target=target)
     results = [np.full(out.shape, 77, np.uint8), np.full(plain.shape, 77, np.int32)]
-    arrays = [to_memory(codes, source), pack(vectors, bits, case["signed"]).reshape(-1)]
+    arrays = [to_memory(codes, source), family.pack(vectors, layer)]
     arrays += [to_memory(stream, plain), epilogue, raw, *results]
     tensors = [tvm.runtime.tensor(np.ascontiguousarray(one)) for one in arrays]
     compiled["layer"](*tensors)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_tvm_kernels import FLAGS
+from amx import FLAGS, provide_amx
 from torch import nn
 from verify_networks import Gate, Residual, images, trained
 
@@ -28,7 +28,8 @@ pytestmark = pytest.mark.skipif(
     "avx2" not in FLAGS or shutil.which("gcc") is None, reason="needs a processor with AVX2, and gcc"
 )
 
-executable_module = pytest.importorskip("qcompile.backends.tvm.executable")
+from qcompile.backends.tvm import processors  # noqa: E402
+from qcompile.backends.tvm.library import Library  # noqa: E402
 
 NETWORKS: dict[str, tuple[type[nn.Module], torch.Tensor]] = {
     "residual": (Residual, images()),
@@ -44,13 +45,20 @@ def test_networks_are_exact(name: str) -> None:
     assert report.exact
 
 
-@pytest.mark.parametrize("processor", executable_module.X86, ids=lambda one: one.name)
-def test_every_kind_of_processor_is_exact(processor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    if processor.name == "vnni" and "avx512_vnni" not in FLAGS:
+@pytest.mark.parametrize("kind", ["amx", "vnni", "avx2"])
+def test_every_kind_of_processor_is_exact(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kind != "avx2" and "avx512_vnni" not in FLAGS:
         pytest.skip("this processor has no AVX-512 VNNI")
-    monkeypatch.setattr(executable_module, "X86", (processor,))
+    emulator = provide_amx() if kind == "amx" else None
+    if emulator is not None:
+        everywhere = tuple(dataclasses.replace(one, condition="1") for one in processors.X86.processors)
+        monkeypatch.setattr(processors, "X86", dataclasses.replace(processors.X86, processors=everywhere))
     model = trained(Residual, images())
-    assert verify(model, images(), bits=4, target="x86").failures == ()
+    before = emulator.amx_instructions() if emulator else 0
+    compiled = qcompile.lower(model, "x86", bits=4, batch=len(images()), threads=1, features=(kind,))
+    assert verify(model, images(), target=compiled).failures == ()
+    assert any(kind in one["kernel"] for one in compiled.kernels())
+    assert emulator is None or emulator.amx_instructions() > before + 1000
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +130,7 @@ def test_float_operators_that_tvm_cannot_import_are_named() -> None:
 def test_the_exported_folder_runs_without_python(compiled: Any, tmp_path: Path) -> None:
     written = compiled.export(tmp_path / "build")
     assert sorted(path.name for path in written) == [
-        "CMakeLists.txt", "README.md", "example.c", "libmodel.so", "model.h",
+        "CMakeLists.txt", "README.md", "example.c", "libmodel.so", "model.h", "runner", "runner.c",
     ]  # fmt: skip
     x = images()
     (tmp_path / "build" / "input_0.bin").write_bytes(x.numpy().tobytes())
@@ -157,7 +165,7 @@ def mutant(compiled: Any, kernel: str, argument: str, folder: Path) -> tuple[Any
     """The artefact with one bit of a constant changed, one that is no padding, and that constant's name."""
     name = next(one for one in compiled.constants() if one.startswith(kernel) and one.endswith(argument))
     array = compiled.constants()[name]
-    original = Path(compiled.library.artefact.library).read_bytes()
+    original = compiled.artefact.library.read_bytes()
     place = original.find(array.tobytes())
     assert original.count(array.tobytes()) == 1
     broken = object.__new__(type(compiled))
@@ -166,10 +174,10 @@ def mutant(compiled: Any, kernel: str, argument: str, folder: Path) -> tuple[Any
         content = bytearray(original)
         at = place + index * array.itemsize
         content[at + array.itemsize - 1] ^= 1  # of floats the exponent
-        changed = folder / f"{index}.so"
-        changed.write_bytes(content)
-        artefact = dataclasses.replace(compiled.library.artefact, library=changed)
-        broken.library = executable_module.Library(artefact, 1)
+        changed = folder / f"{index}"
+        changed.mkdir()
+        (changed / "libmodel.so").write_bytes(content)
+        broken.library = Library(dataclasses.replace(compiled.artefact, folder=changed), 1)
         if not torch.equal(broken(images()), compiled(images())):
             return broken, name
     raise AssertionError("no change shows")

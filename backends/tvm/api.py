@@ -7,11 +7,12 @@ a load or store of `lanes` consecutive elements, and arithmetic on such values.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import tvm
+import tvm_ffi
 from tvm import relax, tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as builder
@@ -23,6 +24,22 @@ OPAQUE = 8
 
 serial, parallel, evaluate = builder.serial, builder.parallel, builder.evaluate
 minimum, maximum, select, floor, nearbyint = tirx.min, tirx.max, tirx.Select, tirx.floor, tirx.nearbyint
+
+
+def llvm(triple: str, attributes: Mapping[str, Any]) -> Any:
+    """The target of a platform and a processor."""
+    return tvm.target.Target({"kind": "llvm", "mtriple": triple, **attributes})
+
+
+def processors(triple: str) -> list[str]:
+    """LLVM's names of a platform's processors."""
+    return [str(one) for one in tvm_ffi.get_global_func("target.llvm_get_cpu_archlist")(llvm(triple, {}))]
+
+
+def features(triple: str, cpu: str) -> set[str]:
+    """LLVM's names of what a processor can do."""
+    found = tvm_ffi.get_global_func("target.llvm_get_cpu_features")(llvm(triple, {"mcpu": cpu}))
+    return {str(one) for one in found}
 
 
 class Function:
@@ -95,6 +112,31 @@ def reinterpret(value: Any, dtype: str) -> Any:
 def intrinsic(dtype: str, name: str, *arguments: Any) -> Any:
     """An LLVM intrinsic."""
     return tirx.call_llvm_intrin(dtype, name, *arguments)
+
+
+def immediate(value: int) -> Any:
+    """An operand that an instruction holds."""
+    return tirx.const(value, "int8")
+
+
+def address(buffer: Any, index: Any) -> Any:
+    """Pointer to an element."""
+    return tirx.address_of(buffer[index])
+
+
+def part(vector: Any, first: int, lanes: int) -> Any:
+    """Consecutive elements of a vector."""
+    return tirx.Shuffle([vector], [tirx.const(first + i, "int32") for i in range(lanes)])
+
+
+def popcount(value: Any) -> Any:
+    """Number of bits that are set, element by element."""
+    return tirx.popcount(value)
+
+
+def floordiv(value: Any, divisor: int) -> Any:
+    """Quotient of indices, rounded down."""
+    return tirx.floordiv(value, divisor)
 
 
 def load(buffer: Any, index: Any, lanes: int = 1) -> Any:

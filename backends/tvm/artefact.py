@@ -1,4 +1,4 @@
-"""One integer graph as machine code: plan, kernels for every kind of processor, shared object."""
+"""One integer graph as machine code: a plan and kernels for every kind of processor, one shared object."""
 
 from __future__ import annotations
 
@@ -7,14 +7,31 @@ from pathlib import Path
 
 from qcompile.backends.target import LoweringRequest
 
-from . import kernel_op
-from .api import tvm
-from .build import Variant, build
+from . import api, kernel_op
+from .build import LIBRARY, Constants, Part, build
+from .families import choose
 from .kernel_graph import Builder, Tap
 from .lowering import import_graph, optimise
 from .plan import Plan, make_plan
+from .processors import Architecture, Processor, select
 from .rules import RULES
-from .variants import Processor
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The model for one kind of processor.
+
+    Attributes:
+        name: of the kind.
+        plan: what it executes.
+        layers: by kernel of the plan, the layer that it computes and what it is.
+        taps: tensors of the integer graph among the outputs, behind the model's own, in order.
+    """
+
+    name: str
+    plan: Plan
+    layers: dict[str, tuple[str, str]]
+    taps: dict[str, Tap]
 
 
 @dataclass(frozen=True)
@@ -22,52 +39,64 @@ class Artefact:
     """What lies in a folder.
 
     Attributes:
-        library: the shared object.
-        plan: what it executes.
-        layers: by kernel of the plan, the layer that it computes and what it is.
-        taps: tensors of the integer graph among the outputs, behind the model's own, in order.
+        architecture: of the device.
+        folder: with the shared object, the runner and their sources.
+        constants: where constants lie in the shared object's block.
+        variants: by name of the kind of processor, the fastest first.
     """
 
-    library: Path
-    plan: Plan
-    layers: dict[str, tuple[str, str]]
-    taps: dict[str, Tap]
+    architecture: Architecture
+    folder: Path
+    constants: Constants
+    variants: dict[str, Variant]
+
+    @property
+    def library(self) -> Path:
+        """The shared object."""
+        return self.folder / LIBRARY
+
+    @property
+    def first(self) -> Variant:
+        """The variant for the fastest processors; inputs, outputs and taps are alike in all."""
+        return next(iter(self.variants.values()))
 
 
 def make_artefact(
-    request: LoweringRequest,
-    processors: tuple[Processor, ...],
-    folder: Path,
-    compiler: str,
-    tapped: bool = False,
+    request: LoweringRequest, architecture: Architecture, folder: Path, tapped: bool = False
 ) -> Artefact:
     """Lower and link one mode.
 
     Raises:
+        InvalidArgument: for an unknown cpu or feature.
         LoweringError: if an operator has no kernel, or the C compiler fails.
         MissingExtra: if the C compiler is not installed.
     """
-    plan: Plan | None = None
-    variants: list[Variant] = []
-    layers: dict[str, tuple[str, str]] = {}
-    taps: dict[str, Tap] = {}
-    for processor in processors:
-        builder = Builder(request.model, request.input_shapes, processor.dot, RULES, tapped)
-        try:
-            graph = builder.run()
-            target = tvm.target.Target({"kind": "llvm", "mcpu": processor.mcpu})
-            module = optimise(import_graph(graph, request.input_shapes), target)
-            made = {
-                kernel.name: (kernel.layer, kernel.summary) for kernel in map(kernel_op.find, builder.keys)
-            }
-        finally:
-            kernel_op.forget(builder.keys)
-        own, kernels = make_plan(module)
-        if plan is None:
-            plan, layers, taps = own, made, builder.taps
-        # kernels are named after their family, but plans are alike call by call
-        renamed = {a.kernel: kernels[b.kernel] for a, b in zip(plan.calls, own.calls, strict=True)}
-        assert own.constants == plan.constants
-        variants.append(Variant(processor.name, processor.mcpu, processor.condition, renamed))
-    assert plan is not None
-    return Artefact(build(plan, variants, folder, compiler), plan, layers, taps)
+    variants: dict[str, Variant] = {}
+    parts: list[Part] = []
+    for processor in select(architecture, request.cpu, request.features):
+        variant, part = _variant(request, architecture, processor, tapped)
+        variants[variant.name] = variant
+        parts.append(part)
+    return Artefact(architecture, folder, build(architecture, parts, folder), variants)
+
+
+def _variant(
+    request: LoweringRequest, architecture: Architecture, processor: Processor, tapped: bool
+) -> tuple[Variant, Part]:
+    builder = Builder(
+        request.model,
+        request.input_shapes,
+        lambda layer: choose(layer, processor.features),
+        RULES,
+        tapped,
+    )
+    target = api.llvm(architecture.triple, processor.target)
+    try:
+        graph = builder.run()
+        module = optimise(import_graph(graph, request.input_shapes), target)
+        layers = {kernel.name: (kernel.layer, kernel.summary) for kernel in map(kernel_op.find, builder.keys)}
+    finally:
+        kernel_op.forget(builder.keys)
+    plan, kernels = make_plan(module)
+    variant = Variant(processor.name, plan, layers, builder.taps)
+    return variant, Part(processor.name, processor.condition, plan, kernels, target)

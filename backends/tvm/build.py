@@ -1,10 +1,10 @@
-"""From a plan and kernels to a shared object: tables for the driver, objects, one call of the compiler."""
+"""From plans and kernels to a shared object: tables for the driver, objects, one call of the compiler."""
 
 from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,36 +13,95 @@ import numpy as np
 
 from qcompile.errors import LoweringError, MissingExtra
 
-from .api import tvm
-from .plan import Place, Plan
+from .maps import round_up
+from .objects import compile_kernels
+from .plan import ALIGNMENT, Place, Plan
+from .processors import Architecture
 
 SOURCES = Path(__file__).parent
 LIBRARY = "libmodel.so"
+RUNNER = "runner"
+DRIVER = ("driver.c", "model.h", "runner.c")
 KINDS = {"arena": "ARENA", "constant": "CONSTANT", "input": "INPUT", "output": "OUTPUT"}
 CODES = {"i": 0, "u": 1, "f": 2, "b": 6}
 
 
 @dataclass(frozen=True)
-class Variant:
-    """Kernels for one kind of processor.
+class Part:
+    """The model for one kind of processor.
 
     Attributes:
         name: suffix of its symbols.
-        mcpu: LLVM's name of the oldest such processor.
         condition: C expression that is true where it runs.
-        kernels: PrimFuncs by the plan's symbol.
+        plan: what it executes.
+        kernels: PrimFuncs by the plan's symbols.
+        target: what they are compiled for.
     """
 
     name: str
-    mcpu: str
     condition: str
+    plan: Plan
     kernels: Mapping[str, Any]
+    target: Any
 
 
-def tables(plan: Plan, variants: Sequence[Variant]) -> str:
-    """plan.h: the plan as C tables."""
+class Constants:
+    """The constants of all parts in one block, equal ones once."""
+
+    def __init__(self) -> None:
+        self.content = bytearray()
+        self._positions: dict[bytes, int] = {}
+
+    def position(self, plan: Plan, place: Place) -> int:
+        """Where a constant of a plan lies in the block."""
+        data = plan.constants[place.position : place.position + place.bytes]
+        if data not in self._positions:
+            self._positions[data] = len(self.content)
+            self.content += data.ljust(round_up(len(data), ALIGNMENT), b"\0")
+        return self._positions[data]
+
+
+def tables(parts: Sequence[Part], symbols: Sequence[Mapping[str, str]], constants: Constants) -> str:
+    """plan.h: the plans as C tables.
+
+    Args:
+        parts: one per kind of processor, the first that fits runs.
+        symbols: of each part's kernels, by the plan's names.
+        constants: filled with those of all parts.
+    """
+    names = sorted({name for part in symbols for name in part.values()})
+    lines = [
+        "enum { ARENA, CONSTANT, INPUT, OUTPUT };",
+        f"enum {{ INPUTS = {len(parts[0].plan.inputs)}, OUTPUTS = {len(parts[0].plan.outputs)} }};",
+        f"static const uint64_t input_bytes[] = {{{_list(one.bytes for one in parts[0].plan.inputs)}}};",
+        f"static const uint64_t output_bytes[] = {{{_list(one.bytes for one in parts[0].plan.outputs)}}};",
+        '__attribute__((visibility("hidden"))) extern const unsigned char qcompile_constants[];',
+        *(
+            f'__attribute__((visibility("hidden"))) int __tvm_ffi_{name}'
+            "(void *, const argument *, int32_t, argument *);"
+            for name in names
+        ),
+    ]
+    for part, known in zip(parts, symbols, strict=True):
+        lines += _tables_of(part, known, constants)
+    lines.append(f"static const uint64_t CONSTANT_BYTES = {len(constants.content)};")
+    lines.append("static const plan plans[] = {")
+    for part in parts:
+        lines.append(
+            f'    {{"{part.name}", tensors_{part.name}, calls_{part.name}, arguments_{part.name}, '
+            f"extents_{part.name}, sizeof tensors_{part.name} / sizeof *tensors_{part.name}, "
+            f"sizeof calls_{part.name} / sizeof *calls_{part.name}, {part.plan.arena}}},"
+        )
+    most = max(len(call.arguments) for part in parts for call in part.plan.calls)
+    lines += ["};", f"enum {{ MOST_ARGUMENTS = {most} }};", "static int supported(int index) {"]
+    lines += [f"    if (index == {i}) return {part.condition};" for i, part in enumerate(parts)]
+    lines += ["    return 0;", "}", f'#define SERVED "{", ".join(part.name for part in parts)}"', ""]
+    return "\n".join(lines)
+
+
+def _tables_of(part: Part, symbols: Mapping[str, str], constants: Constants) -> list[str]:
     places: dict[Place, int] = {}
-    for call in plan.calls:
+    for call in part.plan.calls:
         for one in call.arguments:
             places.setdefault(one, len(places))
     extents: list[int] = []
@@ -51,77 +110,64 @@ def tables(plan: Plan, variants: Sequence[Variant]) -> str:
     arguments: list[int] = []
     for place in places:
         dtype = np.dtype(place.dtype)
+        position = constants.position(part.plan, place) if place.kind == "constant" else place.position
         records.append(
             f"{{{KINDS[place.kind]}, {CODES[dtype.kind]}, {8 * dtype.itemsize}, {len(place.shape)}, "
-            f"{len(extents)}, {place.position}}}"
+            f"{len(extents)}, {position}}}"
         )
         extents += place.shape or (1,)
-    symbols = list(dict.fromkeys(call.kernel for call in plan.calls))
-    for call in plan.calls:
-        calls.append(f"{{{symbols.index(call.kernel)}, {len(call.arguments)}, {len(arguments)}}}")
+    for call in part.plan.calls:
+        calls.append(f"{{__tvm_ffi_{symbols[call.kernel]}, {len(call.arguments)}, {len(arguments)}}}")
         arguments += [places[one] for one in call.arguments]
-    lines = [
-        "enum { ARENA, CONSTANT, INPUT, OUTPUT };",
-        "typedef struct { uint8_t kind, code, bits, dimensions; uint32_t extents; uint64_t position; }",
-        "    tensor_record;",
-        "typedef struct { uint32_t kernel, count, first; } call_record;",
-        f"enum {{ TENSORS = {len(places)}, CALLS = {len(plan.calls)}, ",
-        f"       MOST_ARGUMENTS = {max(len(call.arguments) for call in plan.calls)} }};",
-        f"static const uint64_t ARENA_BYTES = {plan.arena};",
-        f"static const int64_t extents[] = {{{', '.join(map(str, extents))}}};",
-        f"static const tensor_record tensors[] = {{{', '.join(records)}}};",
-        f"static const call_record calls[] = {{{', '.join(calls)}}};",
-        f"static const uint32_t arguments[] = {{{', '.join(map(str, arguments))}}};",
-        '__attribute__((visibility("hidden"))) extern const unsigned char qcompile_constants[];',
+    return [
+        f"static const int64_t extents_{part.name}[] = {{{_list(extents)}}};",
+        f"static const tensor_record tensors_{part.name}[] = {{{_list(records)}}};",
+        f"static const uint32_t arguments_{part.name}[] = {{{_list(arguments)}}};",
+        f"static const call_record calls_{part.name}[] = {{{_list(calls)}}};",
     ]
-    for variant in variants:
-        names = [f"__tvm_ffi_{one}_{variant.name}" for one in symbols]
-        lines += [f"int {one}(void *, const argument *, int32_t, argument *);" for one in names]
-        lines.append(f"static const kernel kernels_{variant.name}[] = {{{', '.join(names)}}};")
-    lines.append("static const kernel *choose_kernels(void) {")
-    lines += [f"    if ({one.condition}) return kernels_{one.name};" for one in variants]
-    lines += ["    return NULL;", "}", f'#define REQUIRED "{variants[-1].name}"', ""]
-    return "\n".join(lines)
 
 
-def build(plan: Plan, variants: Sequence[Variant], folder: Path, compiler: str) -> Path:
-    """Write sources and objects into a folder and link them.
+def _list(values: Iterable[Any]) -> str:
+    return ", ".join(map(str, values))
+
+
+def build(architecture: Architecture, parts: Sequence[Part], folder: Path) -> Constants:
+    """Write sources and objects into a folder, link them and the runner.
+
+    Returns:
+        Where constants lie in the shared object's block.
 
     Raises:
         MissingExtra: if the C compiler is not installed.
         LoweringError: if it fails.
     """
-    if shutil.which(compiler) is None:
-        raise MissingExtra(f"lowering to machine code needs the C compiler {compiler}: apt-get install gcc")
+    if shutil.which(architecture.compiler) is None:
+        raise MissingExtra(
+            f"the target {architecture.name} needs the C compiler {architecture.compiler}: "
+            f"apt-get install {architecture.package}"
+        )
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("driver.c", "model.h"):
+    for name in DRIVER:
         shutil.copyfile(SOURCES / name, folder / name)
-    (folder / "plan.h").write_text(tables(plan, variants))
-    (folder / "constants.bin").write_bytes(plan.constants or bytes(64))
+    compiled = [compile_kernels(part.kernels, part.target, folder) for part in parts]
+    constants = Constants()
+    (folder / "plan.h").write_text(tables(parts, [symbols for symbols, _ in compiled], constants))
+    (folder / "constants.bin").write_bytes(constants.content or bytes(ALIGNMENT))
     (folder / "constants.S").write_text(
         ".section .rodata\n.balign 64\n.global qcompile_constants\n.hidden qcompile_constants\n"
         "qcompile_constants:\n"
         '.incbin "constants.bin"\n'
         '.section .note.GNU-stack,"",%progbits\n'
     )
-    objects = []
-    for variant in variants:
-        renamed = {
-            f"{name}_{variant.name}": kernel.with_attr("global_symbol", f"{name}_{variant.name}")
-            for name, kernel in variant.kernels.items()
-        }
-        target = tvm.target.Target({"kind": "llvm", "mcpu": variant.mcpu})
-        compiled = tvm.compile(tvm.IRModule(renamed), target=target)
-        objects.append(f"kernels_{variant.name}.o")
-        compiled.mod.write_to_file(str(folder / objects[-1]), "o")
-    command = [compiler, "-O2", "-std=gnu11", "-shared", "-fPIC", "-fvisibility=hidden", "-o", LIBRARY]
-    done = subprocess.run(
-        [*command, "driver.c", "constants.S", *objects, "-lpthread", "-lm"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    objects = list(dict.fromkeys(name for _, names in compiled for name in names))
+    base = [architecture.compiler, "-O2", "-std=gnu11"]
+    shared = [*base, "-shared", "-fPIC", "-fvisibility=hidden", "-o", LIBRARY, "driver.c", "constants.S"]
+    _run([*shared, *objects, "-lpthread", "-lm"], folder)
+    _run([*base, "-o", RUNNER, "runner.c", "-L.", "-lmodel", "-Wl,-rpath,$ORIGIN"], folder)
+    return constants
+
+
+def _run(command: Sequence[str], folder: Path) -> None:
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise LoweringError(f"{compiler} failed: {done.stderr.strip().splitlines()[-1]}")
-    return folder / LIBRARY
+        raise LoweringError(f"{command[0]} failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}")

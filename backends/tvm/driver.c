@@ -1,4 +1,4 @@
-/* Runs a static plan: kernels in order on one arena. Included after the generated tables of plan.h.
+/* Runs a static plan: kernels in order on one arena. The tables are generated, see plan.h.
 
    Kernels are TVM's; the few functions of TVM's runtime that they call are here: parallel loops on a pool of
    threads, memory for a task, and errors. Nothing else of TVM is needed. */
@@ -30,6 +30,40 @@ typedef struct {
 
 typedef int (*kernel)(void *self, const argument *arguments, int32_t count, argument *result);
 
+typedef struct { uint8_t kind, code, bits, dimensions; uint32_t extents; uint64_t position; } tensor_record;
+typedef struct { kernel run; uint32_t count, first; } call_record;
+
+/* What one kind of processor executes. */
+typedef struct {
+    const char *name;
+    const tensor_record *tensors;
+    const call_record *calls;
+    const uint32_t *arguments;
+    const int64_t *extents;
+    uint32_t tensor_count, call_count;
+    uint64_t arena_bytes;
+} plan;
+
+/* ---- processors ---------------------------------------------------------------------------------------------- */
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+/* AMX-int8, with the kernel's permission to use tile registers. */
+__attribute__((unused)) static int has_tiles(void) {
+    enum { REQUEST = 0x1023, TILE_DATA = 18 };
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d >> 24 & 3) != 3) return 0;
+    return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+}
+#elif defined(__aarch64__)
+#include <sys/auxv.h>
+
+__attribute__((unused)) static int has_dotprod(void) { return getauxval(AT_HWCAP) >> 20 & 1; }
+#endif
+
 #include "plan.h"
 
 enum { CPU = 1, TENSOR = 7 /* kTVMFFIDLTensorPtr */ };
@@ -39,6 +73,8 @@ static _Thread_local char message[256];
 const char *qcompile_error(void) { return message; }
 
 const void *qcompile_data(void) { return qcompile_constants; }
+
+size_t qcompile_data_bytes(void) { return CONSTANT_BYTES; }
 
 /* ---- parallel loops ---------------------------------------------------------------------------------------- */
 
@@ -147,32 +183,47 @@ int (*__TVMBackendFreeWorkspace)(int, int, void *) = TVMBackendFreeWorkspace;
 /* ---- models ---------------------------------------------------------------------------------------------------- */
 
 struct qcompile_model {
-    const kernel *kernels;
+    const plan *plan;
     unsigned char *arena;
-    tensor_view views[TENSORS];
+    tensor_view *views;
     pool threads;
 };
+
+static const plan *choose_plan(void) {
+    for (int i = 0; i < (int)(sizeof plans / sizeof *plans); i++)
+        if (supported(i)) return &plans[i];
+    return NULL;
+}
+
+int qcompile_input_count(void) { return INPUTS; }
+int qcompile_output_count(void) { return OUTPUTS; }
+size_t qcompile_input_bytes(int index) { return input_bytes[index]; }
+size_t qcompile_output_bytes(int index) { return output_bytes[index]; }
 
 qcompile_model *qcompile_create(int threads) {
     qcompile_model *model = calloc(1, sizeof *model);
     if (model == NULL) return NULL;
-    model->kernels = choose_kernels();
-    model->arena = aligned_alloc(64, ARENA_BYTES + 64);
-    if (model->kernels == NULL || model->arena == NULL) {
-        snprintf(message, sizeof message, model->kernels ? "out of memory" : "this processor lacks " REQUIRED);
+    const plan *chosen = model->plan = choose_plan();
+    if (chosen != NULL) {
+        model->arena = aligned_alloc(64, (chosen->arena_bytes + 127) / 64 * 64);
+        model->views = calloc(chosen->tensor_count, sizeof *model->views);
+    }
+    if (model->arena == NULL || model->views == NULL) {
+        snprintf(message, sizeof message, "%s",
+                 chosen ? "out of memory" : "compiled for " SERVED ", which this processor lacks");
         qcompile_destroy(model);
         return NULL;
     }
-    memset(model->arena, 0, ARENA_BYTES);
-    for (int i = 0; i < TENSORS; i++) {
-        const tensor_record *one = &tensors[i];
+    memset(model->arena, 0, chosen->arena_bytes);
+    for (uint32_t i = 0; i < chosen->tensor_count; i++) {
+        const tensor_record *one = &chosen->tensors[i];
         tensor_view *view = &model->views[i];
         if (one->kind == ARENA) view->data = model->arena + one->position;
         if (one->kind == CONSTANT) view->data = (void *)(qcompile_constants + one->position);
         view->device.type = CPU;
         view->dimensions = one->dimensions;
         view->dtype.code = one->code, view->dtype.bits = one->bits, view->dtype.lanes = 1;
-        view->shape = (int64_t *)&extents[one->extents];
+        view->shape = (int64_t *)&chosen->extents[one->extents];
     }
     pthread_mutex_init(&model->threads.lock, NULL);
     pthread_cond_init(&model->threads.wake, NULL);
@@ -196,25 +247,30 @@ void qcompile_destroy(qcompile_model *model) {
         for (int i = 0; i < p->count; i++) pthread_join(p->threads[i], NULL);
     }
     free(p->threads);
+    free(model->views);
     free(model->arena);
     free(model);
 }
 
+const char *qcompile_processor(const qcompile_model *model) { return model->plan->name; }
+
 int qcompile_run(qcompile_model *model, const void *const *inputs, void *const *outputs) {
-    for (int i = 0; i < TENSORS; i++) {
-        if (tensors[i].kind == INPUT) model->views[i].data = (void *)inputs[tensors[i].position];
-        if (tensors[i].kind == OUTPUT) model->views[i].data = outputs[tensors[i].position];
+    const plan *chosen = model->plan;
+    for (uint32_t i = 0; i < chosen->tensor_count; i++) {
+        const tensor_record *one = &chosen->tensors[i];
+        if (one->kind == INPUT) model->views[i].data = (void *)inputs[one->position];
+        if (one->kind == OUTPUT) model->views[i].data = outputs[one->position];
     }
     current = &model->threads;
     int failed = 0;
-    for (int i = 0; i < CALLS && !failed; i++) {
-        const call_record *call = &calls[i];
+    for (uint32_t i = 0; i < chosen->call_count && !failed; i++) {
+        const call_record *call = &chosen->calls[i];
         argument given[MOST_ARGUMENTS], result = {0, 0, NULL};
-        for (int j = 0; j < call->count; j++) {
+        for (uint32_t j = 0; j < call->count; j++) {
             given[j].type = TENSOR, given[j].padding = 0;
-            given[j].pointer = &model->views[arguments[call->first + j]];
+            given[j].pointer = &model->views[chosen->arguments[call->first + j]];
         }
-        failed = model->kernels[call->kernel](NULL, given, call->count, &result);
+        failed = call->run(NULL, given, (int32_t)call->count, &result);
     }
     current = NULL;
     return failed;

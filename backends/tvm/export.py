@@ -12,7 +12,7 @@ from qcompile.backends.target import LoweringRequest
 from qcompile.errors import FileAccessError, InvalidInputType
 
 from .artefact import Artefact
-from .build import LIBRARY, SOURCES
+from .build import LIBRARY, RUNNER
 from .plan import Place
 
 _CTYPES = {
@@ -25,8 +25,8 @@ _CTYPES = {
 
 _README = """# A compiled model
 
-Mode {mode}, for x86-64 with AVX2 or AVX-512 VNNI (chosen when it starts), glibc and POSIX threads; nothing
-else is needed. Written by qcompile {version}.
+Mode {mode}, for {platform} (the best of these is chosen when it starts: {processors}), glibc and POSIX threads;
+nothing else is needed. Written by qcompile {version}.
 
 Shapes are fixed, tensors contiguous and aligned to 64 bytes:
 
@@ -34,11 +34,20 @@ Shapes are fixed, tensors contiguous and aligned to 64 bytes:
 | --- | --- | --- | --- |
 {table}
 
-Working memory: {arena} bytes per model. Build and run the example, which reads the inputs' raw bytes from the
-files named on the command line, one per input, and prints the outputs:
+Working memory: {arena} bytes per model, and one buffer per thread.
 
-    cmake -B build && cmake --build build && ./build/example input_0.bin
-    gcc -O2 example.c -L. -lmodel -Wl,-rpath,'$ORIGIN' -o example && ./example input_0.bin
+The runner reads the inputs' raw bytes from files and writes those of the outputs; with `-r 100` it prints the time
+of a run, with `-t 2` it uses two threads:
+
+    ./runner {inputs} {outputs}
+
+The example is a starting point for a program of your own: it reads the same files and prints the outputs. On the
+device, or with a compiler for it in place of `gcc`:
+
+    gcc -O2 example.c -L. -lmodel -Wl,-rpath,'$ORIGIN' -o example && ./example {inputs}
+    cmake -B build && cmake --build build && ./build/example {inputs}
+
+Files: `libmodel.so` the model, `model.h` its interface, `runner` and `runner.c`, `example.c`, `CMakeLists.txt`.
 """
 
 _CMAKE = """cmake_minimum_required(VERSION 3.10)
@@ -46,8 +55,10 @@ project(model C)
 add_library(model SHARED IMPORTED)
 set_target_properties(model PROPERTIES
     IMPORTED_LOCATION ${CMAKE_CURRENT_SOURCE_DIR}/libmodel.so IMPORTED_NO_SONAME ON)
-add_executable(example example.c)
-target_link_libraries(example model)
+foreach(program example runner)
+    add_executable(${program} ${program}.c)
+    target_link_libraries(${program} model)
+endforeach()
 """
 
 
@@ -109,26 +120,29 @@ def export(artefact: Artefact, request: LoweringRequest, folder: str | Path) -> 
     """
     if not isinstance(folder, (str, os.PathLike)):
         raise InvalidInputType(f"folder must be a path, not {type(folder).__name__}")
-    plan, target = artefact.plan, Path(folder)
+    first, target = artefact.first.plan, Path(folder)
     rows = [
         f"| {place.kind} | {place.position} | {place.dtype} | {list(place.shape)} |"
-        for place in (*plan.inputs, *plan.outputs)
+        for place in (*first.inputs, *first.outputs)
     ]
     page = _README.format(
         mode=request.model.mode.name,
         version=qcompile.version.__version__,
+        platform=artefact.architecture.triple,
+        processors=", ".join(artefact.variants),
         table="\n".join(rows),
-        arena=plan.arena,
+        arena=max(one.plan.arena for one in artefact.variants.values()),
+        inputs=" ".join(f"input_{place.position}.bin" for place in first.inputs),
+        outputs=" ".join(f"output_{place.position}.bin" for place in first.outputs),
     )
-    contents = {"README.md": page, "CMakeLists.txt": _CMAKE, "example.c": example(plan.inputs, plan.outputs)}
+    contents = {"README.md": page, "CMakeLists.txt": _CMAKE, "example.c": example(first.inputs, first.outputs)}
     try:
         target.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target, prefix=".") as made:
             for name, content in contents.items():
                 (Path(made) / name).write_text(content)
-            shutil.copyfile(SOURCES / "model.h", Path(made) / "model.h")
-            shutil.copyfile(artefact.library, Path(made) / LIBRARY)
-            (Path(made) / LIBRARY).chmod(0o755)
+            for name in ("model.h", "runner.c", RUNNER, LIBRARY):
+                shutil.copy(artefact.folder / name, Path(made) / name)
             names = sorted(os.listdir(made))
             for name in names:
                 if (target / name).is_dir():

@@ -21,10 +21,11 @@ from qcompile.passes.integer_model import IntegerModel
 from qcompile.passes.static_values import static_values
 
 from . import kernel_op
+from .families import Family
 from .kernel_op import Kernel
-from .kernels.layer import Dot
 from .kernels.relayout import from_map_kernel, to_map_kernel
 from .maps import Map
+from .specs import Layer
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Builder:
     Args:
         model: the integer graph.
         shapes: of its inputs, batch included.
-        dots: dot products to choose from, by (largest code, largest weight).
+        choose: the family of kernels for a layer.
         rules: how operators are built, by `IntegerModel.operator_name`; "" for all others.
         tapped: whether every integer tensor becomes an output too.
 
@@ -79,11 +80,11 @@ class Builder:
         self,
         model: IntegerModel,
         shapes: tuple[tuple[int, ...], ...],
-        dot: Callable[[int, int], Dot],
+        choose: Callable[[Layer], Family],
         rules: Mapping[str, Rule],
         tapped: bool,
     ) -> None:
-        self.model, self.dot, self.tapped, self._rules = model, dot, tapped, rules
+        self.model, self.choose, self.tapped, self._rules = model, choose, tapped, rules
         self.values = static_values(model, shapes)
         self.graph = fx.Graph()
         self.constants: dict[str, Tensor] = {}

@@ -3,6 +3,8 @@
 #ifndef QCOMPILE_MODEL_H
 #define QCOMPILE_MODEL_H
 
+#include <stddef.h>
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -20,11 +22,21 @@ QCOMPILE_API int qcompile_run(qcompile_model *model, const void *const *inputs, 
 
 QCOMPILE_API void qcompile_destroy(qcompile_model *model);
 
+/* Which of the kinds of processors that the model was compiled for this one is. */
+QCOMPILE_API const char *qcompile_processor(const qcompile_model *model);
+
+/* Tensors that the model takes and gives, and the bytes of each. */
+QCOMPILE_API int qcompile_input_count(void);
+QCOMPILE_API int qcompile_output_count(void);
+QCOMPILE_API size_t qcompile_input_bytes(int index);
+QCOMPILE_API size_t qcompile_output_bytes(int index);
+
 /* What went wrong last in this thread. */
 QCOMPILE_API const char *qcompile_error(void);
 
 /* The block of constants: weights, and the numbers of epilogues. */
 QCOMPILE_API const void *qcompile_data(void);
+QCOMPILE_API size_t qcompile_data_bytes(void);
 
 #ifdef __cplusplus
 }

@@ -46,6 +46,11 @@ class Runs:
         return len(self.starts) * self.length // 4
 
 
+def groups_of(runs: Runs) -> int:
+    """Groups of vectors of one block."""
+    return -(-runs.vectors // GROUP)
+
+
 def runs_of(weight: tuple[int, ...], padded_inputs: int, dilation: tuple[int, int], groups: int) -> Runs:
     """How a convolution reads its input.
 

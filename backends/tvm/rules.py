@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,8 @@ from qcompile.passes.aten import arguments_of
 from .kernel_graph import Builder, Mapped, Rule, extents, padding_of
 from .kernels.elementwise import dequantize_kernel, pool_kernel, quantize_kernel, requantize_kernel
 from .kernels.floats import float_conv_kernel, float_linear_kernel
-from .kernels.layer import layer_kernel
 from .maps import LANES, Map, round_up
-from .packing import arrange, pack, runs_of
+from .packing import arrange, runs_of
 from .specs import ACCUMULATOR, Layer, Output
 
 
@@ -57,8 +57,26 @@ def accumulate(builder: Builder, node: fx.Node) -> None:
                 f"layer {_layer(node)!r}: grouped weights of more than 8 bits have no kernel here"
             )
     vectors = arrange(weight, runs, groups)
+    _, h, w, _ = extents(builder.shape(node), not is_conv)
+    layer = Layer(
+        source.map,
+        runs,
+        stride,
+        dilation,
+        (padding[0], padding[2]),
+        h,
+        w,
+        int(node.meta["code_high"]) + source.map.zero_point,
+        bits,
+        signed,
+        numerator,
+        shift,
+        (),
+        (),
+    )
+    family = builder.choose(layer)
     effective = vectors.astype(np.int64) * 2**shift + numerator
-    correction = source.map.zero_point * effective.sum((1, 3)).reshape(-1)
+    correction = (source.map.zero_point - family.bias(layer)) * effective.sum((1, 3)).reshape(-1)
     outputs: list[Output] = []
     constants: list[fx.Node] = []
     others: list[Mapped] = []
@@ -71,38 +89,21 @@ def accumulate(builder: Builder, node: fx.Node) -> None:
         nodes.append((user, output.map))
     if raw:
         map = builder.map_of(node, not is_conv, "int32")
-        outputs.append(Output(map, (ACCUMULATOR,), 0, -(2**31), 2**31 - 1))
+        outputs.append(Output(map, (ACCUMULATOR,), -(2**31), 2**31 - 1))
         table = np.zeros((2, map.padded))
         table[0, : len(correction)], table[1] = -correction[: map.padded], 1.0
         constants.append(builder.constant(f"{node.name}_sums", table))
         nodes.append((node, map))
-    _, h, w, _ = extents(builder.shape(node), not is_conv)
-    inner = (padding[0], padding[2])
-    layer = Layer(
-        source.map,
-        runs,
-        stride,
-        dilation,
-        inner,
-        h,
-        w,
-        bits,
-        signed,
-        numerator,
-        shift,
-        tuple(outputs),
-        tuple(one.map for one in others),
-    )
-    low, high = layer.effective_range if layer.is_effective else layer.code_range
-    dot = builder.dot(int(node.meta["code_high"]) + source.map.zero_point, max(-low, high))
-    packed = builder.constant(f"{_layer(node)}_weights", pack(vectors, bits, signed).reshape(-1))
+    layer = replace(layer, outputs=tuple(outputs), others=tuple(one.map for one in others))
+    name = f"{_layer(node)}_{family.name}_weights"
+    packed = builder.constant(name, family.pack(vectors, layer))
     inputs = [source.node, packed, *(one.node for one in others), *constants]
     made = builder.kernel(
         _layer(node),
-        f"{dot.name} w{bits}",
+        f"{family.name} w{bits}a{layer.code_bits}",
         inputs,
         [(one.map.shape, one.map.dtype) for one in outputs],
-        lambda name: layer_kernel(name, layer, dot),
+        lambda name: family.build(name, layer),
     )
     for (owner, map), result in zip(nodes, made, strict=True):
         builder.set_map(owner, Mapped(result, map, not is_conv))
@@ -153,7 +154,7 @@ def _output(
         terms.append(offset + len(others))
         others.append(other)
         table[0, : map.channels] -= factors * other.map.zero_point
-    return Output(map, tuple(terms), int(shift), int(low), int(high)), table, others
+    return Output(map, tuple(terms), int(low), int(high)), table * 2.0 ** -int(shift), others
 
 
 def _channels(

@@ -13,21 +13,20 @@ ACCUMULATOR = -1
 
 @dataclass(frozen=True)
 class Output:
-    """One tensor that an epilogue writes: clip(floor((constant + sum of terms) * 2^-shift), low, high).
+    """One tensor that an epilogue writes: clip(floor(constant + sum of multiplier * term), low, high).
 
-    The constants are float64 and hold integers: (1 + terms, channels), first the constant, then one row of
-    multipliers per term. Every partial sum is an integer below 2^53, so float64 is exact and may be
-    contracted.
+    The constants are float64 and hold integers times 2^-shift: (1 + terms, channels), first the constant,
+    then one row of multipliers per term. Every partial sum is an integer below 2^53 times 2^-shift, so
+    float64 is exact and may be contracted.
 
     Attributes:
         map: where it goes.
         terms: `ACCUMULATOR`, or the position of another input.
-        shift, low, high: of the epilogue.
+        low, high: of the epilogue.
     """
 
     map: Map
     terms: tuple[int, ...]
-    shift: int
     low: int
     high: int
 
@@ -47,6 +46,7 @@ class Layer:
         stride, dilation: of rows and columns.
         padding: (top, left), at most the source's border.
         h, w: extents of the output.
+        highest: largest stored code of the source, zero point included.
         bits, signed: of the weight codes.
         numerator, shift: effective weights are 2^shift * code + numerator.
         outputs: what it writes.
@@ -60,6 +60,7 @@ class Layer:
     padding: tuple[int, int]
     h: int
     w: int
+    highest: int
     bits: int
     signed: bool
     numerator: int
@@ -83,6 +84,21 @@ class Layer:
         """Whether effective weights fit int8, so that kernels multiply them and not the codes."""
         low, high = self.effective_range
         return low >= -128 and high <= 127
+
+    @property
+    def code_bits(self) -> int:
+        """Bits of a stored code of the source."""
+        return max(1, self.highest.bit_length())
+
+    @property
+    def largest_weight(self) -> int:
+        """Largest magnitude of what kernels multiply by: effective weights, or codes."""
+        return max(abs(one) for one in (self.effective_range if self.is_effective else self.code_range))
+
+    @property
+    def is_grouped(self) -> bool:
+        """Whether an output reads only some of the channels."""
+        return self.runs.channels != self.source.padded or len(set(self.runs.first)) > 1
 
     @property
     def blocks(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..backends.target import Executable, LoweringRequest
+from ..backends.target import Executable
 from ..passes.integer_model import IntegerModel
 from ..passes.signature import CallSignature
 from ..registry import find_target
@@ -134,9 +134,7 @@ class ExecutableSubject(Subject):
         given = self.executable.request
         if self.fresh:
             return graph_differences(expected, given.model)
-        request = LoweringRequest(
-            expected, self.signature, given.input_shapes, given.batch, threads=given.threads
-        )
+        request = replace(given, model=expected, signature=self.signature)
         fresh = find_target(self.executable.target)().compile(request)
         return constant_differences(fresh.constants(), self.executable.constants())
 

@@ -41,7 +41,7 @@ def write_output(
             value = api.load(buffer, place(map) + channel, lanes)
         multiplier = api.load(constants, row * channels + channel, lanes)
         total = total + api.cast(value, "float64", lanes) * multiplier
-    real = api.floor(total * api.constant(2.0**-output.shift, "float64", lanes))
+    real = api.floor(total)
     low, high = (api.constant(float(one), "float64", lanes) for one in (output.low, output.high))
     integer = api.cast(api.maximum(api.minimum(real, high), low), "int32", lanes)
     if output.map.zero_point:

@@ -1,0 +1,115 @@
+"""The registry of kernels: (layer, its bits, features of the processor) -> the family that is cheapest.
+
+A family says which layers it can compute and how many cycles it needs about. Rates are multiply-additions per
+cycle as `benchmarks/kernels.py` measures them inside whole layers; what they decide is only the order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .kernels import amx, bitserial, dot, neon, x86
+from .maps import LANES
+from .packing import pack
+from .specs import Layer
+
+
+@dataclass(frozen=True)
+class Family:
+    """One way to compute quantised layers.
+
+    Attributes:
+        name: for people.
+        needs: features that the processor must have.
+        cycles: estimate for a layer; None if the family cannot compute it.
+        build: (symbol, layer) -> PrimFunc.
+        pack: (vectors of codes as `packing.arrange` makes them, layer) -> bytes.
+        bias: layer -> what the family subtracts from every stored code before it multiplies.
+    """
+
+    name: str
+    needs: frozenset[str]
+    cycles: Callable[[Layer], float | None]
+    build: Callable[[str, Layer], Any]
+    pack: Callable[[NDArray[np.integer], Layer], NDArray[np.uint8]]
+    bias: Callable[[Layer], int] = lambda layer: 0
+
+
+def _products(layer: Layer) -> int:
+    """Multiply-additions of a layer, padding included."""
+    return layer.source.n * layer.h * layer.w * layer.blocks * LANES * layer.runs.vectors * 4
+
+
+def _packed(vectors: NDArray[np.integer], layer: Layer) -> NDArray[np.uint8]:
+    return pack(vectors, layer.bits, layer.signed).reshape(-1)
+
+
+def _dot(
+    name: str,
+    needs: str,
+    make: Callable[[Layer], dot.Dot],
+    rate: Callable[[Layer], float],
+) -> Family:
+    def cycles(layer: Layer) -> float:
+        tile = dot.tile_of(layer, make(layer))
+        waste = tile.per_row(layer) * tile.pixels / layer.w
+        return _products(layer) * waste / rate(layer)
+
+    return Family(
+        name,
+        frozenset((needs,)),
+        cycles,
+        lambda symbol, layer: dot.dot_kernel(symbol, layer, make(layer)),
+        _packed,
+        lambda layer: make(layer).bias,
+    )
+
+
+def _amx_cycles(layer: Layer) -> float:
+    """A product of tiles takes 16 cycles, less for fewer than 16 rows of pixels, but not for fewer than 8."""
+    tile, stretch = amx.tile_of(layer), amx.stretch_of(layer.runs)
+    per_pair = layer.runs.vectors * 4 / stretch * max(8, tile.pixels)
+    return tile.count(layer) * layer.blocks * per_pair * 1.5
+
+
+def _bitserial(needs: str, registers: int, rate: float) -> Family:
+    def cycles(layer: Layer) -> float | None:
+        if layer.is_grouped:
+            return None  # a group may begin inside of a word
+        per_position, _ = bitserial.words_of(layer.runs)
+        waste = per_position * bitserial.WORD / layer.runs.channels
+        passes = layer.bits * layer.code_bits
+        return _products(layer) * waste * passes / rate
+
+    return Family(
+        "bit-serial",
+        frozenset((needs,)),
+        cycles,
+        lambda symbol, layer: bitserial.bitserial_kernel(symbol, layer, registers),
+        lambda vectors, layer: bitserial.pack_planes(vectors, layer),
+    )
+
+
+FAMILIES: tuple[Family, ...] = (
+    Family("amx", frozenset(("amx",)), _amx_cycles, amx.amx_kernel, _packed),
+    _dot("vnni", "vnni", x86.vnni, lambda layer: 80.0),
+    _bitserial("bitalg", 32, 250.0),
+    _dot("avx2", "avx2", x86.avx2, lambda layer: 25.0 if x86.fits(layer) else 13.0),
+    _bitserial("avx512", 32, 120.0),
+    _bitserial("avx2", 8, 40.0),
+    _dot("sdot", "dotprod", neon.sdot, lambda layer: 25.0),
+    _dot("smlal", "neon", neon.smlal, lambda layer: 6.0),
+    _bitserial("neon", 8, 40.0),
+)
+
+
+def choose(layer: Layer, features: frozenset[str], families: Sequence[Family] = FAMILIES) -> Family:
+    """The cheapest family that a processor with these features can run."""
+    able = [one for one in families if one.needs <= features]
+    costs = {id(one): cost for one in able if (cost := one.cycles(layer)) is not None}
+    return min((one for one in able if id(one) in costs), key=lambda one: costs[id(one)])

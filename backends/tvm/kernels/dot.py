@@ -1,0 +1,98 @@
+"""Families that unpack weights to int8 and multiply them by a dot-product instruction, sums in registers.
+
+    unpack the task's weights to int8                                     once, into memory of the task
+    for every tile of pixels
+        registers[pixel, block] = 0
+        for every run, for every 4 input values
+            registers[pixel, block] += dot(4 input values of the pixel, 64 weights of the block)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from .. import api
+from ..maps import LANES
+from ..packing import GROUP, groups_of
+from ..specs import Layer
+from .frame import Frame, Tile, most_blocks
+from .unpack import unpack_block, unpacked_form
+
+
+@dataclass(frozen=True)
+class Dot:
+    """One way to multiply bytes.
+
+    Attributes:
+        lanes: 32-bit lanes of a register of weights.
+        registers: how many there are.
+        bias: what `multiply` subtracts from every code.
+        sums: registers that hold the sums of `lanes` outputs.
+        multiply: (sums, uint8 codes, int8 weights) -> sums; codes and weights have `lanes` times 4 elements.
+        finish: sums -> int32 vector of `lanes` outputs.
+    """
+
+    lanes: int
+    registers: int
+    multiply: Callable[[list[Any], Any, Any], list[Any]]
+    bias: int = 0
+    sums: int = 1
+    finish: Callable[[list[Any]], Any] = lambda sums: sums[0]
+
+
+def tile_of(layer: Layer, dot: Dot) -> Tile:
+    """A tile that keeps sums in registers and wastes few pixels."""
+    parts = LANES // dot.lanes
+    blocks = most_blocks(layer, max(1, 4 // parts))
+    most = max(1, (dot.registers - 1 - blocks * parts) // (blocks * parts * dot.sums))
+    pixels = min(range(1, min(most, layer.w) + 1), key=lambda p: (-(-layer.w // p) * (p + 1), -p))
+    return Tile(pixels, blocks)
+
+
+def dot_kernel(name: str, layer: Layer, dot: Dot) -> Any:
+    """The PrimFunc of one layer."""
+    tile, groups, lanes = tile_of(layer, dot), groups_of(layer.runs), dot.lanes
+    frame = Frame(name, layer, layer.blocks * groups * layer.bits * 64, tile, unpacked_form(layer), dot.bias)
+    parts = LANES // lanes
+    vectors = tile.pixels * tile.blocks * parts
+    size = groups * GROUP * 64
+
+    def task(group: Any, first: Any, last: Any) -> None:
+        unpacked = api.scratch(tile.blocks * size, "int8")
+        for q in range(tile.blocks):
+            unpack_block(layer, frame.weights, group * tile.blocks + q, unpacked, q * size)
+        with api.serial(first, last) as t:
+            n, y, x = frame.pixel(t)
+            registers = api.registers(vectors * dot.sums, lanes, "int32")
+            for i in range(vectors * dot.sums):
+                api.store(registers, api.constant(0, "int32", lanes), i * lanes, lanes)
+            for run, start in enumerate(layer.runs.starts):
+                add_run(unpacked, registers, run, frame.input(n, y, x, start) + frame.first_channel(group))
+            for p in range(tile.pixels):
+                for i in range(tile.blocks * parts):
+                    total = dot.finish(sums(registers, p * tile.blocks * parts + i))
+                    frame.write(total, group * tile.blocks * LANES + i * lanes, n, y, x + p, lanes)
+
+    def add_run(unpacked: Any, registers: Any, run: int, base: Any) -> None:
+        fours = layer.runs.length // 4
+        with api.serial(0, fours) as k:
+            weights = [
+                api.load(unpacked, q * size + (run * fours + k) * 64 + part * 4 * lanes, 4 * lanes)
+                for q in range(tile.blocks)
+                for part in range(parts)
+            ]
+            for p in range(tile.pixels):
+                four = api.load(frame.codes, base + p * layer.stride[1] * layer.source.padded + 4 * k, 4)
+                word = api.broadcast(api.reinterpret(four, "int32"), lanes)
+                codes = api.reinterpret(word, f"uint8x{4 * lanes}")
+                for i, weight in enumerate(weights):
+                    vector = p * len(weights) + i
+                    for j, total in enumerate(dot.multiply(sums(registers, vector), codes, weight)):
+                        api.store(registers, total, (vector * dot.sums + j) * lanes, lanes)
+
+    def sums(registers: Any, vector: int) -> list[Any]:
+        return [api.load(registers, (vector * dot.sums + j) * lanes, lanes) for j in range(dot.sums)]
+
+    return frame.build(task)

@@ -1,0 +1,174 @@
+"""What kernels of quantised layers share, whatever their inner loops are.
+
+    window sums, if the layer needs them                                          in parallel over rows
+    for every task (a few blocks of 16 outputs, a range of tiles of pixels)       in parallel
+        a family's inner loops: 16 accumulators of one pixel at a time
+        epilogues -> outputs
+
+Input values are read straight from the bordered map: pixels of a tile lie `stride` apart, no gathering. Tiles
+are numbered along rows; the last tile of a row overlaps the one before it, so that no tile is partial.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from .. import api
+from ..maps import LANES, Map
+from ..specs import Layer
+from .epilogue import clear_border, write_output
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How much a kernel computes at a time.
+
+    Attributes:
+        pixels: output pixels of a row.
+        blocks: blocks of 16 outputs.
+    """
+
+    pixels: int
+    blocks: int
+
+    def per_row(self, layer: Layer) -> int:
+        """Tiles of one row of outputs."""
+        return -(-layer.w // self.pixels)
+
+    def count(self, layer: Layer) -> int:
+        """Tiles of all rows."""
+        return layer.source.n * layer.h * self.per_row(layer)
+
+
+def most_blocks(layer: Layer, limit: int) -> int:
+    """Blocks of outputs that read the same input and divide their number, at most `limit`."""
+    if len(set(layer.runs.first)) > 1:
+        return 1
+    return max(count for count in range(1, limit + 1) if layer.blocks % count == 0)
+
+
+class Frame:
+    """One kernel under construction.
+
+    Args:
+        name: symbol.
+        layer: what it computes.
+        weights: bytes of packed weights.
+        tile: its unit of work.
+        stored: (scale, offset): effective weights are scale * what the kernel multiplies + offset.
+        bias: what the kernel subtracts from every code before it multiplies.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        layer: Layer,
+        weights: int,
+        tile: Tile,
+        stored: tuple[int, int] = (1, 0),
+        bias: int = 0,
+    ) -> None:
+        self.layer, self.tile, self._bias = layer, tile, bias
+        self._scale, self._offset = stored
+        inputs = [("codes", layer.source.shape, "uint8"), ("weights", (weights,), "uint8")]
+        inputs += [(f"other_{i}", other.shape, other.dtype) for i, other in enumerate(layer.others)]
+        inputs += [(f"constants_{i}", one.constants, "float64") for i, one in enumerate(layer.outputs)]
+        outputs = [(f"output_{i}", one.map.shape, one.map.dtype) for i, one in enumerate(layer.outputs)]
+        self.function = api.Function(name, inputs + outputs)
+
+    def build(self, task: Callable[[Any, Any, Any], None], before: Callable[[], None] | None = None) -> Any:
+        """The PrimFunc.
+
+        Args:
+            task: emits one task: (index among groups of `tile.blocks` blocks, first tile, tile after the last).
+            before: emits what tasks share.
+        """
+        layer, function = self.layer, self.function
+        with function.body():
+            self.codes, self.weights = function.flat("codes"), function.flat("weights")
+            self._others = [(one, function.flat(f"other_{i}")) for i, one in enumerate(layer.others)]
+            self._constants = [function.flat(f"constants_{i}") for i in range(len(layer.outputs))]
+            self._targets = [function.flat(f"output_{i}") for i in range(len(layer.outputs))]
+            for one, target in zip(layer.outputs, self._targets, strict=True):
+                clear_border(one.map, target)
+            self._sums = self._window_sums() if self._offset else None
+            if before is not None:
+                before()
+            groups, tiles = layer.blocks // self.tile.blocks, self.tile.count(layer)
+            parts = min(next((r for r in (1, 2, 4) if groups * r >= 8), 8), tiles)
+            with api.parallel(0, groups * parts) as index:
+                group, part = (index // parts, index % parts) if parts > 1 else (index, 0)
+                task(group, part * tiles // parts, (part + 1) * tiles // parts)
+        return function.result
+
+    def pixel(self, tile: Any) -> tuple[Any, Any, Any]:
+        """(n, y, x) of a tile's first output pixel."""
+        layer, per_row = self.layer, self.tile.per_row(self.layer)
+        row = tile // per_row if per_row > 1 else tile
+        x = api.minimum(tile % per_row * self.tile.pixels, layer.w - self.tile.pixels) if per_row > 1 else 0
+        return (row // layer.h, row % layer.h, x) if layer.source.n > 1 else (0, row, x)
+
+    def input(self, n: Any, y: Any, x: Any, start: tuple[int, int]) -> Any:
+        """Index of the first code that an output pixel reads in the run that begins at a kernel position."""
+        layer = self.layer
+        (top, left), (down, across), (rows, columns) = layer.padding, layer.stride, layer.dilation
+        return layer.source.index(
+            n, y * down + start[0] * rows - top, x * across + start[1] * columns - left
+        )
+
+    def first_channel(self, block: Any) -> Any:
+        """The input channel that a block of outputs starts to read at."""
+        first = self.layer.runs.first
+        steps = {b - a for a, b in itertools.pairwise(first)}
+        if len(steps) <= 1:
+            return first[0] + block * (steps.pop() if steps else 0)
+        value: Any = first[-1]
+        for index, one in reversed(list(enumerate(first[:-1]))):
+            value = api.select(block == index, one, value)
+        return value
+
+    def write(self, total: Any, channel: Any, n: Any, y: Any, x: Any, lanes: int = LANES) -> None:
+        """Emit the epilogues of one vector of accumulators.
+
+        Args:
+            total: int32 vector, sums of products of codes with what the kernel multiplies.
+            channel: first output.
+            n, y, x: the pixel.
+            lanes: of the vector.
+        """
+        layer = self.layer
+        if self._scale != 1:
+            total = total * api.constant(self._scale, "int32", lanes)
+        if self._sums is not None:
+            window = api.load(self._sums, (n * layer.h + y) * layer.w + x)
+            total = total + api.broadcast(window * api.constant(self._offset, "int32"), lanes)
+
+        def place(map: Map) -> Any:
+            return map.index(n, y, x)
+
+        for one, target, constants in zip(layer.outputs, self._targets, self._constants, strict=True):
+            write_output(one, target, constants, self._others, total, place, channel, lanes)
+
+    def _window_sums(self) -> Any:
+        """Per output pixel the sum of all codes that it reads, less the bias: what a constant added to all
+        weights adds."""
+        layer = self.layer
+        assert not layer.is_grouped
+        sums = api.scratch(layer.source.n * layer.h * layer.w, "int32")
+        with api.parallel(0, layer.source.n * layer.h) as row:
+            n, y = row // layer.h, row % layer.h
+            with api.serial(0, layer.w) as x:
+                total = api.registers(1, LANES, "int32")
+                api.store(total, api.constant(0, "int32", LANES), 0, LANES)
+                for start in layer.runs.starts:
+                    base = self.input(n, y, x, start)
+                    with api.serial(0, layer.runs.length // LANES) as k:
+                        codes = api.cast(api.load(self.codes, base + k * LANES, LANES), "int32", LANES)
+                        api.store(total, api.load(total, 0, LANES) + codes, 0, LANES)
+                reduced = api.intrinsic("int32", "llvm.vector.reduce.add.v16i32", api.load(total, 0, LANES))
+                less = self._bias * layer.runs.vectors * 4
+                api.store(sums, reduced - api.constant(less, "int32"), row * layer.w + x)
+        return sums

@@ -1,0 +1,158 @@
+"""Kinds of processors that one artefact serves; the first whose instructions are there runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qcompile.errors import InvalidArgument, LoweringError
+
+from . import api
+
+
+@dataclass(frozen=True)
+class Processor:
+    """One kind.
+
+    Attributes:
+        name: suffix of symbols, and what users write in `features=`.
+        target: attributes of TVM's LLVM target: the oldest such processor.
+        features: what families of kernels may need.
+        condition: C expression that is true where it runs.
+    """
+
+    name: str
+    target: Mapping[str, Any]
+    features: frozenset[str]
+    condition: str
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a target of this backend compiles for.
+
+    Attributes:
+        name: the target's.
+        machine: `platform.machine()` of such devices.
+        triple: LLVM's name of the platform.
+        compiler, package: the C compiler, and the Debian package that holds it.
+        emulator, emulator_package: the same for user-mode emulation; empty if there is none.
+        sysroot: where the emulator finds libraries of the platform.
+        processors: kinds, the fastest first.
+        features: (feature of a family, LLVM's name of it, C condition), the fastest first.
+    """
+
+    name: str
+    machine: tuple[str, ...]
+    triple: str
+    compiler: str
+    package: str
+    emulator: str
+    emulator_package: str
+    sysroot: str
+    processors: tuple[Processor, ...]
+    features: tuple[tuple[str, str, str], ...]
+
+
+def _cpu(name: str) -> str:
+    return f'__builtin_cpu_supports("{name}")'
+
+
+_AVX2 = f"{_cpu('avx2')} && {_cpu('fma')}"
+_AVX512 = f"{_cpu('avx512f')} && {_cpu('avx512bw')} && {_cpu('avx512dq')} && {_cpu('avx512vl')}"
+_VNNI = f"{_AVX512} && {_cpu('avx512vnni')}"
+_BITALG = f"{_AVX512} && {_cpu('avx512bitalg')}"
+
+X86 = Architecture(
+    "x86",
+    ("x86_64", "AMD64"),
+    "x86_64-linux-gnu",
+    "gcc",
+    "gcc",
+    "",
+    "",
+    "",
+    (
+        Processor(
+            "amx",
+            {"mcpu": "sapphirerapids"},
+            frozenset(("amx", "vnni", "bitalg", "avx512", "avx2")),
+            f"{_VNNI} && {_BITALG} && has_tiles()",
+        ),
+        Processor("vnni", {"mcpu": "cascadelake"}, frozenset(("vnni", "avx512", "avx2")), _VNNI),
+        Processor("avx2", {"mcpu": "haswell"}, frozenset(("avx2",)), _AVX2),
+    ),
+    (
+        ("amx", "amx-int8", "has_tiles()"),
+        ("bitalg", "avx512bitalg", _BITALG),
+        ("vnni", "avx512vnni", _VNNI),
+        ("avx512", "avx512bw", _AVX512),
+        ("avx2", "avx2", _AVX2),
+    ),
+)
+
+ARM = Architecture(
+    "arm",
+    ("aarch64", "arm64"),
+    "aarch64-linux-gnu",
+    "aarch64-linux-gnu-gcc",
+    "gcc-aarch64-linux-gnu libc6-dev-arm64-cross",
+    "qemu-aarch64",
+    "qemu-user",
+    "/usr/aarch64-linux-gnu",
+    (
+        Processor("dotprod", {"mattr": ["+neon", "+dotprod"]}, frozenset(("dotprod", "neon")), "has_dotprod()"),
+        Processor("neon", {"mattr": ["+neon"]}, frozenset(("neon",)), "1"),
+    ),
+    (("dotprod", "dotprod", "has_dotprod()"), ("neon", "neon", "1")),
+)
+
+
+def select(
+    architecture: Architecture, cpu: str | None, features: Sequence[str] | None
+) -> tuple[Processor, ...]:
+    """The kinds to compile for.
+
+    Args:
+        architecture: of the device.
+        cpu: LLVM's name of the only processor to serve, or None.
+        features: names of the kinds to serve, or None for all.
+
+    Raises:
+        InvalidArgument: if a name is unknown, or both are given.
+        LoweringError: if that processor has no instructions that kernels exist for.
+    """
+    if cpu is not None and features is not None:
+        raise InvalidArgument("pass cpu= or features=, not both: a cpu has its features")
+    if cpu is not None:
+        return (_named(architecture, cpu),)
+    if features is None:
+        return architecture.processors
+    known = {one.name: one for one in architecture.processors}
+    unknown = [one for one in features if one not in known]
+    if unknown or not features:
+        raise InvalidArgument(
+            f"features {', '.join(map(repr, unknown)) or 'are empty'}: the target {architecture.name} knows "
+            f"{', '.join(known)}"
+        )
+    return tuple(one for name, one in known.items() if name in features)
+
+
+def _named(architecture: Architecture, cpu: str) -> Processor:
+    known = api.processors(architecture.triple)
+    if cpu not in known:
+        near = [one for one in known if one.split("-")[0] == cpu.split("-")[0]] or known
+        raise InvalidArgument(
+            f"cpu {cpu!r} is unknown for the target {architecture.name}; LLVM knows {', '.join(near)}"
+        )
+    has = api.features(architecture.triple, cpu)
+    found = [one for one in architecture.features if one[1] in has]
+    if not found:
+        raise LoweringError(
+            f"cpu {cpu!r} has none of {', '.join(one[1] for one in architecture.features)}, which the kernels "
+            f"of the target {architecture.name} need; lower to onnx-qdq"
+        )
+    return Processor(
+        "cpu", {"mcpu": cpu}, frozenset(one[0] for one in found), " && ".join(one[2] for one in found)
+    )
