@@ -25,7 +25,7 @@ class ChunkedExecutable(Executable):
 
     def __init__(self, inner: Executable) -> None:
         self.inner, self.target, self.request = inner, inner.target, inner.request
-        self.reproducible = inner.reproducible
+        self.reproducible, self.is_native = inner.reproducible, inner.is_native
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run part by part; outputs are joined along dimension 0.

@@ -60,11 +60,13 @@ class Executable:
         request: what was compiled.
         reproducible: whether `trace` leaves float operators as they are, bit for bit. Runtimes of others fuse
             them differently where a tap stands between, and round differently then.
+        is_native: whether calls run on this machine's own processor, not under emulation.
     """
 
     target: str
     request: LoweringRequest
     reproducible: bool = True
+    is_native: bool = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run on torch tensors; returns the structure that the float model returns, as torch tensors.

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 import qcompile
+from qcompile.timing import best_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from resnet20 import best_of, processor
+from resnet20 import processor
 
 
 class Block(nn.Module):

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 import qcompile
+from qcompile.timing import best_of
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
@@ -29,17 +30,6 @@ sys.path.insert(0, str(ROOT / "examples"))
 import cifar10  # noqa: E402
 
 DATA = ROOT / ".." / "shared" / "data"
-
-
-def best_of(runs: int, functions: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Seconds of each function's fastest run, the functions taking turns."""
-    times: dict[str, float] = {}
-    for _ in range(runs):
-        for name, function in functions.items():
-            started = time.perf_counter()
-            function()
-            times[name] = min(times.get(name, 1e9), time.perf_counter() - started)
-    return times
 
 
 def main() -> None:

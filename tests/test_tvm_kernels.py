@@ -2,42 +2,81 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from amx import FLAGS, provide_amx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-tvm = pytest.importorskip("tvm")
+pytest.importorskip("tvm")
+pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
 
+from qcompile.backends.tvm import api  # noqa: E402
+from qcompile.backends.tvm.artefact import Artefact, Variant  # noqa: E402
+from qcompile.backends.tvm.build import Part, build  # noqa: E402
+from qcompile.backends.tvm.emulated import Emulated  # noqa: E402
 from qcompile.backends.tvm.families import FAMILIES, Family  # noqa: E402
+from qcompile.backends.tvm.library import Library  # noqa: E402
 from qcompile.backends.tvm.maps import Map, from_memory, to_memory  # noqa: E402
 from qcompile.backends.tvm.packing import arrange, pack, parts_of, runs_of  # noqa: E402
+from qcompile.backends.tvm.plan import Call, Place, Plan  # noqa: E402
+from qcompile.backends.tvm.processors import ARM, X86, Architecture  # noqa: E402
 from qcompile.backends.tvm.specs import ACCUMULATOR, Layer, Output  # noqa: E402
 
 
 
-PROCESSORS = {
-    "amx": ("sapphirerapids", "amx_int8"),
-    "vnni": ("cascadelake", "avx512_vnni"),
-    "bitalg": ("icelake-server", "avx512_bitalg"),
-    "avx2": ("haswell", "avx2"),
+#: What runs a family that needs a feature: architecture, LLVM's attributes, flag of /proc/cpuinfo.
+PROCESSORS: dict[str, tuple[Architecture, dict[str, Any], str]] = {
+    "amx": (X86, {"mcpu": "sapphirerapids"}, "amx_int8"),
+    "vnni": (X86, {"mcpu": "cascadelake"}, "avx512_vnni"),
+    "bitalg": (X86, {"mcpu": "icelake-server"}, "avx512_bitalg"),
+    "avx512": (X86, {"mcpu": "cascadelake"}, "avx512bw"),
+    "avx2": (X86, {"mcpu": "haswell"}, "avx2"),
+    "dotprod": (ARM, {"mattr": ["+neon", "+dotprod"]}, ""),
+    "neon": (ARM, {"mattr": ["+neon"]}, ""),
 }
 
 
-def native(family: Family, cpu: str, flag: str) -> Any:
-    """A family with LLVM's name of a processor that runs it, where this one does."""
-    there = flag in FLAGS or (flag == "amx_int8" and "avx512_vnni" in FLAGS)  # see amx.py
-    mark = pytest.mark.skipif(not there, reason=f"this processor has no {flag}")
-    return pytest.param(family, cpu, marks=mark, id=f"{family.name} {cpu}")
+def runnable(family: Family) -> Any:
+    """A family as a parameter, skipped where its instructions can be neither executed nor emulated."""
+    feature = min(family.needs)
+    architecture, _, flag = PROCESSORS[feature]
+    if architecture is ARM:
+        there = shutil.which(ARM.compiler) is not None and shutil.which(ARM.emulator) is not None
+        reason = f"needs {ARM.compiler} and {ARM.emulator}"
+    else:
+        there = flag in FLAGS or (feature == "amx" and "avx512_vnni" in FLAGS)  # see amx.py
+        reason = f"this processor has no {flag}"
+    return pytest.param(
+        family, marks=pytest.mark.skipif(not there, reason=reason), id=f"{family.name}-{feature}"
+    )
 
 
-NATIVE = [
-    native(one, *PROCESSORS[min(one.needs)]) for one in FAMILIES if one.needs <= {"amx", "vnni", "bitalg", "avx2"}
-]
+def run_kernel(
+    kernel: Any, arrays: list[NDArray[Any]], outputs: int, family: Family, folder: Path
+) -> list[NDArray[Any]]:
+    """A kernel as a model of one step, through the driver that devices run; the last arrays are outputs."""
+    architecture, attributes, _ = PROCESSORS[min(family.needs)]
+    if family.name == "amx":
+        provide_amx()
+    count = len(arrays) - outputs
+    places = tuple(
+        Place("input" if i < count else "output", i - (i >= count) * count, one.shape, str(one.dtype))
+        for i, one in enumerate(arrays)
+    )
+    plan = Plan((Call("layer", places),), places[:count], places[count:], 0, b"")
+    part = Part("here", "1", plan, {"layer": kernel}, api.llvm(architecture.triple, attributes))
+    constants = build(architecture, [part], folder)
+    artefact = Artefact(architecture, folder, constants, {"here": Variant("here", plan, {}, {})})
+    library = Library(artefact, 1) if architecture is X86 else Emulated(artefact, 1)
+    given = [torch.from_numpy(np.ascontiguousarray(one)).clone() for one in arrays[:count]]  # aligned
+    return [one.numpy() for one in library.run(given)]
 
 
 def convolution(
@@ -94,9 +133,9 @@ def random_case(seed: int) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize(("family", "cpu"), NATIVE)
+@pytest.mark.parametrize("family", map(runnable, FAMILIES))
 @pytest.mark.parametrize("seed", range(18))
-def test_layers_with_epilogues_are_exact(seed: int, family: Family, cpu: str) -> None:
+def test_layers_with_epilogues_are_exact(seed: int, family: Family, tmp_path: Path) -> None:
     case = random_case(seed)
     rng, n, groups, bits = case["rng"], case["n"], case["groups"], case["bits"]
     (h, w), (top, left) = case["size"], case["padding"]
@@ -135,20 +174,15 @@ def test_layers_with_epilogues_are_exact(seed: int, family: Family, cpu: str) ->
     raw[0, : case["outputs"]], raw[1] = -correction, 1.0
     if family.cycles(layer) is None:
         pytest.skip("the family has no such layers")
-    if family.name == "amx":
-        provide_amx()
-    target = tvm.target.Target({"kind": "llvm", "mcpu": cpu})
-    compiled = tvm.compile(tvm.IRModule({"layer": family.build("layer", layer)}), target=target)
-    results = [np.full(out.shape, 77, np.uint8), np.full(plain.shape, 77, np.int32)]
+    results = [np.zeros(out.shape, np.uint8), np.zeros(plain.shape, np.int32)]
     arrays = [to_memory(codes, source), family.pack(vectors, layer)]
     arrays += [to_memory(stream, plain), epilogue, raw, *results]
-    tensors = [tvm.runtime.tensor(np.ascontiguousarray(one)) for one in arrays]
-    compiled["layer"](*tensors)
-    np.testing.assert_array_equal(from_memory(tensors[-1].numpy(), plain), sums)
-    np.testing.assert_array_equal(from_memory(tensors[-2].numpy(), out), np.clip(total >> 20, -3, 15))
+    coded, summed = run_kernel(family.build("layer", layer), arrays, 2, family, tmp_path)
+    np.testing.assert_array_equal(from_memory(summed, plain), sums)
+    np.testing.assert_array_equal(from_memory(coded, out), np.clip(total >> 20, -3, 15))
     inside = np.zeros(out.shape, bool)
     inside[:, 1:, 2:-1] = True
-    assert (tensors[-2].numpy()[~inside] == 3).all()  # the border holds code 0
+    assert (coded[~inside] == 3).all()  # the border holds code 0
 
 
 @given(st.integers(1, 8), st.booleans(), st.integers(1, 40), st.integers(0, 2**32 - 1))

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(
     "avx2" not in FLAGS or shutil.which("gcc") is None, reason="needs a processor with AVX2, and gcc"
 )
 
-from qcompile.backends.tvm import processors  # noqa: E402
+from qcompile.backends.tvm import objects, processors  # noqa: E402
 from qcompile.backends.tvm.library import Library  # noqa: E402
 
 NETWORKS: dict[str, tuple[type[nn.Module], torch.Tensor]] = {
@@ -96,6 +96,42 @@ def test_other_shapes_are_one_line(compiled: Any) -> None:
         compiled(images(2))
 
 
+def test_chunks_take_any_batch(model: QuantModel, compiled: Any) -> None:
+    chunked = qcompile.lower(model, "x86", bits=2, batch=4, threads=1, chunk=True)
+    x = torch.cat([images(), images() * 0.5])[:9]
+    whole = qcompile.lower(model, "x86", bits=2, batch=9, threads=1)
+    assert torch.equal(chunked(x), whole(x))
+    assert chunked(x[:3]).shape[0] == 3
+    with pytest.raises(InvalidArgument, match="chunk=True"):
+        whole(x[:3])
+
+
+def test_models_that_lack_the_instructions_say_so(model: QuantModel) -> None:
+    if "amx_int8" in FLAGS:
+        pytest.skip("this processor has every instruction")
+    run = qcompile.lower(model, "x86", bits=2, batch=len(images()), features=("amx",))
+    with pytest.raises(LoweringError, match="compiled for amx, which this processor lacks"):
+        run(images())
+
+
+def test_compiled_kernels_are_kept(
+    model: QuantModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QCOMPILE_CACHE", str(tmp_path / "cache"))
+    first = qcompile.lower(model, "x86", bits=2, features=("avx2",), threads=1)
+    kept = {one.name: one.stat().st_ino for one in (tmp_path / "cache").iterdir()}
+    assert kept
+    assert all(name.endswith(".o") for name in kept)
+    second = qcompile.lower(model, "x86", bits=2, features=("avx2",), threads=1)
+    assert {one.name: one.stat().st_ino for one in (tmp_path / "cache").iterdir()} == kept
+    assert torch.equal(first(images(1)), second(images(1)))
+    monkeypatch.setattr(objects, "LIMIT", 30_000)
+    qcompile.lower(model, "x86", bits=3, features=("avx2",), threads=1)
+    assert sum(one.stat().st_size for one in (tmp_path / "cache").iterdir()) <= 30_000
+    monkeypatch.setenv("QCOMPILE_CACHE", "/proc/nowhere")
+    assert torch.equal(qcompile.lower(model, "x86", bits=2, features=("avx2",))(images(1)), first(images(1)))
+
+
 def test_a_missing_compiler_is_named(model: QuantModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(MissingExtra, match="apt-get install gcc"):
@@ -136,9 +172,9 @@ def test_the_exported_folder_runs_without_python(compiled: Any, tmp_path: Path) 
     (tmp_path / "build" / "input_0.bin").write_bytes(x.numpy().tobytes())
     environment = {"PATH": os.environ["PATH"]}
     page = (tmp_path / "build" / "README.md").read_text()
-    command = next(line.strip() for line in page.splitlines() if line.strip().startswith("gcc"))
+    commands = [line.strip() for line in page.splitlines() if line.startswith(("    gcc", "    ./example"))]
     done = subprocess.run(
-        ["sh", "-c", command],
+        ["sh", "-c", " && ".join(commands)],
         cwd=tmp_path / "build",
         env=environment,
         capture_output=True,

@@ -169,3 +169,13 @@ def when(condition: Any) -> Iterator[None]:
 def both(first: Any, second: Any) -> Any:
     """Whether two conditions hold."""
     return tirx.And(first, second)
+
+
+def either(first: Any, second: Any) -> Any:
+    """Whether one of two conditions holds, element by element."""
+    return tirx.Or(first, second)
+
+
+def differs(first: Any, second: Any) -> Any:
+    """Whether two values differ, element by element; a NaN differs from itself."""
+    return tirx.NE(first, second)

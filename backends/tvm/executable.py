@@ -44,6 +44,7 @@ class CompiledExecutable(Executable):
                 f"the target {architecture.name} is compiled on {architecture.machine[0]} machines, this one "
                 f"is {platform.machine()}"
             )
+        self.is_native = platform.machine() in architecture.machine
         self._folder = tempfile.TemporaryDirectory(prefix=f"qcompile-{architecture.name}-")
         self.artefact = make_artefact(request, architecture, Path(self._folder.name) / "model")
         self.library = self._open(self.artefact)
@@ -51,8 +52,7 @@ class CompiledExecutable(Executable):
 
     def _open(self, artefact: Artefact) -> Library | Emulated:
         threads = self.request.threads or len(os.sched_getaffinity(0))
-        native = platform.machine() in self._architecture.machine
-        return Library(artefact, threads) if native else Emulated(artefact, threads)
+        return Library(artefact, threads) if self.is_native else Emulated(artefact, threads)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run on torch tensors, which are not copied; returns what the float model returns.

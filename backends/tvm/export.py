@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import tempfile
 from pathlib import Path
@@ -41,13 +42,21 @@ of a run, with `-t 2` it uses two threads:
 
     ./runner {inputs} {outputs}
 
-The example is a starting point for a program of your own: it reads the same files and prints the outputs. On the
-device, or with a compiler for it in place of `gcc`:
+The example is a starting point for a program of your own: it reads the same files and prints the outputs. With a
+compiler for the device ({compiler}; on the device itself, gcc):
 
-    gcc -O2 example.c -L. -lmodel -Wl,-rpath,'$ORIGIN' -o example && ./example {inputs}
-    cmake -B build && cmake --build build && ./build/example {inputs}
+    {compiler} -O2 example.c -L. -lmodel -Wl,-rpath,'$ORIGIN' -o example
+    {run}./example {inputs}
 
+or with CMake:
+
+    cmake -B build -DCMAKE_C_COMPILER={compiler} && cmake --build build
+{emulation}
 Files: `libmodel.so` the model, `model.h` its interface, `runner` and `runner.c`, `example.c`, `CMakeLists.txt`.
+"""
+
+_EMULATION = """
+On a machine of another kind, programs run under emulation (Debian package {package}), slowly: `{run}./runner ...`.
 """
 
 _CMAKE = """cmake_minimum_required(VERSION 3.10)
@@ -120,7 +129,9 @@ def export(artefact: Artefact, request: LoweringRequest, folder: str | Path) -> 
     """
     if not isinstance(folder, (str, os.PathLike)):
         raise InvalidInputType(f"folder must be a path, not {type(folder).__name__}")
-    first, target = artefact.first.plan, Path(folder)
+    first, target, architecture = artefact.first.plan, Path(folder), artefact.architecture
+    foreign = architecture.emulator and platform.machine() not in architecture.machine
+    emulated = f"{architecture.emulator} -L {architecture.sysroot} " if foreign else ""
     rows = [
         f"| {place.kind} | {place.position} | {place.dtype} | {list(place.shape)} |"
         for place in (*first.inputs, *first.outputs)
@@ -132,6 +143,9 @@ def export(artefact: Artefact, request: LoweringRequest, folder: str | Path) -> 
         processors=", ".join(artefact.variants),
         table="\n".join(rows),
         arena=max(one.plan.arena for one in artefact.variants.values()),
+        compiler=architecture.compiler,
+        run=emulated,
+        emulation=_EMULATION.format(run=emulated, package=architecture.emulator_package) if emulated else "",
         inputs=" ".join(f"input_{place.position}.bin" for place in first.inputs),
         outputs=" ".join(f"output_{place.position}.bin" for place in first.outputs),
     )

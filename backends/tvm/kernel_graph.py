@@ -95,6 +95,8 @@ class Builder:
         self._attributes: dict[str, fx.Node] = {}
         self._again: dict[tuple[Any, ...], Mapped] = {}
         self._names: set[str] = set()
+        self._open: set[fx.Node] = set()
+        self._absorbed: set[fx.Node] = set()
 
     def run(self) -> fx.GraphModule:
         """Build every node."""
@@ -107,13 +109,15 @@ class Builder:
             elif node.op == "output":
                 outputs = [self.plain(one) for one in torch.utils._pytree.tree_leaves(node.args[0])]
                 self.graph.output((*outputs, *(one.mapped.node for one in self.taps.values())))
-            elif not isinstance(self.values[node], (Tensor, tuple, list)):
-                self._plain[node] = self.values[node]  # a size
-            elif node not in self.maps and node not in self._plain:
+            elif not self._is_built(node):
                 self._build(node)
         return fx.GraphModule(dict(self.constants), self.graph)
 
     def _build(self, node: fx.Node) -> None:
+        if not isinstance(self.values[node], (Tensor, tuple, list)):
+            self._plain[node] = self.values[node]  # a size
+            return
+        self._open.add(node)
         rule = self._rules.get(self.model.operator_name(node), self._rules[""])
         try:
             rule(self, node)
@@ -121,6 +125,34 @@ class Builder:
             if str(cause).startswith("layer "):
                 raise
             raise LoweringError(f"layer {str(node.meta.get('layer', node.name))!r}: {cause}") from cause
+        self._open.remove(node)
+
+    def ensure(self, nodes: Sequence[fx.Node]) -> bool:
+        """Build nodes, and what they need, before their turn.
+
+        Returns:
+            False, with nothing built, if they need a node that is being built.
+        """
+        missing: set[fx.Node] = set()
+        waiting = [one for one in nodes if not self._is_built(one)]
+        while waiting:
+            one = waiting.pop()
+            if one in self._open:
+                return False
+            if one not in missing:
+                missing.add(one)
+                waiting += [given for given in one.all_input_nodes if not self._is_built(given)]
+        for one in self.model.graph.nodes:
+            if one in missing and not self._is_built(one):
+                self._build(one)
+        return True
+
+    def _is_built(self, node: fx.Node) -> bool:
+        return node.op == "get_attr" or node in self.maps or node in self._plain or node in self._absorbed
+
+    def absorb(self, node: fx.Node) -> None:
+        """Record that a node's only reader computes it."""
+        self._absorbed.add(node)
 
     # ---- what nodes are -----------------------------------------------------------------------------------
 

@@ -115,13 +115,13 @@ def _pair(values: Sequence[Any]) -> tuple[int, int]:
 
 
 def _fuses(builder: Builder, node: fx.Node, user: fx.Node) -> bool:
-    """Whether a requantisation can be computed where this layer's sums are: its other inputs exist."""
+    """Whether a requantisation can be computed where this layer's sums are: its other inputs come first."""
     if builder.model.operator_name(user) != "requantize":
         return False
     inputs = list(user.args[0])
     if inputs.count(node) != 1 or any(builder.shape(one) != builder.shape(user) for one in inputs):
         return False
-    return all(one is node or one in builder.maps or one in builder._plain for one in inputs)
+    return builder.ensure([one for one in inputs if one is not node])
 
 
 def _output(
@@ -260,25 +260,47 @@ def pool(is_max: bool) -> Rule:
     """Maxima or sums over windows."""
 
     def rule(builder: Builder, node: fx.Node) -> None:
-        if len(builder.shape(node)) > 4:
-            raise LoweringError(f"layer {_layer(node)!r}: pooling of volumes has no kernel on this target")
         kernel, stride, padding = (_pair(one) for one in node.args[1:4])
         if len(node.args[1]) == 1:
             padding = (0, padding[1])
-        dilation = _pair(node.args[4]) if is_max else (1, 1)
-        source = builder.mapped(node.args[0], False)
-        dtype = source.map.dtype if is_max else "int64"
-        map = builder.map_of(node, False, dtype, source.map.zero_point if is_max else 0)
-        (made,) = builder.kernel(
-            _layer(node),
-            "max_pool" if is_max else "sum_pool",
-            [source.node],
-            [(map.shape, map.dtype)],
-            lambda name: pool_kernel(name, source.map, map, kernel, stride, padding, dilation, is_max),
-        )
-        builder.set_map(node, Mapped(made, map, False))
+        _pool(builder, node, kernel, stride, padding, _pair(node.args[4]) if is_max else (1, 1), is_max)
 
     return rule
+
+
+def float_max_pool(builder: Builder, node: fx.Node) -> None:
+    """Maxima of floats over windows of images; others are left to TVM."""
+    if len(builder.shape(node)) != 4:
+        other(builder, node)
+        return
+    given = arguments_of(node)
+    kernel, padding, dilation = (_both(given[key]) for key in ("kernel_size", "padding", "dilation"))
+    stride = _both(given["stride"]) if given["stride"] else kernel
+    _pool(builder, node, kernel, stride, padding, dilation, True)
+
+
+def _pool(
+    builder: Builder,
+    node: fx.Node,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    is_max: bool,
+) -> None:
+    if len(builder.shape(node)) > 4:
+        raise LoweringError(f"layer {_layer(node)!r}: pooling of volumes has no kernel on this target")
+    source = builder.mapped(node.args[0], False)
+    dtype = source.map.dtype if is_max else "int64"
+    map = builder.map_of(node, False, dtype, source.map.zero_point if is_max else 0)
+    (made,) = builder.kernel(
+        _layer(node),
+        "max_pool" if is_max else "sum_pool",
+        [source.node],
+        [(map.shape, map.dtype)],
+        lambda name: pool_kernel(name, source.map, map, kernel, stride, padding, dilation, is_max),
+    )
+    builder.set_map(node, Mapped(made, map, False))
 
 
 # ---- float ------------------------------------------------------------------------------------------------
@@ -293,14 +315,19 @@ def float_conv(builder: Builder, node: fx.Node) -> None:
         return
     values, shape = builder.array(weight), builder.shape(given["input"])
     stride, dilation, pads = (_both(given[key]) for key in ("stride", "dilation", "padding"))
-    map = builder.map_of(node, False, "float32")
-    blocks = map.padded // LANES
+    chain = _tail(builder, node)
+    last = chain[-1] if chain else node
+    map = builder.map_of(last, False, "float32")
     packed = np.zeros((map.padded, *values.shape[1:]), np.float32)
     packed[: len(values)] = values
-    packed = packed.reshape(blocks, LANES, -1).transpose(0, 2, 1)
-    bias = np.zeros(map.padded, np.float32)
+    packed = packed.reshape(map.padded // LANES, LANES, -1).transpose(0, 2, 1)
+    given_constants = [one.args[1] for one in chain if len(one.args) == 2]
+    constants = np.zeros((1 + len(given_constants), map.padded), np.float32)
     if given["bias"] is not None:
-        bias[: len(values)] = builder.array(given["bias"])
+        constants[0, : len(values)] = builder.array(given["bias"])
+    for row, one in enumerate(given_constants, start=1):
+        constants[row, : len(values)] = _channels(builder, node, one, False, len(values))
+    is_rectified = bool(chain) and builder.model.operator_name(last) == "aten.relu"
     kernel, padding = (int(values.shape[2]), int(values.shape[3])), (pads[0], pads[0], pads[1], pads[1])
     (made,) = builder.kernel(
         _layer(node),
@@ -308,12 +335,44 @@ def float_conv(builder: Builder, node: fx.Node) -> None:
         [
             builder.plain(given["input"]),
             builder.constant(f"{_layer(node)}_weights", np.ascontiguousarray(packed)),
-            builder.constant(f"{_layer(node)}_bias", bias),
+            builder.constant(f"{_layer(node)}_constants", constants),
         ],
         [(map.shape, "float32")],
-        lambda name: float_conv_kernel(name, shape, kernel, stride, padding, dilation, map),
+        lambda name: float_conv_kernel(
+            name, shape, kernel, stride, padding, dilation, map, len(constants) == 3, is_rectified
+        ),
     )
-    builder.set_map(node, Mapped(made, map, False))
+    for one in (node, *chain[:-1]):
+        builder.absorb(one)
+    builder.set_map(last, Mapped(made, map, False))
+
+
+def _tail(builder: Builder, node: fx.Node) -> list[fx.Node]:
+    """What a float convolution's kernel computes behind it: a factor and a summand per channel, a ReLU."""
+    chain: list[fx.Node] = []
+    for names in (("aten.mul", "aten.add"), ("aten.relu",)):
+        found, last = [], chain[-1] if chain else node
+        for name in names:
+            reader = next(iter(last.users)) if len(last.users) == 1 else None
+            if reader is None or builder.model.operator_name(reader) != name or reader.args[0] is not last:
+                break
+            if len(reader.args) > 1 and not _is_per_channel(builder, node, reader.args[1]):
+                break
+            found.append(reader)
+            last = reader
+        else:
+            chain += found
+    return chain
+
+
+def _is_per_channel(builder: Builder, node: fx.Node, value: Any) -> bool:
+    if not isinstance(value, fx.Node) or value.op != "get_attr":
+        return False
+    try:
+        _channels(builder, node, value, False, builder.shape(node)[1])
+    except LoweringError:
+        return False
+    return True
 
 
 def _both(value: Any) -> tuple[int, int]:
@@ -406,6 +465,7 @@ RULES: dict[str, Rule] = {
     "sum_pool": pool(False),
     "aten.conv2d": float_conv,
     "aten.linear": float_linear,
+    "aten.max_pool2d": float_max_pool,
     **{f"aten.{name}": elementwise for name in _ELEMENTWISE},
     "": other,
 }

@@ -61,12 +61,19 @@ def quantize(
     quantize_command(factory, weights, scheme, bits, modes, skip or [], calibrate, batch, output)
 
 
-@app.command(epilog="Example: qcompile inspect model.qcm --json")
-def inspect(file: File, json: Json = False) -> None:
+@app.command(epilog="Example: qcompile inspect model.qcm --target x86")
+def inspect(
+    file: File,
+    target: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Compile every mode for it too: kernels picked, bytes of working memory."),
+    ] = None,
+    json: Json = False,
+) -> None:
     """Show modes, sections, layers, sizes, BitOPs and checksums of a file."""
     from .inspect import inspect_command
 
-    inspect_command(file, json)
+    inspect_command(file, target, json)
 
 
 @app.command("eval", epilog="Example: qcompile eval model.qcm --data test.npz --bits 2")
@@ -93,12 +100,39 @@ def lower(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
     bits: Bits = None,
     batch: Annotated[int, typer.Option(help="Samples per call of the lowered model.")] = 1,
+    cpu: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="x86 and arm: only this processor, by LLVM's name, cortex-a72 for example."),
+    ] = None,
+    features: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Only these kinds of processors: of amx,vnni,avx2 or of dotprod,neon."),
+    ] = None,
 ) -> None:
     """Compile one mode for a target and write what a device needs."""
     from ..lower import lower as lower_model
 
-    for path in lower_model(file, target, bits, batch).export(output):
+    kinds = None if features is None else features.split(",")
+    for path in lower_model(file, target, bits, batch, cpu=cpu, features=kinds).export(output):
         print(path)
+
+
+@app.command(epilog="Example: qcompile bench model.qcm --target x86 --against onnx-qdq,onnx-packed")
+def bench(
+    file: File,
+    target: Annotated[str, typer.Option(help="See `qcompile targets`.")] = "x86",
+    against: Annotated[Optional[str], typer.Option(help="Further targets, measured in turns.")] = None,  # noqa: UP045
+    bits: Bits = None,
+    batch: Annotated[int, typer.Option(help="Samples per call.")] = 1,
+    threads: Annotated[int, typer.Option(help="Threads of every target.")] = 1,
+    runs: Annotated[int, typer.Option(help="Runs of each; the fastest counts.")] = 50,
+    json: Json = False,
+) -> None:
+    """Latency of every mode (or of one) on this machine, alternatives taking turns."""
+    from .bench import bench_command
+
+    names = [target, *(against.split(",") if against else [])]
+    bench_command(file, names, bits, batch, threads, runs, json)
 
 
 @app.command(epilog="Example: qcompile verify model.qcm --target onnx-qdq --data test.npz")

@@ -71,7 +71,7 @@ def _run(output: Path | None, as_json: bool) -> None:
     rows: list[dict[str, Any]] = [
         {
             "mode": "float",
-            "trained %": top1(network, {"x": test_x}, test_y, BATCH, fill=False),
+            "trained %": top1(network, {"x": test_x}, test_y, BATCH),
             "lowered %": None,
             "bytes read": sum(4 * parameter.numel() for parameter in network.parameters()),
             "latency us": _latency(network, test_x[:1]),
@@ -83,13 +83,13 @@ def _run(output: Path | None, as_json: bool) -> None:
         for mode in reversed(prepared.prepared_modes):
             recorder = RecordingFile(path.read_bytes())
             loaded = load(recorder, bits=mode)
-            run = lower(loaded, TARGET, batch=BATCH, threads=1)
+            run = lower(loaded, TARGET, batch=BATCH, threads=1, chunk=True)
             single = lower(loaded, TARGET, batch=1, threads=1)
             rows.append(
                 {
                     "mode": f"{mode.label} bits",
-                    "trained %": top1(at(prepared, mode), {"x": test_x}, test_y, BATCH, fill=False),
-                    "lowered %": top1(run, {"x": test_x}, test_y, BATCH, fill=True),
+                    "trained %": top1(at(prepared, mode), {"x": test_x}, test_y, BATCH),
+                    "lowered %": top1(run, {"x": test_x}, test_y, BATCH),
                     "bytes read": recorder.bytes_read,
                     "latency us": _latency(single, test_x[:1]),
                 }

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..errors import InvalidArgument
@@ -29,15 +28,15 @@ def evaluate_command(
     for mode in model.prepared_modes:
         run: Callable[..., Any] = at(model, mode)
         if target is not None:
-            run = lower(model, target, bits=mode, batch=batch)
-        accuracy = top1(run, x, y, batch, fill=target is not None)
+            run = lower(model, target, bits=mode, batch=batch, chunk=True)
+        accuracy = top1(run, x, y, batch)
         rows.append(
             {"mode": mode.label, "target": target or "torch", "samples": len(y), "accuracy %": accuracy}
         )
     print_json(rows) if as_json else print_table(f"Accuracy of {file.name}", rows)
 
 
-def top1(run: Callable[..., Any], inputs: dict[str, Tensor], labels: Tensor, batch: int, fill: bool) -> float:
+def top1(run: Callable[..., Any], inputs: dict[str, Tensor], labels: Tensor, batch: int) -> float:
     """Top-1 accuracy in percent.
 
     Args:
@@ -45,7 +44,6 @@ def top1(run: Callable[..., Any], inputs: dict[str, Tensor], labels: Tensor, bat
         inputs: by parameter.
         labels: (samples,) int64.
         batch: samples per call.
-        fill: whether to repeat the last sample up to a whole batch, since lowered models have a fixed size.
 
     Raises:
         InvalidArgument: if the model does not return (batch, classes).
@@ -54,14 +52,9 @@ def top1(run: Callable[..., Any], inputs: dict[str, Tensor], labels: Tensor, bat
     for start in range(0, len(labels), batch):
         given = part(inputs, start, start + batch)
         wanted = labels[start : start + batch]
-        if fill:
-            given = {name: _filled(value, batch) for name, value in given.items()}
         outputs = run(**given)
         if not isinstance(outputs, Tensor) or outputs.dim() != 2:
             raise InvalidArgument("accuracy needs a model that returns one tensor of (batch, classes)")
         correct += int((outputs[: len(wanted)].argmax(1) == wanted).sum())
     return 100.0 * correct / len(labels)
 
-
-def _filled(value: Tensor, batch: int) -> Tensor:
-    return torch.cat([value, value[-1:].expand(batch - len(value), *value.shape[1:])])

@@ -9,13 +9,17 @@ from ..costs import layer_costs
 from ..errors import FileFormatError
 from ..file.container import Container
 from ..file.load import Metadata, load
+from ..lower import lower
 from ..modes import Mode
 from .tables import print_json, print_table
 
 
-def inspect_command(file: Path, as_json: bool) -> None:
+def inspect_command(file: Path, target: str | None, as_json: bool) -> None:
     """Print what a file holds; every section that is there is read and its checksum compared."""
     description = describe(file)
+    if target is not None:
+        description["target"] = target
+        description["compiled"] = compiled(file, target)
     if as_json:
         print_json(description)
         return
@@ -23,6 +27,9 @@ def inspect_command(file: Path, as_json: bool) -> None:
     print_table("Modes", description["modes"])
     print_table("Sections", description["sections"])
     print_table("Layers", description["layers"])
+    for one in description.get("compiled", ()):
+        memory = "" if one["arena bytes"] is None else f", {one['arena bytes']} bytes of working memory"
+        print_table(f"{target} at {one['mode']}{memory}", one["kernels"])
 
 
 def describe(file: Path) -> dict[str, Any]:
@@ -81,3 +88,17 @@ def describe(file: Path) -> dict[str, Any]:
         "sections": sections,
         "layers": list(layers.values()),
     }
+
+
+def compiled(file: Path, target: str) -> list[dict[str, Any]]:
+    """What runs on a target, for every mode that the file holds, at batch 1.
+
+    Raises:
+        LoweringError: if the target lacks an operator.
+    """
+    model = load(file)
+    found = []
+    for mode in model.prepared_modes:
+        run = lower(model, target, bits=mode)
+        found.append({"mode": mode.label, "arena bytes": run.arena_bytes(), "kernels": run.kernels()})
+    return found

@@ -24,7 +24,7 @@ def verify_command(
         raise InvalidArgument(f"--samples must be at least 1, not {samples}")
     model = load(file, bits=bits)
     if data is None:
-        inputs = _random_inputs(model, samples)
+        inputs = random_inputs(model, samples)
     else:
         inputs = part(read_inputs(data, [one.name for one in model.signature.parameters]), 0, samples)
     reports = [verify(model, inputs, bits=mode, target=target) for mode in model.prepared_modes]
@@ -36,7 +36,7 @@ def verify_command(
     return all(report.exact for report in reports)
 
 
-def _random_inputs(model: DeployedModel, samples: int) -> Any:
+def random_inputs(model: DeployedModel, samples: int) -> Any:
     """Normal random numbers; 0 and 1 where a model takes whole numbers: indices that any table has."""
     generator = torch.Generator().manual_seed(0)
     flat: list[Tensor] = []

@@ -100,7 +100,7 @@ def pool_kernel(
     function = api.Function(
         name, [("input", source.shape, source.dtype), ("output", target.shape, target.dtype)]
     )
-    wide = "int32" if is_max else "int64"
+    wide = "float32" if source.dtype == "float32" else "int32" if is_max else "int64"
     with function.body():
         given, result = function.flat("input"), function.flat("output")
         clear_border(target, result)
@@ -108,7 +108,7 @@ def pool_kernel(
             n, oy = row // target.h, row % target.h
             with api.serial(0, target.w) as ox, api.serial(0, target.padded // LANES) as c:
                 best = api.registers(1, LANES, wide)
-                start = -(2**31) if is_max else 0
+                start = 0.0 if not is_max else float("-inf") if wide == "float32" else -(2**31)
                 api.store(best, api.constant(start, wide, LANES), 0, LANES)
                 with api.serial(0, kernel[0]) as i, api.serial(0, kernel[1]) as j:
                     y = oy * stride[0] + i * dilation[0] - padding[0]
@@ -119,9 +119,16 @@ def pool_kernel(
                         if source.zero_point and not is_max:
                             value = value - api.constant(source.zero_point, wide, LANES)
                         total = api.load(best, 0, LANES)
-                        merged = api.maximum(total, value) if is_max else total + value
+                        merged = _larger(total, value, wide) if is_max else total + value
                         api.store(best, merged, 0, LANES)
                 value = api.load(best, 0, LANES)
                 stored = value if target.dtype == wide else api.cast(value, target.dtype, LANES)
                 api.store(result, stored, target.index(n, oy, ox) + c * LANES, LANES)
     return function.result
+
+
+def _larger(total: Any, value: Any, dtype: str) -> Any:
+    """The larger of two; NaN wins, as in torch."""
+    if dtype != "float32":
+        return api.maximum(total, value)
+    return api.select(api.either(total < value, api.differs(value, value)), value, total)

@@ -8,8 +8,8 @@ from .. import api
 from ..maps import LANES, Map
 from .epilogue import clear_border
 
-#: Output pixels, or rows, at a time.
-PIXELS = 7
+#: Output pixels at a time, of four blocks of outputs: sums, weights and a value fit 32 registers.
+PIXELS = 6
 
 
 def float_conv_kernel(
@@ -20,10 +20,13 @@ def float_conv_kernel(
     padding: tuple[int, int, int, int],
     dilation: tuple[int, int],
     target: Map,
+    is_scaled: bool,
+    is_rectified: bool,
 ) -> Any:
     """A float convolution of a logical (n, channels, h, w) tensor into a map.
 
-    Weights: (blocks, channels, rows, columns, 16). Bias: (blocks * 16,).
+    Weights: (blocks, channels, rows, columns, 16). Constants: rows of (blocks * 16,): the bias, then, if the
+    sums are scaled (a batch normalisation in eval mode), factor and summand. At last a ReLU, if there is one.
     """
     n_, channels, h, w = source
     top, bottom, left, right = padding
@@ -35,13 +38,15 @@ def float_conv_kernel(
         [
             ("input", source, "float32"),
             ("weights", (blocks, taps, LANES), "float32"),
-            ("bias", (target.padded,), "float32"),
+            ("constants", (3 if is_scaled else 1, target.padded), "float32"),
             ("output", target.shape, "float32"),
         ],
     )
     pixels = min(PIXELS, target.w) if group == 4 else min(2 * PIXELS, target.w)
     with function.body():
-        given, weights, bias, result = (function.flat(one) for one in ("input", "weights", "bias", "output"))
+        given, weights, constants, result = (
+            function.flat(one) for one in ("input", "weights", "constants", "output")
+        )
         clear_border(target, result)
         padded = api.scratch(n_ * channels * ph * pw, "float32")
         with api.serial(0, n_ * channels) as plane, api.serial(0, ph) as y, api.serial(0, pw) as x:
@@ -58,7 +63,7 @@ def float_conv_kernel(
                 ox = api.minimum(t * pixels, target.w - pixels)
                 sums = api.registers(pixels * group, LANES, "float32")
                 for i in range(pixels * group):
-                    start = api.load(bias, (g * group + i % group) * LANES, LANES)
+                    start = api.load(constants, (g * group + i % group) * LANES, LANES)
                     api.store(sums, start, i * LANES, LANES)
                 with api.serial(0, channels) as c, api.serial(0, kernel[0]) as i:
                     for j in range(kernel[1]):
@@ -76,8 +81,15 @@ def float_conv_kernel(
                                 api.store(sums, api.load(sums, at, LANES) + value * loaded[q], at, LANES)
                 for p in range(pixels):
                     for q in range(group):
-                        at = target.index(n, oy, ox + p) + (g * group + q) * LANES
-                        api.store(result, api.load(sums, (p * group + q) * LANES, LANES), at, LANES)
+                        channel = (g * group + q) * LANES
+                        value = api.load(sums, (p * group + q) * LANES, LANES)
+                        if is_scaled:
+                            value = value * api.load(constants, target.padded + channel, LANES)
+                            value = value + api.load(constants, 2 * target.padded + channel, LANES)
+                        if is_rectified:
+                            zero = api.constant(0.0, "float32", LANES)
+                            value = api.select(value < zero, zero, value)  # NaN stays, as in torch
+                        api.store(result, value, target.index(n, oy, ox + p) + channel, LANES)
     return function.result
 
 

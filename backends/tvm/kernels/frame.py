@@ -154,21 +154,25 @@ class Frame:
 
     def _window_sums(self) -> Any:
         """Per output pixel the sum of all codes that it reads, less the bias: what a constant added to all
-        weights adds."""
-        layer = self.layer
+        weights adds. First the sum of each pixel of the source, then windows of those."""
+        layer, source = self.layer, self.layer.source
         assert not layer.is_grouped
-        sums = api.scratch(layer.source.n * layer.h * layer.w, "int32")
-        with api.parallel(0, layer.source.n * layer.h) as row:
-            n, y = row // layer.h, row % layer.h
-            with api.serial(0, layer.w) as x:
-                total = api.registers(1, LANES, "int32")
-                api.store(total, api.constant(0, "int32", LANES), 0, LANES)
-                for start in layer.runs.starts:
-                    base = self.input(n, y, x, start)
-                    with api.serial(0, layer.runs.length // LANES) as k:
-                        codes = api.cast(api.load(self.codes, base + k * LANES, LANES), "int32", LANES)
-                        api.store(total, api.load(total, 0, LANES) + codes, 0, LANES)
-                reduced = api.intrinsic("int32", "llvm.vector.reduce.add.v16i32", api.load(total, 0, LANES))
-                less = self._bias * layer.runs.vectors * 4
-                api.store(sums, reduced - api.constant(less, "int32"), row * layer.w + x)
+        rows, width = source.n * source.shape[1], source.shape[2]
+        pixels = api.scratch(rows * width, "int32")
+        with api.parallel(0, rows) as row, api.serial(0, width) as x:
+            total = api.registers(1, LANES, "int32")
+            api.store(total, api.constant(0, "int32", LANES), 0, LANES)
+            with api.serial(0, source.padded // LANES) as c:
+                codes = api.load(self.codes, (row * width + x) * source.padded + c * LANES, LANES)
+                api.store(total, api.load(total, 0, LANES) + api.cast(codes, "int32", LANES), 0, LANES)
+            reduced = api.intrinsic("int32", "llvm.vector.reduce.add.v16i32", api.load(total, 0, LANES))
+            api.store(pixels, reduced, row * width + x)
+        sums = api.scratch(source.n * layer.h * layer.w, "int32")
+        with api.parallel(0, source.n * layer.h) as row, api.serial(0, layer.w) as x:
+            window = api.constant(-self._bias * layer.runs.vectors * 4, "int32")
+            for start in layer.runs.starts:
+                first = api.floordiv(self.input(row // layer.h, row % layer.h, x, start), source.padded)
+                for position in range(layer.runs.length // source.padded):
+                    window = window + api.load(pixels, first + position)
+            api.store(sums, window, row * layer.w + x)
         return sums
