@@ -31,14 +31,13 @@ class ChunkedExecutable(Executable):
         """Run part by part; outputs are joined along dimension 0.
 
         Raises:
-            InvalidArgument: if the inputs' batches differ, or their other dimensions are not the compiled ones.
+            InvalidArgument: if the inputs' batches differ, or other dimensions are not the compiled ones.
         """
         tensors = self.request.signature.bind(args, kwargs)
         sizes = {len(one) if one.dim() else 0 for one in tensors}
         if len(sizes) != 1 or 0 in sizes:
-            raise InvalidArgument(
-                f"inputs need one batch size along dimension 0, they have {', '.join(map(str, sorted(sizes)))}"
-            )
+            found = ", ".join(map(str, sorted(sizes)))
+            raise InvalidArgument(f"inputs need one batch size along dimension 0, they have {found}")
         size, batch = sizes.pop(), self.request.batch
         parts = [self._part(args, kwargs, start, batch) for start in range(0, size, batch)]
         leaves = [pytree.tree_flatten(part) for part in parts]

@@ -13,8 +13,6 @@ import json
 import platform
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 

@@ -18,8 +18,8 @@ from qcompile.model import QuantModel
 from qcompile.verify import verify
 
 pytest.importorskip("tvm")
-from qcompile.backends.tvm.emulated import Emulated  # noqa: E402
-from qcompile.backends.tvm.processors import ARM  # noqa: E402
+from qcompile.backends.tvm.emulated import Emulated
+from qcompile.backends.tvm.processors import ARM
 
 pytestmark = pytest.mark.skipif(
     shutil.which(ARM.compiler) is None or shutil.which(ARM.emulator) is None,

@@ -57,9 +57,7 @@ def test_kernels_compute_the_integer_graph(name: str) -> None:
     mode = model.prepared_modes[len(name) % 3]
     shapes = (tuple(x.shape),)
     integer = model.integer_model(mode, shapes)
-    builder = Builder(
-        integer, shapes, lambda layer: choose(layer, processor.features), RULES, tapped=True
-    )
+    builder = Builder(integer, shapes, lambda layer: choose(layer, processor.features), RULES, tapped=True)
     module = optimise(import_graph(builder.run(), shapes), target)
     machine = tvm.relax.VirtualMachine(tvm.compile(module, target=target), tvm.cpu())
     found = [one.numpy() for one in machine["main"](tvm.runtime.tensor(x.numpy()))]

@@ -29,8 +29,6 @@ from qcompile.backends.tvm.plan import Call, Place, Plan  # noqa: E402
 from qcompile.backends.tvm.processors import ARM, X86, Architecture  # noqa: E402
 from qcompile.backends.tvm.specs import ACCUMULATOR, Layer, Output  # noqa: E402
 
-
-
 #: What runs a family that needs a feature: architecture, LLVM's attributes, flag of /proc/cpuinfo.
 PROCESSORS: dict[str, tuple[Architecture, dict[str, Any], str]] = {
     "amx": (X86, {"mcpu": "sapphirerapids"}, "amx_int8"),

@@ -1,12 +1,13 @@
 """The targets `x86` and `arm`: compiled packed low-bit code through TVM, run without TVM.
 
 The way of a model: `rules` and `kernel_graph` turn an integer graph into a graph of kernels on `maps`;
-`families` is the registry that picks the kernel of a layer for a kind of processor (`processors`); `packing`
-puts weights into the order that kernels read; `lowering` imports the graph into Relax, where each call becomes
-a kernel of `kernels/` and what is left is legalised and fused by TVM; `plan` reads the static plan off the
-result; `objects` compiles kernels, each different one once; `build` links those for every kind of processor
-with the driver `driver.c`; `artefact` does all that; `executable` runs it, in this process (`library`) or
-under emulation (`emulated`), `export` writes it. `specs` says what a kernel computes, `api` holds TVM's names.
+`families` is the registry that picks the kernel of a layer for a kind of processor (`processors`);
+`packing` puts weights into the order that kernels read; `lowering` imports the graph into Relax, where each
+call becomes a kernel of `kernels/` and what is left is legalised and fused by TVM; `plan` reads the static
+plan off the result; `objects` compiles kernels, each different one once; `build` links those for every kind
+of processor with the driver `driver.c`; `artefact` does all that; `executable` runs it, in this process
+(`library`) or under emulation (`emulated`), `export` writes it. `specs` says what a kernel computes, `api`
+holds TVM's names.
 """
 
 from __future__ import annotations
@@ -56,4 +57,4 @@ class ArmTarget(_CompiledTarget):
     """The same for 64-bit ARM: cross-compiled, run under emulation where the machine is another."""
 
     name: ClassVar[str] = "arm"
-    summary: ClassVar[str] = "machine code for aarch64 (NEON, dot products where they are), with a C interface"
+    summary: ClassVar[str] = "machine code for aarch64 (NEON, with or without SDOT), with a C interface"

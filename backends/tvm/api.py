@@ -42,6 +42,10 @@ def features(triple: str, cpu: str) -> set[str]:
     return {str(one) for one in found}
 
 
+#: (name, shape, dtype) of an argument of a kernel.
+Argument = tuple[str, tuple[int, ...], str]
+
+
 class Function:
     """A PrimFunc under construction.
 
@@ -50,7 +54,7 @@ class Function:
         buffers: (name, shape, dtype) of every argument, inputs first.
     """
 
-    def __init__(self, name: str, buffers: Sequence[tuple[str, tuple[int, ...], str]]) -> None:
+    def __init__(self, name: str, buffers: Sequence[Argument]) -> None:
         self._name, self._declared = name, buffers
         self.buffers: dict[str, Any] = {}
         self.result: Any = None

@@ -26,8 +26,8 @@ _CTYPES = {
 
 _README = """# A compiled model
 
-Mode {mode}, for {platform} (the best of these is chosen when it starts: {processors}), glibc and POSIX threads;
-nothing else is needed. Written by qcompile {version}.
+Mode {mode}, for {platform} (the best of these is chosen when it starts: {processors}), glibc
+and POSIX threads; nothing else is needed. Written by qcompile {version}.
 
 Shapes are fixed, tensors contiguous and aligned to 64 bytes:
 
@@ -37,13 +37,13 @@ Shapes are fixed, tensors contiguous and aligned to 64 bytes:
 
 Working memory: {arena} bytes per model, and one buffer per thread.
 
-The runner reads the inputs' raw bytes from files and writes those of the outputs; with `-r 100` it prints the time
-of a run, with `-t 2` it uses two threads:
+The runner reads the inputs' raw bytes from files and writes those of the outputs; with `-r 100` it prints the
+time of a run, with `-t 2` it uses two threads:
 
     ./runner {inputs} {outputs}
 
-The example is a starting point for a program of your own: it reads the same files and prints the outputs. With a
-compiler for the device ({compiler}; on the device itself, gcc):
+The example is a starting point for a program of your own: it reads the same files and prints the outputs.
+With a compiler for the device ({compiler}; on the device itself, gcc):
 
     {compiler} -O2 example.c -L. -lmodel -Wl,-rpath,'$ORIGIN' -o example
     {run}./example {inputs}
@@ -52,11 +52,13 @@ or with CMake:
 
     cmake -B build -DCMAKE_C_COMPILER={compiler} && cmake --build build
 {emulation}
-Files: `libmodel.so` the model, `model.h` its interface, `runner` and `runner.c`, `example.c`, `CMakeLists.txt`.
+Files: `libmodel.so` the model, `model.h` its interface, `runner` and `runner.c`, `example.c`,
+`CMakeLists.txt`.
 """
 
 _EMULATION = """
-On a machine of another kind, programs run under emulation (Debian package {package}), slowly: `{run}./runner ...`.
+On a machine of another kind, programs run under emulation (Debian package {package}), slowly:
+`{run}./runner ...`.
 """
 
 _CMAKE = """cmake_minimum_required(VERSION 3.10)
@@ -149,7 +151,11 @@ def export(artefact: Artefact, request: LoweringRequest, folder: str | Path) -> 
         inputs=" ".join(f"input_{place.position}.bin" for place in first.inputs),
         outputs=" ".join(f"output_{place.position}.bin" for place in first.outputs),
     )
-    contents = {"README.md": page, "CMakeLists.txt": _CMAKE, "example.c": example(first.inputs, first.outputs)}
+    contents = {
+        "README.md": page,
+        "CMakeLists.txt": _CMAKE,
+        "example.c": example(first.inputs, first.outputs),
+    }
     try:
         target.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target, prefix=".") as made:

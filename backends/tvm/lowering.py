@@ -38,10 +38,22 @@ def import_graph(graph: fx.GraphModule, shapes: tuple[tuple[int, ...], ...]) -> 
         return called if len(types) > 1 else importer.block_builder.emit(relax.Tuple([called]))
 
     try:
-        return from_exported_program(program, custom_convert_map={"kernel.default": convert})
+        return from_exported_program(
+            program,
+            custom_convert_map={"kernel.default": convert},
+            run_ep_decomposition=_has_operators(graph),
+        )
     except (AssertionError, NotImplementedError, ValueError, TypeError, KeyError) as cause:
         reason = " ".join(str(cause).split())
         raise LoweringError(f"{_culprits(graph, reason)}: TVM cannot import it; lower to onnx-qdq") from cause
+
+
+def _has_operators(graph: fx.GraphModule) -> bool:
+    """Whether operators of torch are left, which may have to be decomposed before TVM knows them."""
+    return any(
+        isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "aten"
+        for node in graph.graph.nodes
+    )
 
 
 def _culprits(graph: fx.GraphModule, reason: str) -> str:

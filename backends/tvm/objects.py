@@ -23,10 +23,14 @@ LIMIT = 256 * 2**20
 def cache_folder() -> Path:
     """Where compiled kernels are kept."""
     given = os.environ.get("QCOMPILE_CACHE")
-    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "qcompile"
+    return (
+        Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "qcompile"
+    )
 
 
-def compile_kernels(kernels: Mapping[str, Any], target: Any, folder: Path) -> tuple[dict[str, str], list[str]]:
+def compile_kernels(
+    kernels: Mapping[str, Any], target: Any, folder: Path
+) -> tuple[dict[str, str], list[str]]:
     """Write one object per different kernel into a folder.
 
     Args:

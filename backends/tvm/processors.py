@@ -102,7 +102,9 @@ ARM = Architecture(
     "qemu-user",
     "/usr/aarch64-linux-gnu",
     (
-        Processor("dotprod", {"mattr": ["+neon", "+dotprod"]}, frozenset(("dotprod", "neon")), "has_dotprod()"),
+        Processor(
+            "dotprod", {"mattr": ["+neon", "+dotprod"]}, frozenset(("dotprod", "neon")), "has_dotprod()"
+        ),
         Processor("neon", {"mattr": ["+neon"]}, frozenset(("neon",)), "1"),
     ),
     (("dotprod", "dotprod", "has_dotprod()"), ("neon", "neon", "1")),
@@ -150,8 +152,8 @@ def _named(architecture: Architecture, cpu: str) -> Processor:
     found = [one for one in architecture.features if one[1] in has]
     if not found:
         raise LoweringError(
-            f"cpu {cpu!r} has none of {', '.join(one[1] for one in architecture.features)}, which the kernels "
-            f"of the target {architecture.name} need; lower to onnx-qdq"
+            f"cpu {cpu!r} has none of {', '.join(one[1] for one in architecture.features)}, which "
+            f"kernels of the target {architecture.name} need; lower to onnx-qdq"
         )
     return Processor(
         "cpu", {"mcpu": cpu}, frozenset(one[0] for one in found), " && ".join(one[2] for one in found)

@@ -57,4 +57,3 @@ def top1(run: Callable[..., Any], inputs: dict[str, Tensor], labels: Tensor, bat
             raise InvalidArgument("accuracy needs a model that returns one tensor of (batch, classes)")
         correct += int((outputs[: len(wanted)].argmax(1) == wanted).sum())
     return 100.0 * correct / len(labels)
-

@@ -3,8 +3,8 @@
     unpack the task's weights to int8                                     once, into memory of the task
     for every two tiles of up to 16 pixels, for two blocks of 16 outputs
         for every run, for every stretch of up to 64 input values
-            A0, A1 = codes of 16 pixels x 64 values, straight from the map: the pixel stride is the row stride
-            B0, B1 = weights of 16 outputs, 16 rows of 4 values x 16 outputs: one vector of `packing` is one row
+            A0, A1 = codes of 16 pixels x 64 values, straight from the map: rows lie a pixel stride apart
+            B0, B1 = weights of 16 outputs: a row is one vector of `packing`, 4 values x 16 outputs
             C00 += A0 B0    C01 += A0 B1    C10 += A1 B0    C11 += A1 B1
         store C to memory of the task, epilogues from there
 

@@ -3,8 +3,8 @@
 A code is the sum of its bits times powers of two, and so is a weight; a sum of products of single bits is the
 number of bits that both have. Per pixel of the source, before any task starts:
 
-    plane 0: 32 channels, 32 channels, ...   plane 1: 32 channels, ...       32-bit words, all planes of a word
-                                                                             of channels behind each other
+    channels 0-31: plane 0, plane 1, ...    channels 32-63: plane 0, ...      in words of 32 bits
+
 Weights, see `pack_planes`:
 
     block of 16 outputs > run > 32 input values > plane > 16 outputs x 32 bits
@@ -136,10 +136,8 @@ def bitserial_kernel(name: str, layer: Layer, registers: int) -> Any:
         for p in range(tile.pixels):
             total = api.load(registers, p * LANES, LANES)
             for level in range(levels):
-                four = api.reinterpret(api.load(counts, (p * levels + level) * _BYTES, _BYTES), "uint32x16")
-                pairs = (four & word_constant(0x00FF00FF)) + ((four >> word_constant(8)) & word_constant(0xFF00FF))
-                found = (pairs + (pairs >> word_constant(16))) & word_constant(0xFFFF)
-                total = total + (api.cast(found, "int32", LANES) << api.constant(level, "int32", LANES))
+                found = add_bytes(api.load(counts, (p * levels + level) * _BYTES, _BYTES))
+                total = total + (found << api.constant(level, "int32", LANES))
             api.store(registers, total, p * LANES, LANES)
 
     return frame.build(task, before)
@@ -152,6 +150,12 @@ def gather(codes: Any, bit: int) -> Any:
     return api.cast(moved >> api.constant(56, "uint64"), "uint32")
 
 
-def word_constant(value: int) -> Any:
-    """16 equal words."""
-    return api.constant(value, "uint32", LANES)
+def add_bytes(counts: Any) -> Any:
+    """The four bytes of each of 16 words, added, as int32."""
+
+    def words(value: int) -> Any:
+        return api.constant(value, "uint32", LANES)
+
+    four = api.reinterpret(counts, "uint32x16")
+    pairs = (four & words(0x00FF00FF)) + ((four >> words(8)) & words(0x00FF00FF))
+    return api.cast((pairs + (pairs >> words(16))) & words(0xFFFF), "int32", LANES)

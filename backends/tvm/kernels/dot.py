@@ -1,10 +1,10 @@
 """Families that unpack weights to int8 and multiply them by a dot-product instruction, sums in registers.
 
-    unpack the task's weights to int8                                     once, into memory of the task
-    for every tile of pixels
-        registers[pixel, block] = 0
-        for every run, for every 4 input values
-            registers[pixel, block] += dot(4 input values of the pixel, 64 weights of the block)
+unpack the task's weights to int8                                     once, into memory of the task
+for every tile of pixels
+    registers[pixel, block] = 0
+    for every run, for every 4 input values
+        registers[pixel, block] += dot(4 input values of the pixel, 64 weights of the block)
 """
 
 from __future__ import annotations

@@ -9,13 +9,11 @@ from ..maps import LANES, Map
 from ..specs import Output
 from .epilogue import clear_border, write_output
 
-Buffer = tuple[str, tuple[int, ...], str]
-
 
 def requantize_kernel(name: str, output: Output, others: tuple[Map, ...]) -> Any:
     """An epilogue that no layer takes in."""
     map = output.map
-    buffers: list[Buffer] = [(f"other_{i}", one.shape, one.dtype) for i, one in enumerate(others)]
+    buffers: list[api.Argument] = [(f"other_{i}", one.shape, one.dtype) for i, one in enumerate(others)]
     buffers += [("constants", output.constants, "float64"), ("output", map.shape, map.dtype)]
     function = api.Function(name, buffers)
     with function.body():

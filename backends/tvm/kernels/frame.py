@@ -73,17 +73,22 @@ class Frame:
     ) -> None:
         self.layer, self.tile, self._bias = layer, tile, bias
         self._scale, self._offset = stored
-        inputs = [("codes", layer.source.shape, "uint8"), ("weights", (weights,), "uint8")]
+        inputs: list[api.Argument] = [
+            ("codes", layer.source.shape, "uint8"),
+            ("weights", (weights,), "uint8"),
+        ]
         inputs += [(f"other_{i}", other.shape, other.dtype) for i, other in enumerate(layer.others)]
         inputs += [(f"constants_{i}", one.constants, "float64") for i, one in enumerate(layer.outputs)]
-        outputs = [(f"output_{i}", one.map.shape, one.map.dtype) for i, one in enumerate(layer.outputs)]
+        outputs: list[api.Argument] = [
+            (f"output_{i}", one.map.shape, one.map.dtype) for i, one in enumerate(layer.outputs)
+        ]
         self.function = api.Function(name, inputs + outputs)
 
     def build(self, task: Callable[[Any, Any, Any], None], before: Callable[[], None] | None = None) -> Any:
         """The PrimFunc.
 
         Args:
-            task: emits one task: (index among groups of `tile.blocks` blocks, first tile, tile after the last).
+            task: emits one task: (which `tile.blocks` blocks, first tile, tile after the last).
             before: emits what tasks share.
         """
         layer, function = self.layer, self.function
@@ -115,9 +120,7 @@ class Frame:
         """Index of the first code that an output pixel reads in the run that begins at a kernel position."""
         layer = self.layer
         (top, left), (down, across), (rows, columns) = layer.padding, layer.stride, layer.dilation
-        return layer.source.index(
-            n, y * down + start[0] * rows - top, x * across + start[1] * columns - left
-        )
+        return layer.source.index(n, y * down + start[0] * rows - top, x * across + start[1] * columns - left)
 
     def first_channel(self, block: Any) -> Any:
         """The input channel that a block of outputs starts to read at."""

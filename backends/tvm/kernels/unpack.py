@@ -18,9 +18,7 @@ def unpack_block(layer: Layer, packed: Any, block: Any, target: Any, to: Any) ->
     """All weights of one block of 16 outputs, from index `to` of an int8 buffer on."""
     groups = groups_of(layer.runs)
     with api.serial(0, groups) as g:
-        unpack_group(
-            layer, packed, (block * groups + g) * layer.bits * 64, target, to + g * GROUP * 64
-        )
+        unpack_group(layer, packed, (block * groups + g) * layer.bits * 64, target, to + g * GROUP * 64)
 
 
 def unpack_group(layer: Layer, packed: Any, start: Any, target: Any, to: Any) -> None:

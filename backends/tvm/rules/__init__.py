@@ -1,0 +1,40 @@
+"""How each operator of an integer graph becomes kernels."""
+
+from __future__ import annotations
+
+from ..kernel_graph import Rule
+from .floats import elementwise, float_conv, float_linear, other
+from .layers import accumulate, requantize
+from .pools import float_max_pool, integer_sum, pool
+from .quantisers import dequantize, quantize
+
+#: Float operators that work element by element.
+_ELEMENTWISE = (
+    "relu",
+    "relu6",
+    "hardtanh",
+    "clamp",
+    "add",
+    "sub",
+    "mul",
+    "div",
+    "silu",
+    "sigmoid",
+    "tanh",
+) + (*("exp", "hardswish", "hardsigmoid", "leaky_relu", "elu", "gelu", "neg", "abs", "sqrt"),)
+
+RULES: dict[str, Rule] = {
+    "accumulate_conv": accumulate,
+    "accumulate_linear": accumulate,
+    "requantize": requantize,
+    "quantize": quantize,
+    "dequantize": dequantize,
+    "max_pool": pool(True),
+    "sum_pool": pool(False),
+    "aten.sum": integer_sum,
+    "aten.conv2d": float_conv,
+    "aten.linear": float_linear,
+    "aten.max_pool2d": float_max_pool,
+    **{f"aten.{name}": elementwise for name in _ELEMENTWISE},
+    "": other,
+}

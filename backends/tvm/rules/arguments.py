@@ -1,0 +1,45 @@
+"""What rules read off a node."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import fx
+
+from qcompile.errors import LoweringError
+
+from ..kernel_graph import Builder
+
+
+def layer_of(node: fx.Node) -> str:
+    return str(node.meta.get("layer", node.name))
+
+
+def spatial(values: Sequence[Any]) -> tuple[int, int]:
+    given = [int(one) for one in values]
+    return (1, given[0]) if len(given) == 1 else (given[0], given[1])
+
+
+def two(value: Any) -> tuple[int, int]:
+    given = [int(one) for one in (value if isinstance(value, (list, tuple)) else [value])]
+    return (given[0], given[-1])
+
+
+def by_channel(
+    builder: Builder, node: fx.Node, constant: fx.Node, rows: bool, count: int
+) -> NDArray[np.float64]:
+    """A scalar or per-channel constant as (channels,) float64."""
+    array = builder.array(constant).astype(np.float64)
+    if array.size == 1:
+        return np.full(count, float(array.reshape(())))
+    rank = len(builder.shape(node))
+    axis = rank - 1 if rows or rank == 2 else 1
+    shape = (1,) * (rank - array.ndim) + array.shape
+    if shape[axis] != array.size or array.size != count:
+        raise LoweringError(
+            f"layer {layer_of(node)!r}: its constants vary along another dimension than the channels"
+        )
+    return array.reshape(-1)

@@ -1,0 +1,174 @@
+"""Quantised layers and their epilogues."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import fx
+
+from qcompile.errors import LoweringError
+
+from ..kernel_graph import Builder, Mapped, extents, padding_of
+from ..kernels.elementwise import requantize_kernel
+from ..maps import Map
+from ..packing import arrange, runs_of
+from ..specs import ACCUMULATOR, Layer, Output
+from .arguments import by_channel, layer_of, spatial
+
+
+def accumulate(builder: Builder, node: fx.Node) -> None:
+    """A layer, with every requantisation that can be computed where its sums are."""
+    is_conv = builder.model.operator_name(node) == "accumulate_conv"
+    weight = builder.array(node.args[1]).astype(np.int64)
+    numerator, shift = int(node.args[2]), int(node.args[3])
+    stride, dilation, groups, padding = (1, 1), (1, 1), 1, (0, 0, 0, 0)
+    if is_conv:
+        if weight.ndim > 4:
+            raise LoweringError(
+                f"layer {layer_of(node)!r}: convolutions over volumes have no kernel on this target"
+            )
+        stride, dilation = spatial(node.args[4]), spatial(node.args[6])
+        groups, padding = int(node.args[7]), padding_of(node)
+        weight = weight[:, :, None] if weight.ndim == 3 else weight
+    else:
+        weight = weight[:, :, None, None]
+    source = builder.mapped(node.args[0], not is_conv, padding)
+    fused = [user for user in node.users if _fuses(builder, node, user)]
+    raw = builder.tapped or len(fused) < len(node.users)
+    runs = runs_of(weight.shape, source.map.padded, dilation, groups)
+    bits, signed = int(node.meta["weight_bits"]), bool(node.meta["weight_signed"])
+    if groups > 1 and (numerator or shift):
+        # between groups there must be zeros, which no code stands for
+        weight, bits, signed, numerator, shift = weight * 2**shift + numerator, 8, True, 0, 0
+        if weight.min() < -128 or weight.max() > 127:
+            raise LoweringError(
+                f"layer {layer_of(node)!r}: grouped weights of more than 8 bits have no kernel here"
+            )
+    vectors = arrange(weight, runs, groups)
+    _, h, w, _ = extents(builder.shape(node), not is_conv)
+    layer = Layer(
+        source.map,
+        runs,
+        stride,
+        dilation,
+        (padding[0], padding[2]),
+        h,
+        w,
+        int(node.meta["code_high"]) + source.map.zero_point,
+        bits,
+        signed,
+        numerator,
+        shift,
+        (),
+        (),
+    )
+    family = builder.choose(layer)
+    effective = vectors.astype(np.int64) * 2**shift + numerator
+    correction = (source.map.zero_point - family.bias(layer)) * effective.sum((1, 3)).reshape(-1)
+    outputs: list[Output] = []
+    constants: list[fx.Node] = []
+    others: list[Mapped] = []
+    nodes: list[tuple[fx.Node, Map]] = []
+    for user in fused:
+        output, table, more = _output(builder, user, not is_conv, node, correction, len(others))
+        others += more
+        outputs.append(output)
+        constants.append(builder.constant(f"{user.name}_constants", table))
+        nodes.append((user, output.map))
+    if raw:
+        map = builder.map_of(node, not is_conv, "int32")
+        outputs.append(Output(map, (ACCUMULATOR,), -(2**31), 2**31 - 1))
+        table = np.zeros((2, map.padded))
+        table[0, : len(correction)], table[1] = -correction[: map.padded], 1.0
+        constants.append(builder.constant(f"{node.name}_sums", table))
+        nodes.append((node, map))
+    layer = replace(layer, outputs=tuple(outputs), others=tuple(one.map for one in others))
+    name = f"{layer_of(node)}_{family.name}_weights"
+    packed = builder.constant(name, family.pack(vectors, layer))
+    inputs = [source.node, packed, *(one.node for one in others), *constants]
+    made = builder.kernel(
+        layer_of(node),
+        f"{family.name} w{bits}a{layer.code_bits}",
+        inputs,
+        [(one.map.shape, one.map.dtype) for one in outputs],
+        lambda name: family.build(name, layer),
+    )
+    for (owner, map), result in zip(nodes, made, strict=True):
+        builder.set_map(owner, Mapped(result, map, not is_conv))
+
+
+def _fuses(builder: Builder, node: fx.Node, user: fx.Node) -> bool:
+    """Whether a requantisation can be computed where this layer's sums are: its other inputs come first."""
+    if builder.model.operator_name(user) != "requantize":
+        return False
+    inputs = list(user.args[0])
+    if inputs.count(node) != 1 or any(builder.shape(one) != builder.shape(user) for one in inputs):
+        return False
+    return builder.ensure([one for one in inputs if one is not node])
+
+
+def _output(
+    builder: Builder,
+    node: fx.Node,
+    rows: bool,
+    layer: fx.Node | None,
+    correction: NDArray[np.int64] | None,
+    offset: int,
+) -> tuple[Output, NDArray[np.float64], list[Mapped]]:
+    """A requantisation: what it writes, its constants, the maps it reads besides the layer's sums."""
+    inputs, multipliers, constant, shift, low, high = node.args
+    dtype = builder.dtype(node)
+    stored = "uint8" if dtype in ("uint8", "int8") else dtype
+    zero_point = max(0, -int(low)) if stored == "uint8" else 0
+    map = builder.map_of(node, rows, stored, zero_point)
+    table = np.zeros((1 + len(inputs), map.padded))
+    table[0, : map.channels] = by_channel(builder, node, constant, rows, map.channels)
+    terms: list[int] = []
+    others: list[Mapped] = []
+    for index, (one, multiplier) in enumerate(zip(inputs, multipliers, strict=True), start=1):
+        factors = by_channel(builder, node, multiplier, rows, map.channels)
+        table[index, : map.channels] = factors
+        if one is layer:
+            terms.append(ACCUMULATOR)
+            assert correction is not None
+            table[0, : map.channels] -= factors * correction[: map.channels]
+            continue
+        other = builder.mapped(one, rows)
+        terms.append(offset + len(others))
+        others.append(other)
+        table[0, : map.channels] -= factors * other.map.zero_point
+    return Output(map, tuple(terms), int(low), int(high)), table * 2.0 ** -int(shift), others
+
+
+def requantize(builder: Builder, node: fx.Node) -> None:
+    """An epilogue of its own."""
+    rows = _channels_last(builder, node)
+    for one in node.args[0]:
+        if builder.shape(one) != builder.shape(node):
+            raise LoweringError(
+                f"layer {layer_of(node)!r}: sums of tensors of different shapes have no kernel here"
+            )
+    output, table, others = _output(builder, node, rows, None, None, 0)
+    maps = tuple(one.map for one in others)
+    constants = builder.constant(f"{node.name}_constants", table)
+    (made,) = builder.kernel(
+        layer_of(node),
+        "requantize",
+        [*(one.node for one in others), constants],
+        [(output.map.shape, output.map.dtype)],
+        lambda name: requantize_kernel(name, output, maps),
+    )
+    builder.set_map(node, Mapped(made, output.map, rows))
+
+
+def _channels_last(builder: Builder, node: fx.Node) -> bool:
+    """Whether a requantisation's constants vary along the last dimension, not dimension 1."""
+    rank = len(builder.shape(node))
+    for constant in (*node.args[1], node.args[2]):
+        array = builder.array(constant)
+        if array.size > 1:
+            return array.shape[-1] == array.size
+    known = [builder.maps[one].rows for one in node.args[0] if one in builder.maps]
+    return rank == 2 or (known[0] if known else rank != 4)

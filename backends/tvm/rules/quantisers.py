@@ -1,0 +1,60 @@
+"""Between floats and integers."""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import fx
+
+from ..kernel_graph import Builder, Mapped
+from ..kernels.elementwise import dequantize_kernel, quantize_kernel
+from .arguments import by_channel, layer_of
+
+
+def _reads_rows(builder: Builder, node: fx.Node) -> bool:
+    """Whether the readers of a tensor want its channels in the last dimension."""
+    if len(builder.shape(node)) == 2:
+        return True
+    kinds = {builder.model.operator_name(user) for user in node.users}
+    return "accumulate_linear" in kinds
+
+
+def quantize(builder: Builder, node: fx.Node) -> None:
+    """Codes, or wide integers, of a float tensor."""
+    source, step, low, high = node.args
+    have = builder.maps.get(source)
+    rows = _reads_rows(builder, node)
+    if have is not None:
+        rows = have.rows
+    given = builder.mapped(source, rows)
+    dtype = builder.dtype(node)
+    stored = "uint8" if dtype in ("uint8", "int8") else dtype
+    map = builder.map_of(node, rows, stored, max(0, -int(low)) if stored == "uint8" else 0)
+    (made,) = builder.kernel(
+        layer_of(node),
+        "quantize",
+        [given.node],
+        [(map.shape, map.dtype)],
+        lambda name: quantize_kernel(name, given.map, map, float(step), int(low), int(high)),
+    )
+    builder.set_map(node, Mapped(made, map, rows))
+
+
+def dequantize(builder: Builder, node: fx.Node) -> None:
+    """Floats of integers."""
+    source, scale, bias = node.args
+    have = builder.maps.get(source)
+    rows = have.rows if have is not None else len(builder.shape(node)) != 4
+    given = builder.mapped(source, rows)
+    map = builder.map_of(node, rows, "float32")
+    table = np.zeros((2, map.padded), np.float32)
+    for index, one in enumerate((scale, bias)):
+        table[index, : map.channels] = by_channel(builder, node, one, rows, map.channels)
+    constants = builder.constant(f"{node.name}_constants", table)
+    (made,) = builder.kernel(
+        layer_of(node),
+        "dequantize",
+        [given.node, constants],
+        [(map.shape, map.dtype)],
+        lambda name: dequantize_kernel(name, given.map, map),
+    )
+    builder.set_map(node, Mapped(made, map, rows))
