@@ -29,11 +29,12 @@ setup: .venv/installed
 demo: .venv-demo/installed
 	.venv-demo/bin/qcompile demo
 
+# Two processes: tests compute on one thread each.
 test: .venv/installed
-	.venv/bin/pytest
+	.venv/bin/pytest -n 2 --dist loadfile
 
 slow: .venv/installed
-	.venv/bin/pytest -m slow
+	.venv/bin/pytest -n 2 --dist loadfile -m slow
 
 # mypy does not see through editable installs, so it gets the folders in the places where they are installed.
 lint: .venv/installed

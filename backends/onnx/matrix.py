@@ -92,13 +92,12 @@ def _rows(emitter: Emitter, node: fx.Node, codes: Codes) -> str:
         if any(flat):
             name = _padded(emitter, name, codes, padding, layer)
             size = [have + before + after for have, (before, after) in zip(size, padding, strict=True)]
-        places = _places(size, kernel, stride, dilation)
         name = reshaped(emitter, name, (batch, math.prod(size), width), f"{codes.name}.pixels", layer)
-        index = emitter.builder.initializer(f"{layer}/places", places.reshape(-1), np.int32)
+        index = _places(emitter, size, kernel, stride, dilation, layer)
         name = emitter.builder.node(
             "Gather", [name, index], f"{codes.name}.fields", f"{layer}/gather", axis=1
         )
-        return reshaped(emitter, name, (-1, places.shape[1] * width), f"{codes.name}.rows", layer)
+        return reshaped(emitter, name, (-1, math.prod(kernel) * width), f"{codes.name}.rows", layer)
 
     return emitter.once(f"rows of {codes.name} {kernel} {stride} {flat} {dilation}", emit)
 
@@ -111,13 +110,26 @@ def _padded(emitter: Emitter, name: str, codes: Codes, padding: Sequence[tuple[i
 
 
 def _places(
-    size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
-) -> NDArray[np.int64]:
-    """(output pixels, kernel taps) flat positions in a padded map of the given size."""
-    places = np.zeros((1, 1), np.int64)
-    for have, k, s, d in zip(size, kernel, stride, dilation, strict=True):
+    emitter: Emitter,
+    size: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    layer: str,
+) -> str:
+    """Flat positions in a padded map of the given size: of every output pixel every kernel tap, in one row.
+
+    A position is a sum over dimensions, and stored as its summands; runtimes add them when they load.
+    """
+    total, rank = None, len(size)
+    for axis, (have, k, s, d) in enumerate(zip(size, kernel, stride, dilation, strict=True)):
         steps = (have - d * (k - 1) - 1) // s + 1
-        along = np.arange(steps)[:, None] * s + np.arange(k) * d
-        places = places[:, None, :, None] * have + along[None, :, None, :]
-        places = places.reshape(places.shape[0] * steps, -1)
-    return places
+        along = (np.arange(steps)[:, None] * s + np.arange(k) * d) * math.prod(size[axis + 1 :])
+        shape = [1] * (2 * rank)
+        shape[axis], shape[rank + axis] = steps, k
+        one = emitter.builder.initializer(f"{layer}/places_{axis}", along.reshape(shape), np.int32)
+        if total is not None:
+            one = emitter.builder.node("Add", [total, one], f"{layer}/places", f"{layer}/add_places")
+        total = one
+    assert total is not None
+    return reshaped(emitter, total, (-1,), f"{layer}/places", layer)

@@ -48,7 +48,10 @@ def stored_weight(
     # runtimes have no int8 arithmetic, but all of them have int32
     name = _cast(emitter, name, layer, what, TensorProto.INT32)
     for operator, constant, part in (("Mul", slope, "slope"), ("Add", intercept, "intercept")):
-        operand = builder.initializer(f"{layer}/{what}_{part}", constant, np.int32)
+        same = (constant == constant.flat[0]).all()
+        operand = builder.initializer(
+            f"{layer}/{what}_{part}", constant.flat[0] if same else constant, np.int32
+        )
         name = builder.node(operator, [name, operand], f"{layer}/{what}_mapped", f"{layer}/{what}_{part}")
     return _cast(emitter, name, layer, what, TensorProto.INT8)
 
