@@ -1,7 +1,7 @@
 """Train one ResNet-20 for 2, 3 and 4 bits on real CIFAR-10 images, from pretrained float weights.
 
-    python examples/cifar10_resnet20.py                    the short recipe, 11 minutes on two cores
-    python examples/cifar10_resnet20.py --long             35 minutes on two cores
+    python examples/cifar10_resnet20.py                    the short recipe, 12 minutes on two cores
+    python examples/cifar10_resnet20.py --long             50 minutes on one core
     python examples/cifar10_resnet20.py --single-bit       a quarter of the budget, against a model per width
     python examples/cifar10_resnet20.py --ablations        a quarter of the budget, one part left out each
 

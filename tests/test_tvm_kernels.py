@@ -17,16 +17,13 @@ from numpy.typing import NDArray
 pytest.importorskip("tvm")
 pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
 
-from qcompile.backends.tvm import api  # noqa: E402
-from qcompile.backends.tvm.artefact import Artefact, Variant  # noqa: E402
-from qcompile.backends.tvm.build import Part, build  # noqa: E402
+from qcompile.backends.tvm.artefact import kernel_artefact  # noqa: E402
 from qcompile.backends.tvm.emulated import Emulated  # noqa: E402
 from qcompile.backends.tvm.families import FAMILIES, Family  # noqa: E402
 from qcompile.backends.tvm.library import Library  # noqa: E402
 from qcompile.backends.tvm.maps import Map, from_memory, to_memory  # noqa: E402
 from qcompile.backends.tvm.packing import arrange, pack, parts_of, runs_of  # noqa: E402
-from qcompile.backends.tvm.plan import Call, Place, Plan  # noqa: E402
-from qcompile.backends.tvm.processors import ARM, X86, Architecture  # noqa: E402
+from qcompile.backends.tvm.processors import ARM, X86, Architecture, Processor  # noqa: E402
 from qcompile.backends.tvm.specs import ACCUMULATOR, Layer, Output  # noqa: E402
 
 #: What runs a family that needs a feature: architecture, LLVM's attributes, flag of /proc/cpuinfo.
@@ -64,14 +61,9 @@ def run_kernel(
     if family.name == "amx":
         provide_amx()
     count = len(arrays) - outputs
-    places = tuple(
-        Place("input" if i < count else "output", i - (i >= count) * count, one.shape, str(one.dtype))
-        for i, one in enumerate(arrays)
-    )
-    plan = Plan((Call("layer", places),), places[:count], places[count:], 0, b"")
-    part = Part("here", "1", plan, {"layer": kernel}, api.llvm(architecture.triple, attributes))
-    constants = build(architecture, [part], folder)
-    artefact = Artefact(architecture, folder, constants, {"here": Variant("here", plan, {}, {})})
+    tensors = [(one.shape, str(one.dtype)) for one in arrays]
+    processor = Processor("here", attributes, family.needs, "1")
+    artefact = kernel_artefact(kernel, tensors[:count], tensors[count:], architecture, processor, folder)
     library = Library(artefact, 1) if architecture is X86 else Emulated(artefact, 1)
     given = [torch.from_numpy(np.ascontiguousarray(one)).clone() for one in arrays[:count]]  # aligned
     return [one.numpy() for one in library.run(given)]

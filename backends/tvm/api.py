@@ -42,6 +42,9 @@ def features(triple: str, cpu: str) -> set[str]:
     return {str(one) for one in found}
 
 
+#: (shape, dtype) of a tensor.
+Tensor = tuple[tuple[int, ...], str]
+
 #: (name, shape, dtype) of an argument of a kernel.
 Argument = tuple[str, tuple[int, ...], str]
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qcompile.backends.target import LoweringRequest
 
@@ -12,7 +14,7 @@ from .build import LIBRARY, Constants, Part, build
 from .families import choose
 from .kernel_graph import Builder, Tap
 from .lowering import import_graph, optimise
-from .plan import Plan, make_plan
+from .plan import Call, Place, Plan, make_plan
 from .processors import Architecture, Processor, select
 from .rules import RULES
 
@@ -100,3 +102,28 @@ def _variant(
     plan, kernels = make_plan(module)
     variant = Variant(processor.name, plan, layers, builder.taps)
     return variant, Part(processor.name, processor.condition, plan, kernels, target)
+
+
+def kernel_artefact(
+    kernel: Any,
+    inputs: Sequence[api.Tensor],
+    outputs: Sequence[api.Tensor],
+    architecture: Architecture,
+    processor: Processor,
+    folder: Path,
+) -> Artefact:
+    """One kernel as a model of one step, to test or to measure it alone.
+
+    Args:
+        kernel: a PrimFunc; its arguments are the inputs, then the outputs.
+        inputs, outputs: shapes and dtypes.
+        architecture, processor: what to compile for.
+        folder: for sources and objects.
+    """
+    given = tuple(Place("input", i, shape, dtype) for i, (shape, dtype) in enumerate(inputs))
+    written = tuple(Place("output", i, shape, dtype) for i, (shape, dtype) in enumerate(outputs))
+    plan = Plan((Call("kernel", (*given, *written)),), given, written, 0, b"")
+    target = api.llvm(architecture.triple, processor.target)
+    part = Part(processor.name, processor.condition, plan, {"kernel": kernel}, target)
+    variant = Variant(processor.name, plan, {}, {})
+    return Artefact(architecture, folder, build(architecture, [part], folder), {processor.name: variant})

@@ -1,0 +1,107 @@
+"""What each family of kernels reaches on this processor, layer by layer: the rates that the registry goes by.
+
+    python benchmarks/kernels.py
+
+Billions of multiply-additions per second on one thread, best of many runs, families taking turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from resnet20 import processor as machine
+
+from qcompile.backends.tvm.artefact import kernel_artefact
+from qcompile.backends.tvm.families import FAMILIES, Family
+from qcompile.backends.tvm.library import Library
+from qcompile.backends.tvm.maps import Map
+from qcompile.backends.tvm.packing import arrange, runs_of
+from qcompile.backends.tvm.processors import X86, Processor
+from qcompile.backends.tvm.specs import ACCUMULATOR, Layer, Output
+from qcompile.errors import LoweringError
+from qcompile.timing import best_of
+
+#: Feature of a family, LLVM's name of a processor that has it, C condition.
+PROCESSORS = {
+    "amx": ("sapphirerapids", "has_tiles()"),
+    "vnni": ("cascadelake", '__builtin_cpu_supports("avx512vnni")'),
+    "bitalg": ("icelake-server", '__builtin_cpu_supports("avx512bitalg")'),
+    "avx512": ("cascadelake", '__builtin_cpu_supports("avx512bw")'),
+    "avx2": ("haswell", '__builtin_cpu_supports("avx2")'),
+}
+
+#: (inputs, outputs, size, kernel, stride)
+LAYERS = (
+    (64, 64, 56, 3, 1),
+    (128, 128, 28, 3, 1),
+    (256, 256, 14, 3, 1),
+    (512, 512, 7, 3, 1),
+    (256, 256, 14, 1, 1),
+)
+
+
+def layer_of(shape: tuple[int, int, int, int, int], bits: int) -> tuple[Layer, np.ndarray]:
+    """A layer with an epilogue to codes of as many bits, and its weight codes."""
+    inputs, outputs, size, kernel, stride = shape
+    edge = kernel // 2
+    source = Map(1, size, size, inputs, "uint8", 0, (edge,) * 4)
+    target = Map(1, size // stride, size // stride, outputs, "uint8", 0, (1,) * 4)
+    runs = runs_of((outputs, inputs, kernel, kernel), source.padded, (1, 1), 1)
+    layer = Layer(
+        source, runs, (stride,) * 2, (1, 1), (edge,) * 2, target.h, target.w, 2**bits - 1, bits, True, 0, 0,
+        (Output(target, (ACCUMULATOR,), 0, 2**bits - 1),), (),
+    )  # fmt: skip
+    low = 2 ** (bits - 1)
+    weight = np.random.default_rng(0).integers(-low, low, (outputs, inputs, kernel, kernel))
+    return layer, arrange(weight, runs, 1)
+
+
+def library(
+    family: Family, layer: Layer, vectors: np.ndarray, folder: Path
+) -> tuple[Library, list[torch.Tensor]]:
+    """A model of one layer, and its inputs."""
+    cpu, condition = PROCESSORS[min(family.needs)]
+    output = layer.outputs[0]
+    codes = torch.randint(0, layer.highest + 1, layer.source.shape, dtype=torch.uint8)
+    constants = torch.full(output.constants, 2.0**-8, dtype=torch.float64)
+    given = [codes, torch.from_numpy(family.pack(vectors, layer)).clone(), constants]
+    tensors = [(tuple(one.shape), str(one.dtype).removeprefix("torch.")) for one in given]
+    processor = Processor("here", {"mcpu": cpu}, family.needs, condition)
+    kernel = family.build("layer", layer)
+    artefact = kernel_artefact(kernel, tensors, [(output.map.shape, "uint8")], X86, processor, folder)
+    return Library(artefact, 1), given
+
+
+def main() -> None:
+    """Measure every family that this processor can run, at 1, 2, 4 and 8 bits."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=50)
+    options = parser.parse_args()
+    print(machine())
+    for shape in LAYERS:
+        for bits in (1, 2, 4, 8):
+            layer, vectors = layer_of(shape, bits)
+            products = layer.h * layer.w * layer.runs.vectors * 4 * layer.blocks * 16
+            with tempfile.TemporaryDirectory() as folder:
+                alternatives = {}
+                for index, family in enumerate(FAMILIES):
+                    feature = min(family.needs)
+                    if feature not in PROCESSORS or (family.name == "bit-serial" and bits > 4):
+                        continue
+                    run, given = library(family, layer, vectors, Path(folder) / str(index))
+                    try:
+                        run.variant()
+                    except LoweringError:
+                        continue
+                    alternatives[f"{family.name} ({feature})"] = lambda run=run, given=given: run.run(given)
+                times = best_of(options.runs, alternatives)
+            found = ", ".join(f"{name} {products / seconds / 1e9:.0f}" for name, seconds in times.items())
+            print(f"{'x'.join(map(str, shape))} w{bits}a{bits}: {found}")
+
+
+if __name__ == "__main__":
+    main()
