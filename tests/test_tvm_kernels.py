@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
 
 from qcompile.backends.tvm.artefact import kernel_artefact  # noqa: E402
 from qcompile.backends.tvm.emulated import Emulated  # noqa: E402
-from qcompile.backends.tvm.families import FAMILIES, Family  # noqa: E402
+from qcompile.backends.tvm.families import FAMILIES, Family, choose  # noqa: E402
 from qcompile.backends.tvm.library import Library  # noqa: E402
 from qcompile.backends.tvm.maps import Map, from_memory, to_memory  # noqa: E402
 from qcompile.backends.tvm.packing import arrange, pack, parts_of, runs_of  # noqa: E402
@@ -123,7 +123,7 @@ def random_case(seed: int) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("family", map(runnable, FAMILIES))
+@pytest.mark.parametrize("family", [runnable(one) for one in FAMILIES])
 @pytest.mark.parametrize("seed", range(10))
 def test_layers_with_epilogues_are_exact(seed: int, family: Family, tmp_path: Path) -> None:
     case = random_case(seed)
@@ -162,7 +162,7 @@ def test_layers_with_epilogues_are_exact(seed: int, family: Family, tmp_path: Pa
     epilogue[1:, : case["outputs"]] = factors
     epilogue *= 2.0**-20
     raw[0, : case["outputs"]], raw[1] = -correction, 1.0
-    if family.cycles(layer) is None:
+    if family.time(layer) is None:
         pytest.skip("the family has no such layers")
     results = [np.zeros(out.shape, np.uint8), np.zeros(plain.shape, np.int32)]
     arrays = [to_memory(codes, source), family.pack(vectors, layer)]
@@ -193,3 +193,21 @@ def test_packed_codes_come_back_by_shifts_and_masks(bits: int, signed: bool, cou
         expected = vectors[:, vector].reshape(2, 64)
         offset = 2 ** (bits - 1) if signed and bits < 8 else 0
         np.testing.assert_array_equal(found, (expected + offset) % 2**bits)
+
+
+@pytest.mark.parametrize(
+    ("features", "expected"),
+    [
+        ({"amx", "vnni", "bitalg", "avx512", "avx2"}, {1: "amx", 2: "amx", 4: "amx", 8: "amx"}),
+        ({"vnni", "bitalg", "avx512", "avx2"}, {1: "bit-serial", 2: "vnni", 4: "vnni", 8: "vnni"}),
+        ({"avx2"}, {1: "bit-serial", 2: "avx2", 4: "avx2", 8: "avx2"}),
+        ({"dotprod", "neon"}, {1: "bit-serial", 2: "sdot", 4: "sdot", 8: "sdot"}),
+        ({"neon"}, {1: "bit-serial", 2: "bit-serial", 4: "smlal", 8: "smlal"}),
+    ],
+)
+def test_the_registry_picks_by_bits_and_features(features: set[str], expected: dict[int, str]) -> None:
+    source = Map(1, 28, 28, 128, "uint8", 0, (1, 1, 1, 1))
+    runs = runs_of((128, 128, 3, 3), 128, (1, 1), 1)
+    for bits, name in expected.items():
+        layer = Layer(source, runs, (1, 1), (1, 1), (1, 1), 28, 28, 2**bits - 1, bits, bits > 1, 0, 0, (), ())
+        assert choose(layer, frozenset(features)).name == name

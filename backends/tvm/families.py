@@ -1,7 +1,8 @@
 """The registry of kernels: (layer, its bits, features of the processor) -> the family that is cheapest.
 
-A family says which layers it can compute and how many cycles it needs about. Rates are multiply-additions per
-cycle as `benchmarks/kernels.py` measures them inside whole layers; what they decide is only the order.
+A family says which layers it can compute and about how long it takes. Rates are billions of multiply-adds per
+second: of x86 as `benchmarks/kernels.py` measures them on one core, of ARM counted from instructions (at a
+billion per second), of AMX from the time of a tile product. They decide only which family comes first.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class Family:
     Attributes:
         name: for people.
         needs: features that the processor must have.
-        cycles: estimate for a layer; None if the family cannot compute it.
+        time: estimate for a layer, in nanoseconds; None if the family cannot compute it.
         build: (symbol, layer) -> PrimFunc.
         pack: (vectors of codes as `packing.arrange` makes them, layer) -> bytes.
         bias: layer -> what the family subtracts from every stored code before it multiplies.
@@ -34,7 +35,7 @@ class Family:
 
     name: str
     needs: frozenset[str]
-    cycles: Callable[[Layer], float | None]
+    time: Callable[[Layer], float | None]
     build: Callable[[str, Layer], Any]
     pack: Callable[[NDArray[np.integer], Layer], NDArray[np.uint8]]
     bias: Callable[[Layer], int] = lambda layer: 0
@@ -55,7 +56,7 @@ def _dot(
     make: Callable[[Layer], dot.Dot],
     rate: Callable[[Layer], float],
 ) -> Family:
-    def cycles(layer: Layer) -> float:
+    def time(layer: Layer) -> float:
         tile = dot.tile_of(layer, make(layer))
         waste = tile.per_row(layer) * tile.pixels / layer.w
         return _products(layer) * waste / rate(layer)
@@ -63,22 +64,22 @@ def _dot(
     return Family(
         name,
         frozenset((needs,)),
-        cycles,
+        time,
         lambda symbol, layer: dot.dot_kernel(symbol, layer, make(layer)),
         _packed,
         lambda layer: make(layer).bias,
     )
 
 
-def _amx_cycles(layer: Layer) -> float:
-    """A product of tiles takes 16 cycles, less for fewer than 16 rows of pixels, but not for fewer than 8."""
+def _amx_time(layer: Layer) -> float:
+    """A product of fewer than 8 rows of pixels takes as long as one of 8."""
     tile, stretch = amx.tile_of(layer), amx.stretch_of(layer.runs)
-    per_pair = layer.runs.vectors * 4 / stretch * max(8, tile.pixels)
-    return tile.count(layer) * layer.blocks * per_pair * 1.5
+    products = tile.count(layer) * layer.blocks * layer.runs.vectors * 4 / stretch
+    return products * max(8, tile.pixels) * amx.ROW_BYTES * LANES / 2000
 
 
 def _bitserial(needs: str, registers: int, rate: float) -> Family:
-    def cycles(layer: Layer) -> float | None:
+    def time(layer: Layer) -> float | None:
         if layer.is_grouped:
             return None  # a group may begin inside of a word
         per_position, _ = bitserial.words_of(layer.runs)
@@ -89,21 +90,21 @@ def _bitserial(needs: str, registers: int, rate: float) -> Family:
     return Family(
         "bit-serial",
         frozenset((needs,)),
-        cycles,
+        time,
         lambda symbol, layer: bitserial.bitserial_kernel(symbol, layer, registers),
         lambda vectors, layer: bitserial.pack_planes(vectors, layer),
     )
 
 
 FAMILIES: tuple[Family, ...] = (
-    Family("amx", frozenset(("amx",)), _amx_cycles, amx.amx_kernel, _packed),
-    _dot("vnni", "vnni", x86.vnni, lambda layer: 80.0),
-    _bitserial("bitalg", 32, 250.0),
-    _dot("avx2", "avx2", x86.avx2, lambda layer: 25.0 if x86.fits(layer) else 13.0),
-    _bitserial("avx512", 32, 120.0),
-    _bitserial("avx2", 8, 40.0),
-    _dot("sdot", "dotprod", neon.sdot, lambda layer: 25.0),
-    _dot("smlal", "neon", neon.smlal, lambda layer: 6.0),
+    Family("amx", frozenset(("amx",)), _amx_time, amx.amx_kernel, _packed),
+    _dot("vnni", "vnni", x86.vnni, lambda layer: 200.0),
+    _bitserial("bitalg", 32, 480.0),
+    _bitserial("avx512", 32, 250.0),
+    _dot("avx2", "avx2", x86.avx2, lambda layer: 62.0 if x86.fits(layer) else 26.0),
+    _bitserial("avx2", 8, 165.0),
+    _dot("sdot", "dotprod", neon.sdot, lambda layer: 16.0),
+    _dot("smlal", "neon", neon.smlal, lambda layer: 5.0),
     _bitserial("neon", 8, 40.0),
 )
 
@@ -111,5 +112,5 @@ FAMILIES: tuple[Family, ...] = (
 def choose(layer: Layer, features: frozenset[str], families: Sequence[Family] = FAMILIES) -> Family:
     """The cheapest family that a processor with these features can run."""
     able = [one for one in families if one.needs <= features]
-    costs = {id(one): cost for one in able if (cost := one.cycles(layer)) is not None}
+    costs = {id(one): cost for one in able if (cost := one.time(layer)) is not None}
     return min((one for one in able if id(one) in costs), key=lambda one: costs[id(one)])
