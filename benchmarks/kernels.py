@@ -53,6 +53,7 @@ def layer_of(shape: tuple[int, int, int, int, int], bits: int) -> tuple[Layer, n
     runs = runs_of((outputs, inputs, kernel, kernel), source.padded, (1, 1), 1)
     layer = Layer(
         source, runs, (stride,) * 2, (1, 1), (edge,) * 2, target.h, target.w, 2**bits - 1, bits, True, 0, 0,
+        False,
         (Output(target, (ACCUMULATOR,), 0, 2**bits - 1),), (),
     )  # fmt: skip
     low = 2 ** (bits - 1)

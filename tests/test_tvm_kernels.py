@@ -101,13 +101,14 @@ def random_case(seed: int) -> dict[str, Any]:
         return int(rng.integers(low, high + 1))
 
     bits = draw(1, 8)
-    groups = draw(1, 3) if seed % 3 == 0 else 1
+    groups = draw(1, 3) if seed % 4 == 0 else draw(2, 40) if seed % 4 == 1 else 1
+    per_group = (1, 1) if seed % 4 == 1 else (draw(1, 24), draw(1, 40))
     shift, numerator = [(0, 0), (1, 1), (2, -1), (3, 3)][draw(0, 3)] if bits < 8 and groups == 1 else (0, 0)
     return {
         "rng": rng,
         "n": draw(1, 2),
-        "inputs": groups * draw(1, 24),
-        "outputs": groups * draw(1, 40),
+        "inputs": groups * per_group[0],
+        "outputs": groups * per_group[1],
         "size": (draw(6, 12), draw(6, 20)),
         "kernel": (draw(1, 3), draw(1, 3)),
         "stride": (draw(1, 2), draw(1, 2)),
@@ -124,7 +125,7 @@ def random_case(seed: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("family", [runnable(one) for one in FAMILIES])
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(12))
 def test_layers_with_epilogues_are_exact(seed: int, family: Family, tmp_path: Path) -> None:
     case = random_case(seed)
     rng, n, groups, bits = case["rng"], case["n"], case["groups"], case["bits"]
@@ -147,7 +148,8 @@ def test_layers_with_epilogues_are_exact(seed: int, family: Family, tmp_path: Pa
     )
     layer = Layer(
         source, runs, case["stride"], case["dilation"], (top, left), *sums.shape[2:], case["highest"],
-        bits, case["signed"], case["numerator"], case["shift"], outputs, (plain,),
+        bits, case["signed"], case["numerator"], case["shift"], groups == len(weight) == case["inputs"] > 1,
+        outputs, (plain,),
     )  # fmt: skip
     stream = rng.integers(-(2**20), 2**20, sums.shape)
     factors = rng.integers(-(2**20), 2**20, (2, case["outputs"]))
@@ -209,5 +211,7 @@ def test_the_registry_picks_by_bits_and_features(features: set[str], expected: d
     source = Map(1, 28, 28, 128, "uint8", 0, (1, 1, 1, 1))
     runs = runs_of((128, 128, 3, 3), 128, (1, 1), 1)
     for bits, name in expected.items():
-        layer = Layer(source, runs, (1, 1), (1, 1), (1, 1), 28, 28, 2**bits - 1, bits, bits > 1, 0, 0, (), ())
+        layer = Layer(
+            source, runs, (1, 1), (1, 1), (1, 1), 28, 28, 2**bits - 1, bits, bits > 1, 0, 0, False, (), ()
+        )
         assert choose(layer, frozenset(features)).name == name

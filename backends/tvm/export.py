@@ -52,6 +52,9 @@ or with CMake:
 
     cmake -B build -DCMAKE_C_COMPILER={compiler} && cmake --build build
 {emulation}
+Functions have the same names in every model: a program that uses several opens them with `dlopen`, one handle
+per model, and does not link them.
+
 Files: `libmodel.so` the model, `model.h` its interface, `runner` and `runner.c`, `example.c`,
 `CMakeLists.txt`.
 """

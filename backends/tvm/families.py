@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .kernels import amx, bitserial, dot, neon, x86
+from .kernels import amx, bitserial, depthwise, dot, neon, x86
 from .maps import LANES
 from .packing import pack
 from .specs import Layer
@@ -96,6 +96,16 @@ def _bitserial(needs: str, registers: int, rate: float) -> Family:
     )
 
 
+def _depthwise(needs: str, rate: float) -> Family:
+    def time(layer: Layer) -> float | None:
+        taps = len(layer.runs.starts)
+        if not layer.is_depthwise or not layer.is_effective or taps > depthwise.MOST_TAPS:
+            return None
+        return layer.source.n * layer.h * layer.w * layer.blocks * LANES * taps / rate
+
+    return Family("depthwise", frozenset((needs,)), time, depthwise.depthwise_kernel, depthwise.pack_taps)
+
+
 FAMILIES: tuple[Family, ...] = (
     Family("amx", frozenset(("amx",)), _amx_time, amx.amx_kernel, _packed),
     _dot("vnni", "vnni", x86.vnni, lambda layer: 200.0),
@@ -106,6 +116,8 @@ FAMILIES: tuple[Family, ...] = (
     _dot("sdot", "dotprod", neon.sdot, lambda layer: 16.0),
     _dot("smlal", "neon", neon.smlal, lambda layer: 5.0),
     _bitserial("neon", 8, 40.0),
+    _depthwise("avx2", 30.0),
+    _depthwise("neon", 2.0),
 )
 
 

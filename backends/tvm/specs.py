@@ -49,6 +49,7 @@ class Layer:
         highest: largest stored code of the source, zero point included.
         bits, signed: of the weight codes.
         numerator, shift: effective weights are 2^shift * code + numerator.
+        is_depthwise: whether output i reads channel i alone.
         outputs: what it writes.
         others: further tensors that its outputs add.
     """
@@ -65,6 +66,7 @@ class Layer:
     signed: bool
     numerator: int
     shift: int
+    is_depthwise: bool
     outputs: tuple[Output, ...]
     others: tuple[Map, ...]
 

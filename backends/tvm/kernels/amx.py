@@ -50,7 +50,7 @@ def amx_kernel(name: str, layer: Layer) -> Any:
         sums = api.scratch(pair * tile.blocks * tile.pixels * LANES, "int32")
         configure(tile.pixels, stretch)
         for q in range(tile.blocks):
-            unpack_block(layer, frame.weights, group * tile.blocks + q, unpacked, q * size)
+            unpack_block(layer, frame.weights, group * tile.blocks + q, groups, unpacked, q * size)
         with api.serial(0, (last - first + pair - 1) // pair) as t:
             # an odd last tile is computed twice; a task of one tile reaches into its neighbour's
             start = api.maximum(api.minimum(first + t * pair, last - pair), 0)

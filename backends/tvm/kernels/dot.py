@@ -62,7 +62,7 @@ def dot_kernel(name: str, layer: Layer, dot: Dot) -> Any:
     def task(group: Any, first: Any, last: Any) -> None:
         unpacked = api.scratch(tile.blocks * size, "int8")
         for q in range(tile.blocks):
-            unpack_block(layer, frame.weights, group * tile.blocks + q, unpacked, q * size)
+            unpack_block(layer, frame.weights, group * tile.blocks + q, groups, unpacked, q * size)
         with api.serial(first, last) as t:
             n, y, x = frame.pixel(t)
             registers = api.registers(vectors * dot.sums, lanes, "int32")

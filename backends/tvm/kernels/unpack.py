@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .. import api
-from ..packing import GROUP, groups_of, parts_of
+from ..packing import GROUP, parts_of
 from ..specs import Layer
 
 
@@ -14,9 +14,8 @@ def unpacked_form(layer: Layer) -> tuple[int, int]:
     return (1, 0) if layer.is_effective else (2**layer.shift, layer.numerator)
 
 
-def unpack_block(layer: Layer, packed: Any, block: Any, target: Any, to: Any) -> None:
-    """All weights of one block of 16 outputs, from index `to` of an int8 buffer on."""
-    groups = groups_of(layer.runs)
+def unpack_block(layer: Layer, packed: Any, block: Any, groups: int, target: Any, to: Any) -> None:
+    """All weights of one block of outputs, packed in so many groups, from index `to` of an int8 buffer on."""
     with api.serial(0, groups) as g:
         unpack_group(layer, packed, (block * groups + g) * layer.bits * 64, target, to + g * GROUP * 64)
 

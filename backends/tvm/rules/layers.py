@@ -61,6 +61,7 @@ def accumulate(builder: Builder, node: fx.Node) -> None:
         signed,
         numerator,
         shift,
+        groups == len(weight) == source.map.channels > 1,
         (),
         (),
     )
