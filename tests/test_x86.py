@@ -121,7 +121,7 @@ def test_compiled_kernels_are_kept(
     first = qcompile.lower(model, "x86", bits=2, features=("avx2",), threads=1)
     kept = {one.name: one.stat().st_ino for one in (tmp_path / "cache").iterdir()}
     assert kept
-    assert all(name.endswith(".o") for name in kept)
+    assert all(name.endswith((".o", ".checked")) for name in kept)
     second = qcompile.lower(model, "x86", bits=2, features=("avx2",), threads=1)
     assert {one.name: one.stat().st_ino for one in (tmp_path / "cache").iterdir()} == kept
     assert torch.equal(first(images(1)), second(images(1)))

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from qcompile.backends.target import LoweringRequest
+from qcompile.errors import LoweringError
 
 from . import api, kernel_op
 from .build import LIBRARY, Constants, Part, build
 from .families import choose
 from .kernel_graph import Builder, Tap
-from .lowering import import_graph, optimise
+from .lowering import culprits, import_graph, optimise
 from .plan import Call, Place, Plan, make_plan
 from .processors import Architecture, Processor, select
 from .rules import RULES
@@ -99,7 +100,10 @@ def _variant(
         layers = {kernel.name: (kernel.layer, kernel.summary) for kernel in map(kernel_op.find, builder.keys)}
     finally:
         kernel_op.forget(builder.keys)
-    plan, kernels = make_plan(module)
+    try:
+        plan, kernels = make_plan(module)
+    except LoweringError as cause:
+        raise LoweringError(f"{culprits(graph, str(cause).split()[0])}: {cause}") from cause
     variant = Variant(processor.name, plan, layers, builder.taps)
     return variant, Part(processor.name, processor.condition, plan, kernels, target)
 

@@ -12,6 +12,7 @@ from qcompile.errors import LoweringError
 
 from . import kernel_op
 from .api import relax, tvm
+from .imported import check_operators
 
 
 def import_graph(graph: fx.GraphModule, shapes: tuple[tuple[int, ...], ...]) -> Any:
@@ -26,6 +27,8 @@ def import_graph(graph: fx.GraphModule, shapes: tuple[tuple[int, ...], ...]) -> 
         for node, shape in zip(inputs, shapes, strict=True)
     )
     program = torch.export.export(graph, examples, strict=False)
+
+    check_operators(program)
 
     def convert(node: fx.Node, importer: Any) -> Any:
         kernel = kernel_op.find(node.args[1])
@@ -45,7 +48,7 @@ def import_graph(graph: fx.GraphModule, shapes: tuple[tuple[int, ...], ...]) -> 
         )
     except (AssertionError, NotImplementedError, ValueError, TypeError, KeyError) as cause:
         reason = " ".join(str(cause).split())
-        raise LoweringError(f"{_culprits(graph, reason)}: TVM cannot import it; lower to onnx-qdq") from cause
+        raise LoweringError(f"{culprits(graph, reason)}: TVM cannot import it; lower to onnx-qdq") from cause
 
 
 def _has_operators(graph: fx.GraphModule) -> bool:
@@ -56,7 +59,7 @@ def _has_operators(graph: fx.GraphModule) -> bool:
     )
 
 
-def _culprits(graph: fx.GraphModule, reason: str) -> str:
+def culprits(graph: fx.GraphModule, reason: str) -> str:
     """Layers whose operators an error of the importer mentions."""
     found = [
         f"layer {str(node.meta.get('layer', node.name))!r}"

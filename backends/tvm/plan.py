@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qcompile.errors import LoweringError
+
 from .api import relax, tvm
 from .maps import round_up
 
@@ -119,6 +121,8 @@ class _Reader:
                 shape, dtype = _sizes(value.args[0]), str(value.args[1].value)
                 size = math.prod(shape) * np.dtype(dtype).itemsize
                 self._values[var] = Place("arena", self._reserve(size), shape, dtype)
+            elif name is not None:
+                raise LoweringError(f"{name.removeprefix('relax.')} has no machine code; lower to onnx-qdq")
             else:
                 arguments = tuple(self._value(one) for one in value.args)
                 self._calls.append(Call(value.op.name_hint, arguments))

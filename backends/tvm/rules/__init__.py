@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from ..kernel_graph import Rule
-from .floats import elementwise, float_conv, float_linear, other
+from .floats import elementwise, float_conv, float_linear, other, scaled_sum
 from .layers import accumulate, requantize
+from .norms import group_norm, instance_norm, layer_norm
 from .pools import float_max_pool, integer_sum, pool
 from .quantisers import dequantize, quantize
 
@@ -14,8 +15,6 @@ _ELEMENTWISE = (
     "relu6",
     "hardtanh",
     "clamp",
-    "add",
-    "sub",
     "mul",
     "div",
     "silu",
@@ -35,6 +34,11 @@ RULES: dict[str, Rule] = {
     "aten.conv2d": float_conv,
     "aten.linear": float_linear,
     "aten.max_pool2d": float_max_pool,
+    "aten.add": scaled_sum,
+    "aten.sub": scaled_sum,
+    "aten.layer_norm": layer_norm,
+    "aten.group_norm": group_norm,
+    "aten.instance_norm": instance_norm,
     **{f"aten.{name}": elementwise for name in _ELEMENTWISE},
     "": other,
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 from torch import fx
 
 from qcompile.errors import LoweringError
@@ -138,6 +139,22 @@ def elementwise(builder: Builder, node: fx.Node) -> None:
     for one in inputs:
         placed[one] = builder.maps[one].node
     builder.set_map(node, Mapped(builder.graph.node_copy(node, placed.__getitem__), first.map, first.rows))
+
+
+def scaled_sum(builder: Builder, node: fx.Node) -> None:
+    """A sum or difference whose second summand may have a factor, which TVM's importer does not see."""
+    given = arguments_of(node)
+    alpha = given.get("alpha", 1)
+    if alpha == 1:
+        elementwise(builder, node)
+        return
+    aten, second = torch.ops.aten, given["other"]
+    if isinstance(second, fx.Node):
+        second = builder.graph.call_function(aten.mul.Tensor, (builder.plain(second), alpha))
+    else:
+        second *= alpha
+    first = builder.plain(given["self"])
+    builder.set_plain(node, builder.graph.call_function(node.target, (first, second)))
 
 
 def other(builder: Builder, node: fx.Node) -> None:
