@@ -67,9 +67,9 @@ def _provide(symbol: str, kernel: Any, target: Any, wanted: Path) -> None:
     compiled.mod.write_to_file(str(wanted), "o")
     try:
         kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=kept.parent, suffix=".part", delete=False) as file:
-            shutil.copyfile(wanted, file.name)
-        os.replace(file.name, kept)
+        with tempfile.TemporaryDirectory(dir=kept.parent) as made:  # so that no half of a file is ever kept
+            shutil.copyfile(wanted, Path(made) / wanted.name)
+            os.replace(Path(made) / wanted.name, kept)
         _prune(kept.parent)
     except OSError:
         pass  # a cache that cannot be written is no reason to fail
@@ -77,7 +77,8 @@ def _provide(symbol: str, kernel: Any, target: Any, wanted: Path) -> None:
 
 def _prune(folder: Path) -> None:
     entries = sorted(
-        ((one.stat().st_mtime, one.stat().st_size, one.path) for one in os.scandir(folder)), reverse=True
+        ((one.stat().st_mtime, one.stat().st_size, one.path) for one in os.scandir(folder) if one.is_file()),
+        reverse=True,
     )
     used = 0
     for _, size, path in entries:
