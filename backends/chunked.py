@@ -40,12 +40,21 @@ class ChunkedExecutable(Executable):
             raise InvalidArgument(f"inputs need one batch size along dimension 0, they have {found}")
         size, batch = sizes.pop(), self.request.batch
         parts = [self._part(args, kwargs, start, batch) for start in range(0, size, batch)]
+        self._check(parts[0])
         leaves = [pytree.tree_flatten(part) for part in parts]
         joined = [
             torch.cat(column)[:size] if isinstance(column[0], Tensor) else column[0]
             for column in zip(*(flat for flat, _ in leaves), strict=True)
         ]
         return pytree.tree_unflatten(joined, leaves[0][1])
+
+    def _check(self, part: Any) -> None:
+        for index, one in enumerate(pytree.tree_leaves(part)):
+            if isinstance(one, Tensor) and (one.dim() == 0 or len(one) != self.request.batch):
+                raise InvalidArgument(
+                    f"output {index} of shape {tuple(one.shape)} has no batch along dimension 0: its chunks "
+                    "cannot be joined; lower for the whole batch, without chunk=True"
+                )
 
     def _part(self, args: Any, kwargs: Any, start: int, batch: int) -> Any:
         def take(value: Any) -> Any:

@@ -62,8 +62,14 @@ def lower(
         raise InvalidArgument(f"batch must be a positive whole number, not {batch!r}")
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
         raise InvalidArgument(f"threads must be a positive whole number or None, not {threads!r}")
-    if isinstance(features, str) or any(not isinstance(one, str) for one in features or ()):
+    if features is not None and (
+        isinstance(features, str)
+        or not isinstance(features, Sequence)
+        or any(not isinstance(one, str) for one in features)
+    ):
         raise InvalidInputType(f"features is a sequence of names, not {features!r}")
+    if cpu is not None and not isinstance(cpu, str):
+        raise InvalidInputType(f"cpu is a name, for example 'cortex-a72', not {cpu!r}")
     if (cpu is not None or features is not None) and not chosen_target.takes_processors:
         raise InvalidArgument(f"the target {target} takes neither cpu nor features: its runtime decides")
     if isinstance(model, (str, PathLike)):
@@ -92,6 +98,8 @@ def _batched_shapes(
             raise InvalidInputType(
                 f"input_shapes holds one shape per input, for example ((3, 224, 224),), not {given!r}"
             ) from None
+        if any(size < 1 for shape in shapes for size in shape):
+            raise InvalidArgument(f"input_shapes holds positive sizes, not {given!r}")
         if len(shapes) != len(inputs):
             raise InvalidArgument(
                 f"input_shapes has {len(shapes)} entries; the model takes {len(inputs)} inputs"

@@ -136,6 +136,11 @@ def part(vector: Any, first: int, lanes: int) -> Any:
     return tirx.Shuffle([vector], [tirx.const(first + i, "int32") for i in range(lanes)])
 
 
+def indices(first: Any, lanes: int) -> Any:
+    """A vector of consecutive numbers."""
+    return tirx.Ramp(first, 1, lanes)
+
+
 def popcount(value: Any) -> Any:
     """Number of bits that are set, element by element."""
     return tirx.popcount(value)

@@ -11,7 +11,7 @@ from qcompile.backends.target import LoweringRequest
 from qcompile.errors import LoweringError
 
 from . import api, kernel_op
-from .build import LIBRARY, Constants, Part, build
+from .build import LIBRARY, Constants, Part, build, check_compiler
 from .families import choose
 from .kernel_graph import Builder, Tap
 from .lowering import culprits, import_graph, optimise
@@ -74,6 +74,7 @@ def make_artefact(
         LoweringError: if an operator has no kernel, or the C compiler fails.
         MissingExtra: if the C compiler is not installed.
     """
+    check_compiler(architecture)  # before the long work
     variants: dict[str, Variant] = {}
     parts: list[Part] = []
     for processor in select(architecture, request.cpu, request.features):
@@ -126,7 +127,7 @@ def kernel_artefact(
     """
     given = tuple(Place("input", i, shape, dtype) for i, (shape, dtype) in enumerate(inputs))
     written = tuple(Place("output", i, shape, dtype) for i, (shape, dtype) in enumerate(outputs))
-    plan = Plan((Call("kernel", (*given, *written)),), given, written, 0, b"")
+    plan = Plan((Call("kernel", (*given, *written)),), given, written, (), 0, b"")
     target = api.llvm(architecture.triple, processor.target)
     part = Part(processor.name, processor.condition, plan, {"kernel": kernel}, target)
     variant = Variant(processor.name, plan, {}, {})

@@ -14,7 +14,7 @@ import numpy as np
 from qcompile.errors import LoweringError, MissingExtra
 
 from .maps import round_up
-from .objects import compile_kernels
+from .objects import cache_folder, compile_kernels
 from .plan import ALIGNMENT, Place, Plan
 from .processors import Architecture
 
@@ -88,11 +88,12 @@ def tables(parts: Sequence[Part], symbols: Sequence[Mapping[str, str]], constant
     lines.append("static const plan plans[] = {")
     for part in parts:
         lines.append(
-            f'    {{"{part.name}", tensors_{part.name}, calls_{part.name}, arguments_{part.name}, '
-            f"extents_{part.name}, sizeof tensors_{part.name} / sizeof *tensors_{part.name}, "
-            f"sizeof calls_{part.name} / sizeof *calls_{part.name}, {part.plan.arena}}},"
+            f'    {{"{part.name}", tensors_{part.name}, calls_{part.name}, copies_{part.name}, '
+            f"arguments_{part.name}, extents_{part.name}, "
+            f"sizeof tensors_{part.name} / sizeof *tensors_{part.name}, {len(part.plan.calls)}, "
+            f"{len(part.plan.copies)}, {part.plan.arena}}},"
         )
-    most = max(len(call.arguments) for part in parts for call in part.plan.calls)
+    most = max((len(call.arguments) for part in parts for call in part.plan.calls), default=1)
     lines += ["};", f"enum {{ MOST_ARGUMENTS = {most} }};", "static int supported(int index) {"]
     lines += [f"    if (index == {i}) return {part.condition};" for i, part in enumerate(parts)]
     lines += ["    return 0;", "}", f'#define SERVED "{", ".join(part.name for part in parts)}"', ""]
@@ -104,6 +105,9 @@ def _tables_of(part: Part, symbols: Mapping[str, str], constants: Constants) -> 
     for call in part.plan.calls:
         for one in call.arguments:
             places.setdefault(one, len(places))
+    for one, _ in part.plan.copies:
+        places.setdefault(one, len(places))
+    copies = [f"{{{places[one]}, {index}}}" for one, index in part.plan.copies]
     extents: list[int] = []
     records: list[str] = []
     calls: list[str] = []
@@ -122,13 +126,27 @@ def _tables_of(part: Part, symbols: Mapping[str, str], constants: Constants) -> 
     return [
         f"static const int64_t extents_{part.name}[] = {{{_list(extents)}}};",
         f"static const tensor_record tensors_{part.name}[] = {{{_list(records)}}};",
-        f"static const uint32_t arguments_{part.name}[] = {{{_list(arguments)}}};",
-        f"static const call_record calls_{part.name}[] = {{{_list(calls)}}};",
+        f"static const uint32_t arguments_{part.name}[] = {{{_list(arguments) or '0'}}};",
+        f"static const call_record calls_{part.name}[] = {{{_list(calls) or '{0, 0, 0}'}}};",
+        f"static const copy_record copies_{part.name}[] = {{{_list(copies) or '{0, 0}'}}};",
     ]
 
 
 def _list(values: Iterable[Any]) -> str:
     return ", ".join(map(str, values))
+
+
+def check_compiler(architecture: Architecture) -> None:
+    """Look for the C compiler.
+
+    Raises:
+        MissingExtra: if it is not installed; names the Debian package.
+    """
+    if shutil.which(architecture.compiler) is None:
+        raise MissingExtra(
+            f"the target {architecture.name} needs the C compiler {architecture.compiler}: "
+            f"apt-get install {architecture.package}"
+        )
 
 
 def build(architecture: Architecture, parts: Sequence[Part], folder: Path) -> Constants:
@@ -141,11 +159,7 @@ def build(architecture: Architecture, parts: Sequence[Part], folder: Path) -> Co
         MissingExtra: if the C compiler is not installed.
         LoweringError: if it fails.
     """
-    if shutil.which(architecture.compiler) is None:
-        raise MissingExtra(
-            f"the target {architecture.name} needs the C compiler {architecture.compiler}: "
-            f"apt-get install {architecture.package}"
-        )
+    check_compiler(architecture)
     folder.mkdir(parents=True, exist_ok=True)
     for name in DRIVER:
         shutil.copyfile(SOURCES / name, folder / name)
@@ -162,12 +176,18 @@ def build(architecture: Architecture, parts: Sequence[Part], folder: Path) -> Co
     objects = list(dict.fromkeys(name for _, names in compiled for name in names))
     base = [architecture.compiler, "-O2", "-std=gnu11"]
     shared = [*base, "-shared", "-fPIC", "-fvisibility=hidden", "-o", LIBRARY, "driver.c", "constants.S"]
-    _run([*shared, *objects, "-lpthread", "-lm"], folder)
-    _run([*base, "-o", RUNNER, "runner.c", "-L.", "-lmodel", "-Wl,-rpath,$ORIGIN"], folder)
+    _run([*shared, *objects, "-lpthread", "-lm"], folder, architecture)
+    _run([*base, "-o", RUNNER, "runner.c", "-L.", "-lmodel", "-Wl,-rpath,$ORIGIN"], folder, architecture)
     return constants
 
 
-def _run(command: Sequence[str], folder: Path) -> None:
+def _run(command: Sequence[str], folder: Path, architecture: Architecture) -> None:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise LoweringError(f"{command[0]} failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
+        lines = [line for line in done.stderr.splitlines() if "error" in line.lower()]
+        reason = (lines or done.stderr.splitlines() or ["no message"])[0].strip()
+        if "No such file" in reason or "cannot find" in reason:
+            reason += f" (is the Debian package {architecture.package} installed?)"
+        elif ".o" in done.stderr:
+            reason += f" (are the files in {cache_folder()} sound?)"
+        raise LoweringError(f"{command[0]} failed: {reason}")

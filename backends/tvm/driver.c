@@ -32,15 +32,17 @@ typedef int (*kernel)(void *self, const argument *arguments, int32_t count, argu
 
 typedef struct { uint8_t kind, code, bits, dimensions; uint32_t extents; uint64_t position; } tensor_record;
 typedef struct { kernel run; uint32_t count, first; } call_record;
+typedef struct { uint32_t tensor, output; } copy_record;
 
 /* What one kind of processor executes. */
 typedef struct {
     const char *name;
     const tensor_record *tensors;
     const call_record *calls;
+    const copy_record *copies;
     const uint32_t *arguments;
     const int64_t *extents;
-    uint32_t tensor_count, call_count;
+    uint32_t tensor_count, call_count, copy_count;
     uint64_t arena_bytes;
 } plan;
 
@@ -91,6 +93,7 @@ typedef struct {
     void *data;
     group environment;
     atomic_int next, running, failed;
+    char message[256];
 } pool;
 
 static _Thread_local pool *current;
@@ -104,7 +107,12 @@ static inline void pause_a_little(void) {
 static void work(pool *p) {
     int index;
     while ((index = atomic_fetch_add(&p->next, 1)) < p->environment.tasks)
-        if (p->body(index, &p->environment, p->data)) atomic_store(&p->failed, 1);
+        if (p->body(index, &p->environment, p->data)) {
+            pthread_mutex_lock(&p->lock);
+            memcpy(p->message, message, sizeof message);
+            pthread_mutex_unlock(&p->lock);
+            atomic_store(&p->failed, 1);
+        }
 }
 
 /* Kernels follow each other within microseconds: wait this many looks before sleeping. */
@@ -149,14 +157,18 @@ int TVMBackendParallelLaunch(task body, void *data, int tasks) {
     pthread_mutex_lock(&p->lock);
     while (atomic_load(&p->running)) pthread_cond_wait(&p->done, &p->lock);
     pthread_mutex_unlock(&p->lock);
-    return atomic_load(&p->failed) ? -1 : 0;
+    if (!atomic_load(&p->failed)) return 0;
+    memcpy(message, p->message, sizeof message);
+    return -1;
 }
 
 /* ---- memory of tasks, errors --------------------------------------------------------------------------------- */
 
 void *TVMBackendAllocWorkspace(int type, int id, uint64_t bytes, int code, int bits) {
     (void)type, (void)id, (void)code, (void)bits;
-    return aligned_alloc(64, (bytes + 63) / 64 * 64);
+    void *memory = aligned_alloc(64, (bytes + 63) / 64 * 64);
+    if (memory == NULL) snprintf(message, sizeof message, "out of memory");
+    return memory;
 }
 
 int TVMBackendFreeWorkspace(int type, int id, void *memory) {
@@ -201,6 +213,7 @@ size_t qcompile_input_bytes(int index) { return input_bytes[index]; }
 size_t qcompile_output_bytes(int index) { return output_bytes[index]; }
 
 qcompile_model *qcompile_create(int threads) {
+    snprintf(message, sizeof message, "out of memory");
     qcompile_model *model = calloc(1, sizeof *model);
     if (model == NULL) return NULL;
     const plan *chosen = model->plan = choose_plan();
@@ -256,6 +269,7 @@ const char *qcompile_processor(const qcompile_model *model) { return model->plan
 
 int qcompile_run(qcompile_model *model, const void *const *inputs, void *const *outputs) {
     const plan *chosen = model->plan;
+    *message = 0;
     for (uint32_t i = 0; i < chosen->tensor_count; i++) {
         const tensor_record *one = &chosen->tensors[i];
         if (one->kind == INPUT) model->views[i].data = (void *)inputs[one->position];
@@ -273,5 +287,9 @@ int qcompile_run(qcompile_model *model, const void *const *inputs, void *const *
         failed = call->run(NULL, given, (int32_t)call->count, &result);
     }
     current = NULL;
+    for (uint32_t i = 0; i < chosen->copy_count && !failed; i++) {
+        const copy_record *one = &chosen->copies[i];
+        memcpy(outputs[one->output], model->views[one->tensor].data, output_bytes[one->output]);
+    }
     return failed;
 }

@@ -109,13 +109,14 @@ class CompiledExecutable(Executable):
         """Every array in the shared object, by the layer and the kernel's argument that it is."""
         block, found = self.library.constants(), {}
         for variant in self.artefact.variants.values():
-            for call in variant.plan.calls:
+            for step, call in enumerate(variant.plan.calls):
                 layer, what = variant.layers.get(call.kernel, (call.kernel, "operator"))
                 for index, place in enumerate(call.arguments):
                     if place.kind == "constant":
                         start = self.artefact.constants.position(variant.plan, place)
                         array = np.frombuffer(block[start : start + place.bytes], place.dtype)
-                        found[f"{layer}/{what.replace(' ', '_')}_{index}"] = array.reshape(place.shape)
+                        name = f"{layer}/{variant.name}_{step}_{what.replace(' ', '_')}_{index}"
+                        found[name] = array.reshape(place.shape)
         return found
 
     def kernels(self) -> list[dict[str, str]]:

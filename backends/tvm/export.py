@@ -21,7 +21,12 @@ _CTYPES = {
     "float64": "double",
     "int64": "int64_t",
     "int32": "int32_t",
+    "int16": "int16_t",
+    "int8": "int8_t",
+    "uint16": "uint16_t",
     "uint8": "uint8_t",
+    "bool": "uint8_t",
+    "float16": "uint16_t",  # C has no such type: the bits
 }
 
 _README = """# A compiled model
@@ -31,11 +36,11 @@ and POSIX threads; nothing else is needed. Written by qcompile {version}.
 
 Shapes are fixed, tensors contiguous and aligned to 64 bytes:
 
-| | index | type | shape |
-| --- | --- | --- | --- |
+| | index | name | type | shape |
+| --- | --- | --- | --- | --- |
 {table}
 
-Working memory: {arena} bytes per model, and one buffer per thread.
+Working memory: {arena} bytes per model, besides what kernels allocate while they run.
 
 The runner reads the inputs' raw bytes from files and writes those of the outputs; with `-r 100` it prints the
 time of a run, with `-t 2` it uses two threads:
@@ -113,7 +118,7 @@ def example(inputs: tuple[Place, ...], outputs: tuple[Place, ...]) -> str:
         "    }",
     ]
     for index, place in enumerate(outputs):
-        size, real = place.bytes // max(1, _size(place.dtype)), place.dtype.startswith("float")
+        size, real = place.bytes // max(1, _size(place.dtype)), place.dtype in ("float32", "float64")
         shown = '"%.9g\\n", (double)' if real else '"%lld\\n", (long long)'
         lines.append(
             f"    for (size_t i = 0; i < {size}; i++) printf({shown}(({kind[place]} *)outputs[{index}])[i]);"
@@ -137,9 +142,10 @@ def export(artefact: Artefact, request: LoweringRequest, folder: str | Path) -> 
     first, target, architecture = artefact.first.plan, Path(folder), artefact.architecture
     foreign = architecture.emulator and platform.machine() not in architecture.machine
     emulated = f"{architecture.emulator} -L {architecture.sysroot} " if foreign else ""
+    names = [one.name for one in request.signature.inputs] + [""] * len(first.outputs)
     rows = [
-        f"| {place.kind} | {place.position} | {place.dtype} | {list(place.shape)} |"
-        for place in (*first.inputs, *first.outputs)
+        f"| {place.kind} | {place.position} | {name} | {place.dtype} | {list(place.shape)} |"
+        for place, name in zip((*first.inputs, *first.outputs), names, strict=True)
     ]
     page = _README.format(
         mode=request.model.mode.name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import queue
 from collections.abc import Sequence
 from typing import Any
@@ -35,6 +36,7 @@ class Library:
         self._library.qcompile_processor.argtypes = [ctypes.c_void_p]
         self._library.qcompile_processor.restype = ctypes.c_char_p
         self._idle: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._process = os.getpid()
 
     def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Run on contiguous, aligned tensors.
@@ -68,6 +70,8 @@ class Library:
         return ctypes.string_at(self._library.qcompile_data(), self._library.qcompile_data_bytes())
 
     def _model(self) -> int:
+        if self._process != os.getpid():  # a fork has the models, but not their threads
+            self._idle, self._process = queue.SimpleQueue(), os.getpid()
         try:
             return self._idle.get_nowait()
         except queue.Empty:
@@ -80,7 +84,7 @@ class Library:
         return str(self._library.qcompile_error().decode(errors="replace"))
 
     def __del__(self) -> None:
-        while hasattr(self, "_idle") and not self._idle.empty():
+        while getattr(self, "_process", None) == os.getpid() and not self._idle.empty():
             self._library.qcompile_destroy(self._idle.get_nowait())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -61,12 +62,13 @@ def _has_operators(graph: fx.GraphModule) -> bool:
 
 def culprits(graph: fx.GraphModule, reason: str) -> str:
     """Layers whose operators an error of the importer mentions."""
+    words = set(re.split(r"[^A-Za-z0-9_]+", reason))
     found = [
         f"layer {str(node.meta.get('layer', node.name))!r}"
         for node in graph.graph.nodes
         if isinstance(node.target, torch._ops.OpOverload)
         and node.target._schema.name.startswith("aten::")
-        and node.target._schema.name.removeprefix("aten::") in reason
+        and node.target._schema.name.removeprefix("aten::") in words
     ]
     return ", ".join(dict.fromkeys(found)) or f"an operator ({reason[:200]})"
 

@@ -23,6 +23,8 @@ LIMIT = 256 * 2**20
 def cache_folder() -> Path:
     """Where compiled kernels are kept."""
     given = os.environ.get("QCOMPILE_CACHE")
+    if given is None and "HOME" not in os.environ and "XDG_CACHE_HOME" not in os.environ:
+        return Path(tempfile.gettempdir()) / f"qcompile-{os.getuid()}"
     return (
         Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "qcompile"
     )

@@ -54,6 +54,7 @@ class Plan:
     Attributes:
         calls: in order.
         inputs, outputs: the model's.
+        copies: (tensor, output) for outputs that no kernel writes: inputs, constants, repetitions.
         arena: bytes of working memory.
         constants: one block of bytes.
     """
@@ -61,6 +62,7 @@ class Plan:
     calls: tuple[Call, ...]
     inputs: tuple[Place, ...]
     outputs: tuple[Place, ...]
+    copies: tuple[tuple[Place, int], ...]
     arena: int
     constants: bytes
 
@@ -95,19 +97,25 @@ class _Reader:
             for binding in block.bindings:
                 self._bind(binding.var, binding.value)
         result = self._value(main.body.body)
-        self._results = result if isinstance(result, tuple) else (result,)
+        self._results: tuple[Place, ...] = result if isinstance(result, tuple) else (result,)
 
     def plan(self) -> Plan:
-        """The finished plan; outputs get places of their own."""
-        renamed = {
-            place: Place("output", index, place.shape, place.dtype)
-            for index, place in enumerate(self._results)
-        }
+        """The finished plan; outputs get places of their own, kernels write straight to them."""
+        renamed: dict[Place, Place] = {}
+        copied: list[int] = []
+        for index, place in enumerate(self._results):
+            if place.kind != "arena" or place in renamed:
+                copied.append(index)
+            else:
+                renamed[place] = Place("output", index, place.shape, place.dtype)
         calls = tuple(
             Call(call.kernel, tuple(renamed.get(one, one) for one in call.arguments)) for call in self._calls
         )
-        outputs = tuple(renamed[one] for one in self._results)
-        return Plan(calls, self._inputs, outputs, self._arena, bytes(self._constants))
+        outputs = tuple(
+            Place("output", index, one.shape, one.dtype) for index, one in enumerate(self._results)
+        )
+        copies = tuple((renamed.get(self._results[i], self._results[i]), i) for i in copied)
+        return Plan(calls, self._inputs, outputs, copies, self._arena, bytes(self._constants))
 
     def _bind(self, var: Any, value: Any) -> None:
         if isinstance(value, tvm.ir.Call) or type(value).__name__ == "Call":

@@ -40,7 +40,7 @@ class Architecture:
         emulator, emulator_package: the same for user-mode emulation; empty if there is none.
         sysroot: where the emulator finds libraries of the platform.
         processors: kinds, the fastest first.
-        features: (feature of a family, LLVM's name of it, C condition), the fastest first.
+        features: LLVM's names of the features that families need.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Architecture:
     emulator_package: str
     sysroot: str
     processors: tuple[Processor, ...]
-    features: tuple[tuple[str, str, str], ...]
+    features: Mapping[str, str]
 
 
 def _cpu(name: str) -> str:
@@ -83,13 +83,13 @@ X86 = Architecture(
         Processor("vnni", {"mcpu": "cascadelake"}, frozenset(("vnni", "avx512", "avx2")), _VNNI),
         Processor("avx2", {"mcpu": "haswell"}, frozenset(("avx2",)), _AVX2),
     ),
-    (
-        ("amx", "amx-int8", "has_tiles()"),
-        ("bitalg", "avx512bitalg", _BITALG),
-        ("vnni", "avx512vnni", _VNNI),
-        ("avx512", "avx512bw", _AVX512),
-        ("avx2", "avx2", _AVX2),
-    ),
+    {
+        "amx": "amx-int8",
+        "bitalg": "avx512bitalg",
+        "vnni": "avx512vnni",
+        "avx512": "avx512bw",
+        "avx2": "avx2",
+    },
 )
 
 ARM = Architecture(
@@ -107,7 +107,7 @@ ARM = Architecture(
         ),
         Processor("neon", {"mattr": ["+neon"]}, frozenset(("neon",)), "1"),
     ),
-    (("dotprod", "dotprod", "has_dotprod()"), ("neon", "neon", "1")),
+    {"dotprod": "dotprod", "neon": "neon"},
 )
 
 
@@ -118,7 +118,7 @@ def select(
 
     Args:
         architecture: of the device.
-        cpu: LLVM's name of the only processor to serve, or None.
+        cpu: LLVM's name of the processor to serve: the best kind that it belongs to; or None.
         features: names of the kinds to serve, or None for all.
 
     Raises:
@@ -149,12 +149,10 @@ def _named(architecture: Architecture, cpu: str) -> Processor:
             f"cpu {cpu!r} is unknown for the target {architecture.name}; LLVM knows {', '.join(near)}"
         )
     has = api.features(architecture.triple, cpu)
-    found = [one for one in architecture.features if one[1] in has]
-    if not found:
-        raise LoweringError(
-            f"cpu {cpu!r} has none of {', '.join(one[1] for one in architecture.features)}, which "
-            f"kernels of the target {architecture.name} need; lower to onnx-qdq"
-        )
-    return Processor(
-        "cpu", {"mcpu": cpu}, frozenset(one[0] for one in found), " && ".join(one[2] for one in found)
+    for one in architecture.processors:
+        if all(architecture.features[feature] in has for feature in one.features):
+            return one
+    needed = ", ".join(architecture.features[one] for one in architecture.processors[-1].features)
+    raise LoweringError(
+        f"cpu {cpu!r} lacks {needed}, which kernels of the target {architecture.name} need; lower to onnx-qdq"
     )

@@ -46,6 +46,11 @@ def write_output(
     integer = api.cast(api.maximum(api.minimum(real, high), low), "int32", lanes)
     if output.map.zero_point:
         integer = integer + api.constant(output.map.zero_point, "int32", lanes)
+    if output.map.channels < channels and not output.low <= 0 <= output.high:
+        # the clip moved the channels that pad away from code 0, which readers count on
+        zero = api.constant(output.map.zero_point, "int32", lanes)
+        exists = api.indices(channel, lanes) < api.constant(output.map.channels, "int32", lanes)
+        integer = api.select(exists, integer, zero)
     stored = integer if output.map.dtype == "int32" else api.cast(integer, output.map.dtype, lanes)
     api.store(target, stored, place(output.map) + channel, lanes)
 

@@ -39,7 +39,14 @@ def by_channel(
     axis = rank - 1 if rows or rank == 2 else 1
     shape = (1,) * (rank - array.ndim) + array.shape
     if shape[axis] != array.size or array.size != count:
-        raise LoweringError(
-            f"layer {layer_of(node)!r}: its constants vary along another dimension than the channels"
-        )
+        raise LoweringError("its constants vary along another dimension than the channels; lower to onnx-qdq")
     return array.reshape(-1)
+
+
+def along_last(builder: Builder, constants: Sequence[fx.Node]) -> bool | None:
+    """Whether constants vary along the last dimension, not dimension 1; None if they are all numbers."""
+    for constant in constants:
+        array = builder.array(constant)
+        if array.size > 1:
+            return bool(array.shape[-1] == array.size)
+    return None

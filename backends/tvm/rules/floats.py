@@ -67,6 +67,8 @@ def _tail(builder: Builder, node: fx.Node) -> list[fx.Node]:
             reader = next(iter(last.users)) if len(last.users) == 1 else None
             if reader is None or builder.model.operator_name(reader) != name or reader.args[0] is not last:
                 break
+            if arguments_of(reader).get("alpha", 1) != 1:
+                break
             if len(reader.args) > 1 and not _is_per_channel(builder, node, reader.args[1]):
                 break
             found.append(reader)
@@ -121,7 +123,9 @@ def elementwise(builder: Builder, node: fx.Node) -> None:
     inputs = [one for one in node.all_input_nodes if one.op != "get_attr"]
     known = [builder.maps.get(one) for one in inputs]
     first = known[0] if known else None
-    same = first is not None and all(one is not None and one.map == first.map for one in known)
+    same = first is not None and all(
+        one is not None and one.map == first.map and one.rows == first.rows for one in known
+    )
     constants = [one for one in node.all_input_nodes if one.op == "get_attr"]
     if not same or first is None or builder.shape(node) != builder.shape(inputs[0]):
         other(builder, node)

@@ -15,7 +15,7 @@ from ..kernels.elementwise import requantize_kernel
 from ..maps import Map
 from ..packing import arrange, runs_of
 from ..specs import ACCUMULATOR, Layer, Output
-from .arguments import by_channel, layer_of, spatial
+from .arguments import along_last, by_channel, layer_of, spatial
 
 
 def accumulate(builder: Builder, node: fx.Node) -> None:
@@ -26,9 +26,7 @@ def accumulate(builder: Builder, node: fx.Node) -> None:
     stride, dilation, groups, padding = (1, 1), (1, 1), 1, (0, 0, 0, 0)
     if is_conv:
         if weight.ndim > 4:
-            raise LoweringError(
-                f"layer {layer_of(node)!r}: convolutions over volumes have no kernel on this target"
-            )
+            raise LoweringError("convolutions over volumes have no kernel on this target; lower to onnx-qdq")
         stride, dilation = spatial(node.args[4]), spatial(node.args[6])
         groups, padding = int(node.args[7]), padding_of(node)
         weight = weight[:, :, None] if weight.ndim == 3 else weight
@@ -43,9 +41,7 @@ def accumulate(builder: Builder, node: fx.Node) -> None:
         # between groups there must be zeros, which no code stands for
         weight, bits, signed, numerator, shift = weight * 2**shift + numerator, 8, True, 0, 0
         if weight.min() < -128 or weight.max() > 127:
-            raise LoweringError(
-                f"layer {layer_of(node)!r}: grouped weights of more than 8 bits have no kernel here"
-            )
+            raise LoweringError("grouped weights of more than 8 bits have no kernel here; lower to onnx-qdq")
     vectors = arrange(weight, runs, groups)
     _, h, w, _ = extents(builder.shape(node), not is_conv)
     layer = Layer(
@@ -67,6 +63,8 @@ def accumulate(builder: Builder, node: fx.Node) -> None:
     )
     family = builder.choose(layer)
     effective = vectors.astype(np.int64) * 2**shift + numerator
+    if int(np.abs(effective).sum((1, 3)).max(initial=0)) * layer.highest >= 2**31:
+        raise LoweringError("sums of its products may exceed 32 bits; lower to onnx-qdq")
     correction = (source.map.zero_point - family.bias(layer)) * effective.sum((1, 3)).reshape(-1)
     outputs: list[Output] = []
     constants: list[fx.Node] = []
@@ -148,9 +146,7 @@ def requantize(builder: Builder, node: fx.Node) -> None:
     rows = _channels_last(builder, node)
     for one in node.args[0]:
         if builder.shape(one) != builder.shape(node):
-            raise LoweringError(
-                f"layer {layer_of(node)!r}: sums of tensors of different shapes have no kernel here"
-            )
+            raise LoweringError("sums of tensors of different shapes have no kernel here; lower to onnx-qdq")
     output, table, others = _output(builder, node, rows, None, None, 0)
     maps = tuple(one.map for one in others)
     constants = builder.constant(f"{node.name}_constants", table)
@@ -166,10 +162,9 @@ def requantize(builder: Builder, node: fx.Node) -> None:
 
 def _channels_last(builder: Builder, node: fx.Node) -> bool:
     """Whether a requantisation's constants vary along the last dimension, not dimension 1."""
+    last = along_last(builder, (*node.args[1], node.args[2]))
+    if last is not None:
+        return last
     rank = len(builder.shape(node))
-    for constant in (*node.args[1], node.args[2]):
-        array = builder.array(constant)
-        if array.size > 1:
-            return array.shape[-1] == array.size
     known = [builder.maps[one].rows for one in node.args[0] if one in builder.maps]
     return rank == 2 or (known[0] if known else rank != 4)

@@ -40,7 +40,7 @@ def float_max_pool(builder: Builder, node: fx.Node) -> None:
 def integer_sum(builder: Builder, node: fx.Node) -> None:
     """The sum of all pixels of an integer image: one large window. Others are left to TVM."""
     given = arguments_of(node)
-    source, dims = given["self"], given["dim"]
+    source, dims = given["self"], given.get("dim")
     shape = builder.shape(source)
     if len(shape) != 4 or builder.dtype(node) != "int64" or sorted(d % 4 for d in dims or ()) != [2, 3]:
         other(builder, node)
@@ -67,7 +67,7 @@ def add_pool(
     is_max: bool,
 ) -> None:
     if len(builder.shape(node)) > 4:
-        raise LoweringError(f"layer {layer_of(node)!r}: pooling of volumes has no kernel on this target")
+        raise LoweringError("pooling of volumes has no kernel on this target; lower to onnx-qdq")
     source = builder.mapped(node.args[0], False)
     dtype = source.map.dtype if is_max else "int64"
     map = builder.map_of(node, False, dtype, source.map.zero_point if is_max else 0)

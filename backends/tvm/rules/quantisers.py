@@ -7,7 +7,7 @@ from torch import fx
 
 from ..kernel_graph import Builder, Mapped
 from ..kernels.elementwise import dequantize_kernel, quantize_kernel
-from .arguments import by_channel, layer_of
+from .arguments import along_last, by_channel, layer_of
 
 
 def _reads_rows(builder: Builder, node: fx.Node) -> bool:
@@ -43,7 +43,8 @@ def dequantize(builder: Builder, node: fx.Node) -> None:
     """Floats of integers."""
     source, scale, bias = node.args
     have = builder.maps.get(source)
-    rows = have.rows if have is not None else len(builder.shape(node)) != 4
+    last = along_last(builder, (scale, bias))
+    rows = last if last is not None else have.rows if have is not None else len(builder.shape(node)) != 4
     given = builder.mapped(source, rows)
     map = builder.map_of(node, rows, "float32")
     table = np.zeros((2, map.padded), np.float32)
