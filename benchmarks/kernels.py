@@ -29,7 +29,6 @@ from qcompile.timing import best_of
 PROCESSORS = {
     "amx": ("sapphirerapids", "has_tiles()"),
     "vnni": ("cascadelake", '__builtin_cpu_supports("avx512vnni")'),
-    "bitalg": ("icelake-server", '__builtin_cpu_supports("avx512bitalg")'),
     "avx512": ("cascadelake", '__builtin_cpu_supports("avx512bw")'),
     "avx2": ("haswell", '__builtin_cpu_supports("avx2")'),
 }

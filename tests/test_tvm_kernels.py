@@ -30,7 +30,6 @@ from qcompile.backends.tvm.specs import ACCUMULATOR, Layer, Output  # noqa: E402
 PROCESSORS: dict[str, tuple[Architecture, dict[str, Any], str]] = {
     "amx": (X86, {"mcpu": "sapphirerapids"}, "amx_int8"),
     "vnni": (X86, {"mcpu": "cascadelake"}, "avx512_vnni"),
-    "bitalg": (X86, {"mcpu": "icelake-server"}, "avx512_bitalg"),
     "avx512": (X86, {"mcpu": "cascadelake"}, "avx512bw"),
     "avx2": (X86, {"mcpu": "haswell"}, "avx2"),
     "dotprod": (ARM, {"mattr": ["+neon", "+dotprod"]}, ""),
@@ -200,8 +199,8 @@ def test_packed_codes_come_back_by_shifts_and_masks(bits: int, signed: bool, cou
 @pytest.mark.parametrize(
     ("features", "expected"),
     [
-        ({"amx", "vnni", "bitalg", "avx512", "avx2"}, {1: "amx", 2: "amx", 4: "amx", 8: "amx"}),
-        ({"vnni", "bitalg", "avx512", "avx2"}, {1: "bit-serial", 2: "vnni", 4: "vnni", 8: "vnni"}),
+        ({"amx", "vnni", "avx512", "avx2"}, {1: "amx", 2: "amx", 4: "amx", 8: "amx"}),
+        ({"vnni", "avx512", "avx2"}, {1: "bit-serial", 2: "vnni", 4: "vnni", 8: "vnni"}),
         ({"avx2"}, {1: "bit-serial", 2: "avx2", 4: "avx2", 8: "avx2"}),
         ({"dotprod", "neon"}, {1: "bit-serial", 2: "sdot", 4: "sdot", 8: "sdot"}),
         ({"neon"}, {1: "bit-serial", 2: "bit-serial", 4: "smlal", 8: "smlal"}),

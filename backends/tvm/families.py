@@ -109,7 +109,6 @@ def _depthwise(needs: str, rate: float) -> Family:
 FAMILIES: tuple[Family, ...] = (
     Family("amx", frozenset(("amx",)), _amx_time, amx.amx_kernel, _packed),
     _dot("vnni", "vnni", x86.vnni, lambda layer: 200.0),
-    _bitserial("bitalg", 32, 480.0),
     _bitserial("avx512", 32, 250.0),
     _dot("avx2", "avx2", x86.avx2, lambda layer: 62.0 if x86.fits(layer) else 26.0),
     _bitserial("avx2", 8, 165.0),

@@ -77,7 +77,7 @@ X86 = Architecture(
         Processor(
             "amx",
             {"mcpu": "sapphirerapids"},
-            frozenset(("amx", "vnni", "bitalg", "avx512", "avx2")),
+            frozenset(("amx", "vnni", "avx512", "avx2")),
             f"{_VNNI} && {_BITALG} && has_tiles()",
         ),
         Processor("vnni", {"mcpu": "cascadelake"}, frozenset(("vnni", "avx512", "avx2")), _VNNI),
@@ -85,7 +85,6 @@ X86 = Architecture(
     ),
     {
         "amx": "amx-int8",
-        "bitalg": "avx512bitalg",
         "vnni": "avx512vnni",
         "avx512": "avx512bw",
         "avx2": "avx2",
