@@ -24,7 +24,7 @@ class LoweringRequest:
         input_shapes: shapes of the flat inputs, batch included.
         batch: size of dimension 0 of every input.
         threads: threads at run time; None leaves the choice to the runtime.
-        cpu: the only processor to serve, by the target's names; None serves what the target serves.
+        cpu: a processor whose kind alone is served, by the target's names; None serves all kinds.
         features: the only kinds of processors to serve, by the target's names; None for all.
     """
 

@@ -38,7 +38,8 @@ def lower(
         batch: size of dimension 0 of every input.
         input_shapes: one shape per input without the batch dimension; default: those of the example inputs.
         threads: threads at run time; None leaves the choice to the runtime.
-        cpu: compile for this processor only, by LLVM's name ("cortex-a72"); targets `x86` and `arm`.
+        cpu: compile only for the best kind that this processor belongs to, by LLVM's name ("cortex-a72");
+            targets `x86` and `arm`.
         features: compile for these kinds of processors only; `x86`: "amx", "vnni", "avx2"; `arm`: "dotprod",
             "neon". Default: for all, the best is chosen at run time.
         chunk: take inputs of any batch size and run them `batch` samples at a time.

@@ -102,7 +102,9 @@ def lower(
     batch: Annotated[int, typer.Option(help="Samples per call of the lowered model.")] = 1,
     cpu: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="x86 and arm: only this processor, by LLVM's name, cortex-a72 for example."),
+        typer.Option(
+            help="x86 and arm: only the kind that this processor, cortex-a72 for example, belongs to."
+        ),
     ] = None,
     features: Annotated[
         Optional[str],  # noqa: UP045
