@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +98,10 @@ def _variant(
     target = api.llvm(architecture.triple, processor.target)
     try:
         graph = builder.run()
-        module = optimise(import_graph(graph, request.input_shapes), target)
+        with warnings.catch_warnings():
+            # torch's own copy of an exported program uses a check that torch has deprecated
+            warnings.filterwarnings("ignore", message=".*treespec, LeafSpec", category=FutureWarning)
+            module = optimise(import_graph(graph, request.input_shapes), target)
         layers = {kernel.name: (kernel.layer, kernel.summary) for kernel in map(kernel_op.find, builder.keys)}
     finally:
         kernel_op.forget(builder.keys)
