@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,8 +11,26 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from qcompile.errors import MissingExtra
 from qcompile.passes.integer_model import IntegerModel
 from qcompile.passes.signature import CallSignature
+
+
+@contextmanager
+def needs_extra(target: str, extra: str, packages: Collection[str]) -> Iterator[None]:
+    """Where a target imports the packages of an extra.
+
+    Raises:
+        MissingExtra: if one of them is not installed; other missing modules pass.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as cause:
+        if (cause.name or "").partition(".")[0] not in packages:
+            raise
+        raise MissingExtra(
+            f"the target {target} needs the package {cause.name}: pip install 'qcompile[{extra}]'"
+        ) from cause
 
 
 @dataclass(frozen=True)

@@ -33,31 +33,32 @@ PROCESSORS = {
     "avx2": ("haswell", '__builtin_cpu_supports("avx2")'),
 }
 
-#: (inputs, outputs, size, kernel, stride)
+#: (inputs, outputs, size, kernel, groups)
 LAYERS = (
     (64, 64, 56, 3, 1),
     (128, 128, 28, 3, 1),
     (256, 256, 14, 3, 1),
     (512, 512, 7, 3, 1),
     (256, 256, 14, 1, 1),
+    (192, 192, 28, 3, 192),
 )
 
 
 def layer_of(shape: tuple[int, int, int, int, int], bits: int) -> tuple[Layer, np.ndarray]:
     """A layer with an epilogue to codes of as many bits, and its weight codes."""
-    inputs, outputs, size, kernel, stride = shape
+    inputs, outputs, size, kernel, groups = shape
     edge = kernel // 2
     source = Map(1, size, size, inputs, "uint8", 0, (edge,) * 4)
-    target = Map(1, size // stride, size // stride, outputs, "uint8", 0, (1,) * 4)
-    runs = runs_of((outputs, inputs, kernel, kernel), source.padded, (1, 1), 1)
+    target = Map(1, size, size, outputs, "uint8", 0, (1,) * 4)
+    weights = (outputs, inputs // groups, kernel, kernel)
+    runs = runs_of(weights, source.padded, (1, 1), groups)
     layer = Layer(
-        source, runs, (stride,) * 2, (1, 1), (edge,) * 2, target.h, target.w, 2**bits - 1, bits, True, 0, 0,
-        False,
+        source, runs, (1, 1), (1, 1), (edge,) * 2, target.h, target.w, 2**bits - 1, bits, True, 0, 0,
+        groups > 1,
         (Output(target, (ACCUMULATOR,), 0, 2**bits - 1),), (),
     )  # fmt: skip
     low = 2 ** (bits - 1)
-    weight = np.random.default_rng(0).integers(-low, low, (outputs, inputs, kernel, kernel))
-    return layer, arrange(weight, runs, 1)
+    return layer, arrange(np.random.default_rng(0).integers(-low, low, weights), runs, groups)
 
 
 def library(
@@ -85,12 +86,13 @@ def main() -> None:
     for shape in LAYERS:
         for bits in (1, 2, 4, 8):
             layer, vectors = layer_of(shape, bits)
-            products = layer.h * layer.w * layer.runs.vectors * 4 * layer.blocks * 16
+            products = layer.h * layer.w * shape[1] * shape[0] // shape[4] * shape[3] ** 2
             with tempfile.TemporaryDirectory() as folder:
                 alternatives = {}
                 for index, family in enumerate(FAMILIES):
                     feature = min(family.needs)
-                    if feature not in PROCESSORS or (family.name == "bit-serial" and bits > 4):
+                    skipped = family.time(layer) is None or (family.name == "bit-serial" and bits > 4)
+                    if feature not in PROCESSORS or skipped:
                         continue
                     run, given = library(family, layer, vectors, Path(folder) / str(index))
                     try:

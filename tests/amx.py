@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 FLAGS = set(Path("/proc/cpuinfo").read_text().split()) if Path("/proc/cpuinfo").exists() else set()
 
@@ -22,3 +24,14 @@ def provide_amx() -> ctypes.CDLL | None:
     command = ["gcc", "-O2", "-shared", "-fPIC", "-o", str(folder / "amx.so"), str(source)]
     subprocess.run(command, check=True)
     return ctypes.CDLL(str(folder / "amx.so"))
+
+
+def run_amx_kernels(monkeypatch: Any) -> ctypes.CDLL | None:
+    """Let the target x86 run kernels for AMX here; returns the emulator where the processor lacks it."""
+    from qcompile.backends.tvm import processors
+
+    emulator = provide_amx()
+    if emulator is not None:
+        everywhere = tuple(dataclasses.replace(one, condition="1") for one in processors.X86.processors)
+        monkeypatch.setattr(processors, "X86", dataclasses.replace(processors.X86, processors=everywhere))
+    return emulator

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import json
 import shutil
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from amx import FLAGS, provide_amx
+from amx import FLAGS, run_amx_kernels
 from torch import Tensor
 
 import qcompile
@@ -80,9 +79,8 @@ def executable_kind(request: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[str,
         monkeypatch.setenv("QEMU_CPU", emulated)
     elif kind != "avx2" and "avx512_vnni" not in FLAGS:
         pytest.skip("this processor has no AVX-512 VNNI")
-    if kind == "amx" and provide_amx() is not None:
-        everywhere = tuple(dataclasses.replace(one, condition="1") for one in processors.X86.processors)
-        monkeypatch.setattr(processors, "X86", dataclasses.replace(processors.X86, processors=everywhere))
+    if kind == "amx":
+        run_amx_kernels(monkeypatch)
     return target, kind
 
 

@@ -6,20 +6,7 @@ import numpy as np
 import pytest
 import torch
 from amx import FLAGS
-from verify_networks import (
-    Attention,
-    Bottleneck,
-    Dense,
-    Encoder,
-    Gate,
-    Mlp,
-    Norms,
-    OneDimensional,
-    Pools,
-    Residual,
-    images,
-    trained,
-)
+from verify_networks import NETWORKS, trained
 
 tvm = pytest.importorskip("tvm")
 
@@ -30,19 +17,6 @@ from qcompile.backends.tvm.lowering import import_graph, optimise  # noqa: E402
 from qcompile.backends.tvm.maps import from_memory  # noqa: E402
 from qcompile.backends.tvm.processors import X86, select  # noqa: E402
 from qcompile.backends.tvm.rules import RULES  # noqa: E402
-
-NETWORKS = {
-    "residual": (Residual, images()),
-    "bottleneck": (Bottleneck, images()),
-    "mlp": (Mlp, images(8, 3)),
-    "dense": (Dense, images()),
-    "one-dimensional": (OneDimensional, images()[:, :, 0].repeat(1, 1, 3)),
-    "pools": (Pools, images(6, 15)),
-    "gate": (Gate, images(6, 8)),
-    "attention": (Attention, torch.arange(42).reshape(6, 7) % 11),
-    "encoder": (Encoder, images(6, 4)),
-    "norms": (Norms, images(6, 8)),
-}
 
 pytestmark = pytest.mark.skipif("avx2" not in FLAGS, reason="this processor has no AVX2")
 

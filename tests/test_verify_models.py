@@ -8,38 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from verify_networks import (
-    Attention,
-    Bottleneck,
-    Dense,
-    Encoder,
-    Gate,
-    Mlp,
-    Norms,
-    OneDimensional,
-    Pools,
-    Residual,
-    ScaledAttention,
-    images,
-    trained,
-)
+from verify_networks import NETWORKS, Dense, Pools, Residual, images, trained
 
 import qcompile
 from qcompile.verify import verify
-
-NETWORKS: dict[str, tuple[type[nn.Module], Tensor]] = {
-    "residual": (Residual, images()),
-    "bottleneck": (Bottleneck, images()),
-    "mlp": (Mlp, images(8, 3)),
-    "dense": (Dense, images()),
-    "one-dimensional": (OneDimensional, images()[:, :, 0].repeat(1, 1, 3)),
-    "pools": (Pools, images(6, 15)),
-    "gate": (Gate, images(6, 8)),
-    "attention": (Attention, torch.arange(42).reshape(6, 7) % 11),
-    "encoder": (Encoder, images(6, 4)),
-    "norms": (Norms, images(6, 8)),
-    "scaled attention": (ScaledAttention, images(6, 4)),
-}
 
 
 @pytest.mark.parametrize("name", NETWORKS)

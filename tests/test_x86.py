@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from amx import FLAGS, provide_amx
+from amx import FLAGS, run_amx_kernels
 from torch import nn
 from verify_networks import Gate, Residual, images, trained
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(
     "avx2" not in FLAGS or shutil.which("gcc") is None, reason="needs a processor with AVX2, and gcc"
 )
 
-from qcompile.backends.tvm import objects, processors  # noqa: E402
+from qcompile.backends.tvm import objects  # noqa: E402
 from qcompile.backends.tvm.library import Library  # noqa: E402
 
 NETWORKS: dict[str, tuple[type[nn.Module], torch.Tensor]] = {
@@ -49,10 +49,7 @@ def test_networks_are_exact(name: str) -> None:
 def test_every_kind_of_processor_is_exact(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if kind != "avx2" and "avx512_vnni" not in FLAGS:
         pytest.skip("this processor has no AVX-512 VNNI")
-    emulator = provide_amx() if kind == "amx" else None
-    if emulator is not None:
-        everywhere = tuple(dataclasses.replace(one, condition="1") for one in processors.X86.processors)
-        monkeypatch.setattr(processors, "X86", dataclasses.replace(processors.X86, processors=everywhere))
+    emulator = run_amx_kernels(monkeypatch) if kind == "amx" else None
     model = trained(Residual, images())
     before = emulator.amx_instructions() if emulator else 0
     compiled = qcompile.lower(model, "x86", bits=4, batch=len(images()), threads=1, features=(kind,))

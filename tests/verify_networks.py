@@ -270,3 +270,19 @@ def find(graph: IntegerModel, operator: str, layer: str) -> fx.Node:
         for node in graph.graph.nodes
         if graph.operator_name(node) == operator and str(node.meta["layer"]).startswith(layer)
     )
+
+
+#: Small networks of every kind, with inputs.
+NETWORKS: dict[str, tuple[type[nn.Module], Tensor]] = {
+    "residual": (Residual, images()),
+    "bottleneck": (Bottleneck, images()),
+    "mlp": (Mlp, images(8, 3)),
+    "dense": (Dense, images()),
+    "one-dimensional": (OneDimensional, images()[:, :, 0].repeat(1, 1, 3)),
+    "pools": (Pools, images(6, 15)),
+    "gate": (Gate, images(6, 8)),
+    "attention": (Attention, torch.arange(42).reshape(6, 7) % 11),
+    "encoder": (Encoder, images(6, 4)),
+    "norms": (Norms, images(6, 8)),
+    "scaled attention": (ScaledAttention, images(6, 4)),
+}

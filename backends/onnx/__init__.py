@@ -11,8 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from qcompile.backends.target import LoweringRequest, Target
-from qcompile.errors import MissingExtra
+from qcompile.backends.target import LoweringRequest, Target, needs_extra
 
 if TYPE_CHECKING:
     from .executable import OnnxExecutable
@@ -51,14 +50,8 @@ class OnnxQdqTarget(Target):
         return self._executable_class().load(folder, request, self.packed)
 
     def _executable_class(self) -> type[OnnxExecutable]:
-        try:
+        with needs_extra(self.name, "onnx", _EXTRA):
             from .executable import OnnxExecutable
-        except ModuleNotFoundError as cause:
-            if (cause.name or "").partition(".")[0] not in _EXTRA:
-                raise
-            raise MissingExtra(
-                f"the target {self.name} needs the package {cause.name}: pip install 'qcompile[onnx]'"
-            ) from cause
         return OnnxExecutable
 
 

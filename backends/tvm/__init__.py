@@ -14,8 +14,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from qcompile.backends.target import LoweringRequest, Target
-from qcompile.errors import MissingExtra
+from qcompile.backends.target import LoweringRequest, Target, needs_extra
 
 if TYPE_CHECKING:
     from .executable import CompiledExecutable
@@ -34,15 +33,9 @@ class _CompiledTarget(Target):
             LoweringError: if an operator has no kernel here.
             MissingExtra: if the packages of the extra `tvm` or a C compiler are not installed.
         """
-        try:
+        with needs_extra(self.name, "tvm", _EXTRA):
             from . import processors
             from .executable import CompiledExecutable
-        except ModuleNotFoundError as cause:
-            if (cause.name or "").partition(".")[0] not in _EXTRA:
-                raise
-            raise MissingExtra(
-                f"the target {self.name} needs the package {cause.name}: pip install 'qcompile[tvm]'"
-            ) from cause
         return CompiledExecutable(request, getattr(processors, self.name.upper()))
 
 

@@ -92,7 +92,7 @@ def _bitserial(needs: str, registers: int, rate: float) -> Family:
         frozenset((needs,)),
         time,
         lambda symbol, layer: bitserial.bitserial_kernel(symbol, layer, registers),
-        lambda vectors, layer: bitserial.pack_planes(vectors, layer),
+        bitserial.pack_planes,
     )
 
 
@@ -115,7 +115,7 @@ FAMILIES: tuple[Family, ...] = (
     _dot("sdot", "dotprod", neon.sdot, lambda layer: 16.0),
     _dot("smlal", "neon", neon.smlal, lambda layer: 5.0),
     _bitserial("neon", 8, 40.0),
-    _depthwise("avx2", 30.0),
+    _depthwise("avx2", 15.0),
     _depthwise("neon", 2.0),
 )
 

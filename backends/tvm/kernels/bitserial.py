@@ -28,7 +28,7 @@ from .. import api
 from ..maps import LANES, round_up
 from ..packing import Runs
 from ..specs import Layer
-from .frame import Frame, Tile
+from .frame import Frame, Tile, pixels_of
 
 #: Input values per word.
 WORD = 32
@@ -57,7 +57,7 @@ def tile_of(layer: Layer, registers: int) -> Tile:
     """A tile that keeps counts in registers of 64 bytes."""
     per_pixel = layer.code_bits + layer.bits
     most = max(1, min((registers - layer.bits - 1) // per_pixel, 8))
-    return Tile(min(range(1, min(most, layer.w) + 1), key=lambda p: (-(-layer.w // p) * (p + 1), -p)), 1)
+    return Tile(pixels_of(layer, most), 1)
 
 
 def bitserial_kernel(name: str, layer: Layer, registers: int) -> Any:

@@ -20,7 +20,7 @@ from .. import api
 from ..maps import LANES, round_up
 from ..packing import GROUP, pack
 from ..specs import Layer
-from .frame import Frame, Tile
+from .frame import Frame, Tile, pixels_of
 from .unpack import unpack_block
 
 #: Kernel positions that are written out, and pixels that are computed at a time.
@@ -43,7 +43,7 @@ def depthwise_kernel(name: str, layer: Layer) -> Any:
     """The PrimFunc of one layer."""
     taps = len(layer.runs.starts)
     groups = -(-taps // (4 * GROUP))
-    pixels = min(range(1, min(PIXELS, layer.w) + 1), key=lambda p: (-(-layer.w // p) * (p + 1), -p))
+    pixels = pixels_of(layer, PIXELS)
     frame = Frame(name, layer, layer.blocks * groups * layer.bits * 64, Tile(pixels, 1))
     # products fit 16 bits always (255 * 128), and often their sum does too
     narrow = taps * layer.highest * layer.largest_weight < 2**15
@@ -54,10 +54,9 @@ def depthwise_kernel(name: str, layer: Layer) -> Any:
         unpack_block(layer, frame.weights, block, groups, unpacked, 0)
         with api.serial(first, last) as t:
             n, y, x = frame.pixel(t)
-            totals = [api.constant(0, dtype, LANES) for _ in range(pixels)]
             registers = api.registers(pixels, LANES, dtype)
-            for p, total in enumerate(totals):
-                api.store(registers, total, p * LANES, LANES)
+            for p in range(pixels):
+                api.store(registers, api.constant(0, dtype, LANES), p * LANES, LANES)
             for tap, start in enumerate(layer.runs.starts):
                 weight = api.cast(api.load(unpacked, tap * LANES, LANES), "int16", LANES)
                 base = frame.input(n, y, x, start) + block * LANES

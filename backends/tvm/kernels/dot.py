@@ -17,7 +17,7 @@ from .. import api
 from ..maps import LANES
 from ..packing import GROUP, groups_of
 from ..specs import Layer
-from .frame import Frame, Tile, most_blocks
+from .frame import Frame, Tile, most_blocks, pixels_of
 from .unpack import unpack_block, unpacked_form
 
 
@@ -47,7 +47,7 @@ def tile_of(layer: Layer, dot: Dot) -> Tile:
     parts = LANES // dot.lanes
     blocks = most_blocks(layer, max(1, 4 // parts))
     most = max(1, (dot.registers - 1 - blocks * parts) // (blocks * parts * dot.sums))
-    pixels = min(range(1, min(most, layer.w) + 1), key=lambda p: (-(-layer.w // p) * (p + 1), -p))
+    pixels = pixels_of(layer, most)
     return Tile(pixels, blocks)
 
 

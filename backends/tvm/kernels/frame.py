@@ -43,6 +43,11 @@ class Tile:
         return layer.source.n * layer.h * self.per_row(layer)
 
 
+def pixels_of(layer: Layer, most: int) -> int:
+    """Pixels of a tile, at most so many: as little overlap of tiles as possible, then as many as possible."""
+    return min(range(1, min(most, layer.w) + 1), key=lambda p: (-(-layer.w // p) * (p + 1), -p))
+
+
 def most_blocks(layer: Layer, limit: int) -> int:
     """Blocks of outputs that read the same input and divide their number, at most `limit`."""
     if len(set(layer.runs.first)) > 1:
