@@ -53,6 +53,8 @@ class Recipe:
     bits: tuple[int, ...] = BITS
     variant: str = "default"
     teacher: bool = True
+    autocast: bool = False
+    compiled: bool = False
 
 
 def train(recipe: Recipe, data: Path) -> tuple[nn.Module, float]:
@@ -68,7 +70,8 @@ def train(recipe: Recipe, data: Path) -> tuple[nn.Module, float]:
         config=VARIANTS[recipe.variant],
     )
     model = model.to(memory_format=torch.channels_last).train()
-    joint = qcompile.JointLoss(model, nn.CrossEntropyLoss(), teacher=teacher if recipe.teacher else None)
+    called = torch.compile(model) if recipe.compiled else model
+    joint = qcompile.JointLoss(called, nn.CrossEntropyLoss(), teacher=teacher if recipe.teacher else None)
     groups = qcompile.param_groups(model, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.steps)
@@ -77,7 +80,8 @@ def train(recipe: Recipe, data: Path) -> tuple[nn.Module, float]:
     for step in range(recipe.steps):
         x, y = batches.next()
         optimizer.zero_grad()
-        joint.backward(x, y)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.autocast):
+            joint.backward(x, y)
         optimizer.step()
         schedule.step()
         if (step + 1) % 100 == 0:
@@ -131,6 +135,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="optimiser steps; default 1000, with --long 3000")
     parser.add_argument("--long", action="store_true", help="the hour-long recipe")
     parser.add_argument("--single-bit", action="store_true", help="compare with single-bit models")
+    parser.add_argument("--loops", action="store_true", help="compare with bf16 autocast and torch.compile")
     parser.add_argument("--ablations", action="store_true", help="compare the variants of the scheme")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of the comparisons")
     parser.add_argument(
@@ -149,11 +154,13 @@ def main() -> None:
         print(
             json.dumps(run_one(Recipe(**{**fields, "bits": tuple(fields["bits"])}), options.data, jpeg=True))
         )
-    elif options.ablations or options.single_bit:
+    elif options.ablations or options.single_bit or options.loops:
         quarter = replace(base, steps=options.steps or base.steps // 4)
         changes: list[dict] = [{}]  # from the default
         if options.single_bit:
             changes += [{"bits": (bits,)} for bits in BITS]
+        if options.loops:
+            changes += [{"autocast": True}, {"compiled": True}]
         if options.ablations:
             changes += [{"variant": name} for name in VARIANTS if name != "default"]
         runs = [replace(quarter, seed=seed, **change) for change in changes for seed in range(options.seeds)]
@@ -222,7 +229,9 @@ def print_comparison(records: list[dict]) -> None:
             int(bits): (1017 * score + 10000 * record["jpeg"][bits]) / 11017
             for bits, score in record["exact"].items()
         }
-        rows.setdefault((record["recipe"]["variant"], tuple(record["recipe"]["bits"])), []).append(pooled)
+        recipe = record["recipe"]
+        loops = [name for name in ("autocast", "compiled") if recipe[name]]
+        rows.setdefault((", ".join([recipe["variant"], *loops]), tuple(recipe["bits"])), []).append(pooled)
     print("| variant | trained widths | 2 bits | 3 bits | 4 bits |\n|---|---|---|---|---|")
     for (variant, widths), scores in rows.items():
         cells = []

@@ -6,7 +6,7 @@ accumulators; sharing the running statistics ruins the low modes.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor, fx, nn
@@ -15,13 +15,21 @@ from torch.nn import functional
 from qcompile.modes import ActiveMode
 
 from .manager import Pass, PassResult
-from .mode_input import mode_placeholder
+from .mode_input import ModeModule, Row, mode_placeholder, picked, store
 from .quantizers import scale_gradient
+from .sync_batchnorm import synchronised_batch_norm
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 BatchNormVariant = Literal["shared", "stats", "full"]
 
 
-class ModeBatchNorm(nn.Module):
+def _within(row: Row, rows: int) -> Row:
+    return min(row, rows - 1) if isinstance(row, int) else row.clamp(max=rows - 1)
+
+
+class ModeBatchNorm(ModeModule):
     """BatchNorm1d/2d/3d whose parameters and statistics are stacked over the modes.
 
     Args:
@@ -34,7 +42,10 @@ class ModeBatchNorm(nn.Module):
         weight, bias: (rows or 1, channels), or None where the float layer has none.
         running_mean, running_var: (rows or 1, channels).
         num_batches_tracked: (rows or 1,) int64.
+        ranks: the processes whose batches are normalised together in training; None for this one's alone.
     """
+
+    ranks: ProcessGroup | None = None
 
     weight: Tensor | None
     bias: Tensor | None
@@ -64,9 +75,15 @@ class ModeBatchNorm(nn.Module):
     def _stack(value: Tensor, rows: int) -> Tensor:
         return value.unsqueeze(0).repeat(rows, *([1] * value.dim()))
 
-    def rows_of(self, row: int) -> tuple[int, int]:
+    @overload
+    def rows_of(self, row: int) -> tuple[int, int]: ...
+
+    @overload
+    def rows_of(self, row: Row) -> tuple[Row, Row]: ...
+
+    def rows_of(self, row: Row) -> tuple[Row, Row]:
         """(affine row, statistics row) of a mode's row."""
-        return min(row, self.affine_rows - 1), min(row, self.statistics_rows - 1)
+        return _within(row, self.affine_rows), _within(row, self.statistics_rows)
 
     def expand_float_state(self, state: dict[str, Tensor], prefix: str) -> None:
         """Turn a float layer's entries of a state dict into stacked ones, in place."""
@@ -77,22 +94,42 @@ class ModeBatchNorm(nn.Module):
 
     def forward(self, x: Tensor, active: ActiveMode) -> Tensor:
         """Normalise (N, C, *spatial) or (N, C) with the parameters of the active mode."""
-        affine, statistics = self.rows_of(active.row)
-        weight = bias = mean = variance = None
+        affine, statistics = self.rows_of(active.row_of(self.slot))
         own = active.own_gradient_scale if self.affine_rows > 1 else 1.0
-        if self.weight is not None:
-            weight = scale_gradient(self.weight[affine], own)
-        if self.bias is not None:
-            bias = scale_gradient(self.bias[affine], own)
-        if self.running_mean is not None and self.running_var is not None:
-            mean, variance = self.running_mean[statistics], self.running_var[statistics]
-        momentum = 0.0 if self.momentum is None else self.momentum
-        if self.training and self.num_batches_tracked is not None:
-            self.num_batches_tracked[statistics] += 1
-            if self.momentum is None:  # cumulative average, as in torch
-                momentum = 1.0 / float(self.num_batches_tracked[statistics])
-        use_batch = self.training or mean is None
-        return functional.batch_norm(x, mean, variance, weight, bias, use_batch, momentum, self.eps)
+        weight, bias = (
+            None if one is None else scale_gradient(picked(one, affine), own)
+            for one in (self.weight, self.bias)
+        )
+        means, variances = self.running_mean, self.running_var
+        if means is None or variances is None:
+            if self.training and self.ranks is not None:
+                return synchronised_batch_norm(x, weight, bias, self.eps, self.ranks)[0]
+            return functional.batch_norm(x, None, None, weight, bias, True, 0.0, self.eps)
+        mean, variance = picked(means, statistics), picked(variances, statistics)
+        if not self.training:
+            return functional.batch_norm(x, mean, variance, weight, bias, False, 0.0, self.eps)
+        share = self._share_of_this_batch(statistics)
+        if isinstance(share, float) and isinstance(statistics, int) and self.ranks is None:
+            return functional.batch_norm(x, mean, variance, weight, bias, True, share, self.eps)
+        if self.ranks is None:  # with a momentum of 1 the statistics become those of the batch
+            centre, spread = torch.zeros_like(mean), torch.ones_like(variance)
+            output = functional.batch_norm(x, centre, spread, weight, bias, True, 1.0, self.eps)
+        else:
+            output, centre, spread = synchronised_batch_norm(x, weight, bias, self.eps, self.ranks)
+        with torch.no_grad():
+            store(means, statistics, torch.lerp(mean, centre.to(mean.dtype), share))
+            store(variances, statistics, torch.lerp(variance, spread.to(mean.dtype), share))
+        return output
+
+    def _share_of_this_batch(self, row: Row) -> float | Tensor:
+        """Count the batch; return its weight in the running statistics, a () tensor where that depends."""
+        assert self.num_batches_tracked is not None
+        count = picked(self.num_batches_tracked, row) + 1
+        store(self.num_batches_tracked, row, count)
+        if self.momentum is not None:
+            return self.momentum
+        assert self.running_mean is not None
+        return count.to(self.running_mean.dtype).reciprocal()  # cumulative average, as in torch
 
     def scale_and_shift(self, row: int) -> tuple[Tensor, Tensor] | None:
         """The eval-mode affine map of one mode: float64 (channels,) scale and shift.

@@ -9,7 +9,7 @@ whatever is neither (a softmax, a gate) becomes a float island.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qcompile.errors import FoldError, InvalidArgument
-from qcompile.modes import ActiveMode, Mode
+from qcompile.modes import ActiveMode, Mode, Policy
 
 from .aten import aten_name
 from .batchnorm import ModeBatchNorm
@@ -27,19 +27,24 @@ from .eval_identities import IDENTITIES_IN_EVAL
 from .fold import Affine
 from .integer_model import IntegerModel
 from .layers import QuantizedLayer
-from .mode_input import MODE_INPUT
+from .mode_input import MODE_INPUT, ModeModule
 from .quantizers import ActivationQuantizer
 
 
 def convert_graph(
-    model: nn.Module, graph: fx.Graph, mode: Mode, row: int, shapes: Sequence[Sequence[int]]
+    model: nn.Module,
+    graph: fx.Graph,
+    mode: Mode | Policy,
+    row_of: Callable[[ModeModule], int],
+    shapes: Sequence[Sequence[int]],
 ) -> IntegerModel:
-    """Fold and convert one mode.
+    """Fold and convert one mode, or one policy.
 
     Args:
         model: owner of the modules that the graph calls.
         graph: the training graph.
-        mode, row: the mode and its index among the prepared ones.
+        mode: the mode or policy.
+        row_of: the row of each module that depends on the mode.
         shapes: shapes of the graph's inputs; dimension 0, the batch, stays open in the result.
 
     Returns:
@@ -49,13 +54,13 @@ def convert_graph(
         FoldError: if activation steps were never set, or values exceed the contract's integers.
     """
     for path, module in model.named_modules():
-        if isinstance(module, ActivationQuantizer) and not bool(module.initialised[row]):
+        if isinstance(module, ActivationQuantizer) and not bool(module.initialised[row_of(module)]):
             raise FoldError(
                 f"layer {path!r}: its activation step for mode {mode.label} was never set; "
                 "train a step or run qcompile.calibrate(model, batches) first"
             )
     ranks = _Shapes(fx.GraphModule(model, graph)).trace(shapes)
-    emitter = Emitter(model, mode, row, ranks)
+    emitter = Emitter(model, row_of, ranks)
     values: dict[fx.Node, Value] = {}
     for node in graph.nodes:
         if node.op == "placeholder":
@@ -108,7 +113,7 @@ class _Shapes(fx.Interpreter):
                 for node, shape in zip(inputs, shapes, strict=True)
             ]
             try:
-                self.run(*values, ActiveMode(Mode(8, 8), 0))
+                self.run(*values, ActiveMode())
             except RuntimeError as cause:
                 given = ", ".join(str(tuple(shape)) for shape in shapes)
                 reason = str(cause).splitlines()[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -11,7 +12,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from qcompile.errors import FoldError
-from qcompile.modes import Mode
 
 from . import integer_ops  # registers the operators
 from .batchnorm import ModeBatchNorm
@@ -19,7 +19,7 @@ from .eval_identities import IDENTITIES_IN_EVAL
 from .float_layers import float_call
 from .fold import WIDE_BITS, Affine, Epilogue, Term, broadcastable, integer_epilogue, wide_epilogue
 from .layers import QuantizedLayer
-from .mode_input import MODE_INPUT
+from .mode_input import MODE_INPUT, ModeModule
 from .module_tree import tensor_at
 from .quantizers import ActivationGrid, ActivationQuantizer, WeightCodes
 
@@ -31,20 +31,23 @@ _OPS = torch.ops.qcompile
 
 
 class Emitter:
-    """The graph under construction, for one mode of one model.
+    """The graph under construction, for one mode or policy of one model.
 
     Attributes:
         model: owner of the modules.
-        mode, row: the precision.
+        row_of: the row of each module that depends on the mode.
         shapes: shape of every node's value in the training graph.
         constants: buffers of the result by name.
     """
 
     def __init__(
-        self, model: nn.Module, mode: Mode, row: int, shapes: dict[fx.Node, tuple[int, ...]]
+        self,
+        model: nn.Module,
+        row_of: Callable[[ModeModule], int],
+        shapes: dict[fx.Node, tuple[int, ...]],
     ) -> None:
         assert integer_ops.FLOAT32_EXACT
-        self.model, self.mode, self.row, self.shapes = model, mode, row, shapes
+        self.model, self.row_of, self.shapes = model, row_of, shapes
         self.graph = fx.Graph()
         self.constants: dict[str, Tensor] = {}
         self._attributes: dict[str, fx.Node] = {}
@@ -154,7 +157,7 @@ class Emitter:
             if node.op == "call_module":
                 module = self.model.get_submodule(str(node.target))
                 if isinstance(module, ActivationQuantizer):
-                    return module.grid(self.mode, self.row)
+                    return module.grid(self.row_of(module))
             fresh = [user for user in node.users if user not in seen]
             seen.update(fresh)
             queue.extend(fresh)
@@ -179,7 +182,7 @@ class Emitter:
 
     def _quantize(self, source: fx.Node, module: ActivationQuantizer, value: Value) -> Value:
         path = str(source.target)
-        grid = module.grid(self.mode, self.row)
+        grid = module.grid(self.row_of(module))
         if isinstance(value, Affine):
             return self.epilogue(value, integer_epilogue(value, grid.scale, grid.low, grid.high), path)
         arguments = (value, grid.scale, grid.low, grid.high)
@@ -189,7 +192,7 @@ class Emitter:
 
     def _accumulate(self, node: fx.Node, module: QuantizedLayer, value: Value) -> Affine:
         path, geometry = str(node.target), module.geometry
-        weight = module.weight_quantizer.codes(module.weight, self.mode)
+        weight = module.weight_quantizer.codes(module.weight, self.row_of(module))
         if not (isinstance(value, Affine) and value.is_plain):
             raise FoldError(f"layer {path!r}: its input is not quantised")
         term = value.terms[0]
@@ -229,7 +232,7 @@ class Emitter:
         return Affine((accumulator,), np.asarray(bias, np.float64), rank, axis, layers=(path,))
 
     def _normalise(self, node: fx.Node, module: ModeBatchNorm, value: Value) -> Value:
-        maps = module.scale_and_shift(self.row)
+        maps = module.scale_and_shift(self.row_of(module))
         if maps is None:
             return self._float_module(node, module, [value])
         scale, shift = (one.cpu().numpy() for one in maps)
@@ -273,7 +276,8 @@ class Emitter:
             return self.constant(f"{name}.{part}", tensor, tensor.dtype)
 
         sources = [self.to_float(value) for value in inputs]
-        made = float_call(module, sources, constant, self.row, name)
+        row = self.row_of(module) if isinstance(module, ModeModule) else 0
+        made = float_call(module, sources, constant, row, name)
         node_of_layer = self.call(made.target, made.args, name, layer=name)
         node_of_layer.kwargs = made.kwargs
         return node_of_layer

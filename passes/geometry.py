@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +71,42 @@ class Geometry:
             padding = (0,) * len(self.padding)
         convolution = _CONVOLUTIONS[len(self.stride)]
         return convolution(x, weight, bias, self.stride, padding, self.dilation, self.groups)
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether `gradients` is there: not where padding differs between the ends, which takes two calls."""
+        return all(before == after for before, after in self.padding)
+
+    def gradients(
+        self, upstream: Tensor, x: Tensor, weight: Tensor, bias_shape: Any, wanted: Sequence[bool]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The backward of `apply`.
+
+        Args:
+            upstream: gradient of the output.
+            x, weight: the operands.
+            bias_shape: shape of the bias, None without one.
+            wanted: which of the gradients of x, weight and bias to compute.
+
+        Returns:
+            The three gradients; None where not wanted.
+        """
+        need_x, need_weight, need_bias = wanted[0], wanted[1], wanted[2] and bias_shape is not None
+        if self.kind == "linear":
+            rows = upstream.flatten(0, -2)
+            return (
+                upstream @ weight if need_x else None,
+                rows.T @ x.flatten(0, -2) if need_weight else None,
+                rows.sum(0) if need_bias else None,
+            )
+        padding = [before for before, _ in self.padding]
+        mask, none = [need_x, need_weight, need_bias], [0] * len(padding)
+        sizes = None if bias_shape is None else list(bias_shape)
+        found = torch.ops.aten.convolution_backward(
+            upstream, x, weight, sizes, self.stride, padding, self.dilation, False, none, self.groups, mask
+        )
+        d_x, d_weight, d_bias = (one if want else None for one, want in zip(found, mask, strict=True))
+        return d_x, d_weight, d_bias
 
     def window_sum(self, x: Tensor, weight_shape: torch.Size) -> Tensor:
         """Sum of the input over every output's receptive field, one value per channel group.

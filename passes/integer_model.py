@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from qcompile.modes import Mode
+from qcompile.modes import Mode, Policy
 
 
 class IntegerModel(fx.GraphModule):
@@ -18,12 +18,12 @@ class IntegerModel(fx.GraphModule):
     step, where they hold integers.
 
     Attributes:
-        mode: the precision.
+        mode: the precision; a policy where layers differ.
     """
 
-    mode: Mode
+    mode: Mode | Policy
 
-    def __init__(self, constants: dict[str, Tensor], graph: fx.Graph, mode: Mode) -> None:
+    def __init__(self, constants: dict[str, Tensor], graph: fx.Graph, mode: Mode | Policy) -> None:
         super().__init__(dict(constants), graph, "IntegerModel")
         self.mode = mode
         self.eval()

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from qcompile.modes import ActiveMode
 
 from .geometry import Geometry
+from .mode_input import ModeModule
 from .quantizers import WeightQuantizer
+from .rounding import apply_layer
 
 
-class QuantizedLayer(nn.Module):
+class QuantizedLayer(ModeModule):
     """A convolution or linear layer with one latent float weight that serves every mode.
 
     Args:
@@ -38,7 +40,8 @@ class QuantizedLayer(nn.Module):
 
     def forward(self, x: Tensor, active: ActiveMode) -> Tensor:
         """Run the layer on an already quantised input: (N, C, *spatial) or (..., features)."""
-        return self.geometry.apply(x, self.weight_quantizer(self.weight, active), self.bias)
+        weight = self.weight_quantizer(self.weight, active.row_of(self.slot))
+        return apply_layer(self.geometry, x, weight, self.bias)
 
     def extra_repr(self) -> str:
         """Shape and geometry, as torch layers show them."""

@@ -7,16 +7,18 @@ S. K. Esser et al., "Learned Step Size Quantization": the step is a parameter; i
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qcompile.errors import InvalidArgument
-from qcompile.modes import ActiveMode, Mode
+from qcompile.modes import ActiveMode
 
+from .mode_input import picked
 from .quantizers import ActivationGrid, ActivationQuantizer
+from .rounding import Again, Bound, Rounding, rounded, with_note
 
 #: A step below this would divide by zero; training that pushes a step there is held at it.
 SMALLEST_STEP = 1e-8
@@ -24,30 +26,53 @@ SMALLEST_STEP = 1e-8
 
 class _LsqActivation(torch.autograd.Function):
     """step * clip(round(x / step), low, high); dx = g inside the range, ds = scale * sum(g * (code - x / s))
-    inside and scale * sum(g * code) outside."""
+    inside and scale * sum(g * code) outside. Saves x, which whatever made it has mostly saved already."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, step: Tensor, low: int, high: int, gradient_scale: float) -> Tensor:
-        step = step.clamp_min(SMALLEST_STEP)
-        output = (x / step).clamp_(low, high).round_().mul_(step)
-        ctx.save_for_backward(x, step, output)
-        ctx.low, ctx.high, ctx.gradient_scale = low, high, gradient_scale
-        return output
+    def forward(
+        ctx: Any, x: Tensor, step: Tensor, low: Bound, high: Bound, gradient_scale: Bound, again: Again
+    ) -> Tensor:
+        ctx.again = again
+        numbers = (low, high, gradient_scale)
+        tensors = [one for one in numbers if isinstance(one, Tensor)]
+        ctx.numbers = None if tensors else numbers
+        ctx.save_for_backward(x, step, *tensors)
+        return rounded(x, step, low, high)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, step, output = ctx.saved_tensors
-        gradient = gradients[0]
-        size = float(step)
-        # the fused kernel passes gradients strictly between its bounds; the range includes its ends
-        smallest = torch.finfo(x.dtype).tiny
-        bottom, top = ctx.low * size, ctx.high * size
-        bottom -= max(abs(bottom) * torch.finfo(x.dtype).eps, smallest)
-        top += max(abs(top) * torch.finfo(x.dtype).eps, smallest)
-        d_x = torch.ops.aten.hardtanh_backward(gradient, x, bottom, top)
-        # inside, code - x / s = (output - x) / s; outside, code = output / s
-        d_step = (_dot(gradient, output) - _dot(d_x, x)) * (ctx.gradient_scale / size)
-        return d_x, d_step, None, None, None
+        x, step, *tensors = ctx.saved_tensors
+        low, high, gradient_scale = tensors or ctx.numbers
+        fused = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and not tensors
+        if fused and not torch.compiler.is_compiling():
+            output = ctx.again.take(x, step, low, high)
+            d_x, d_step = _backward_fused(gradients[0], x, output, float(step), low, high)
+        else:
+            d_x, d_step = _backward(gradients[0], x, step, low, high)
+        return d_x, (d_step * gradient_scale).to(step.dtype), None, None, None, None
+
+
+def _backward(gradient: Tensor, x: Tensor, step: Tensor, low: Any, high: Any) -> tuple[Tensor, Tensor]:
+    """Gradients of x and, unscaled, of the step; sums in single precision, as half types would overflow."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    ratio = x.to(wide) / step
+    inside = (ratio >= low) & (ratio <= high)
+    error = ratio.clamp(low, high).round() - torch.where(inside, ratio, 0.0)
+    return torch.where(inside, gradient, 0.0), (gradient.to(wide) * error).sum()
+
+
+def _backward_fused(
+    gradient: Tensor, x: Tensor, output: Tensor, size: float, low: float, high: float
+) -> tuple[Tensor, Tensor]:
+    """The same with kernels that eager CPU code has ready: three passes over the tensors instead of ten."""
+    # the fused kernel passes gradients strictly between its bounds; the range includes its ends
+    smallest = torch.finfo(x.dtype).tiny
+    bottom, top = low * size, high * size
+    bottom -= max(abs(bottom) * torch.finfo(x.dtype).eps, smallest)
+    top += max(abs(top) * torch.finfo(x.dtype).eps, smallest)
+    d_x = torch.ops.aten.hardtanh_backward(gradient, x, bottom, top)
+    # inside, code - x / s = (output - x) / s; outside, code = output / s
+    return d_x, (_dot(gradient, output) - _dot(d_x, x)) / size
 
 
 class _HoldPositive(torch.autograd.Function):
@@ -82,26 +107,33 @@ class LsqActivationQuantizer(ActivationQuantizer):
 
     Attributes:
         step: (rows,) float parameter.
+        lows, highs: (rows,) lowest and highest codes, for the rows of policies.
     """
+
+    lows: Tensor
+    highs: Tensor
 
     def __init__(self, bits: Sequence[int], signed: bool) -> None:
         super().__init__(len(bits))
         self.bits, self.signed = tuple(bits), signed
         self.step = nn.Parameter(torch.ones(len(bits)))
-        self._ready = False  # spares the buffer look-up once every row is set
+        ranges = torch.tensor([self.code_range(row) for row in range(len(bits))], dtype=torch.float32)
+        self.register_buffer("lows", ranges[:, 0].clone(), persistent=False)
+        self.register_buffer("highs", ranges[:, 1].clone(), persistent=False)
 
     def code_range(self, row: int) -> tuple[int, int]:
         """(lowest, highest) code of a mode."""
         bits = self.bits[row]
         return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if self.signed else (0, 2**bits - 1)
 
-    def initialise(self, x: Tensor, row: int) -> None:
+    def initialise(self, x: Tensor, row: int, agree: Callable[[Tensor], Tensor]) -> None:
         """step = max|x| / highest code, from one batch (vertical layering, Sec. 6.1).
 
         Raises:
             InvalidArgument: if the batch holds NaN or infinity.
         """
-        largest = float(x.detach().abs().amax()) if x.numel() else 0.0
+        # amax passes NaN on
+        largest = float(agree(x.detach().abs().amax().float() if x.numel() else x.new_zeros(())))
         if not math.isfinite(largest):
             raise InvalidArgument("cannot set an activation step from a batch that holds NaN or infinity")
         self.set_step(row, max(largest, SMALLEST_STEP) / max(1, self.code_range(row)[1]))
@@ -112,23 +144,24 @@ class LsqActivationQuantizer(ActivationQuantizer):
             self.step[row] = value
             self.initialised[row] = True
 
-    def state_changed(self) -> None:
-        """Look at the flags again before the next forward."""
-        self._ready = False
-
     def forward(self, x: Tensor, active: ActiveMode) -> Tensor:
         """Round `x` (any shape) to the grid of the active mode; same shape and dtype."""
-        row = active.row
-        if not self._ready and not torch.compiler.is_compiling():
-            if not bool(self.initialised[row]):
-                self.initialise(x, row)
-            self._ready = bool(self.initialised.all())
-        low, high = self.code_range(row)
-        per_sample = max(1, x.numel() // max(1, x.shape[0]))
-        scale = active.own_gradient_scale / math.sqrt(per_sample * max(1, high))
-        return _LsqActivation.apply(x, self.step[row], low, high, scale)
+        row = active.row_of(self.slot)
+        low: Bound
+        high: Bound
+        if isinstance(row, int):
+            low, high = self.code_range(row)
+            root: Bound = max(1, high) ** -0.5
+        else:
+            low, high = picked(self.lows, row), picked(self.highs, row)
+            root = torch.rsqrt(high.clamp_min(1.0))
+        scale = active.own_gradient_scale * math.prod(x.shape[1:]) ** -0.5 * root
+        step = hold_positive(picked(self.step, row))
+        again = Again()
+        output = _LsqActivation.apply(x, step, low, high, scale, again)
+        return with_note(output, Rounding(x, step, low, high, again))
 
-    def grid(self, mode: Mode, row: int) -> ActivationGrid:
+    def grid(self, row: int) -> ActivationGrid:
         """The mode's grid; the scale is the float32 step, exactly."""
         low, high = self.code_range(row)
         return ActivationGrid(float(self.step[row].detach().clamp_min(SMALLEST_STEP)), low, high)

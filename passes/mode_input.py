@@ -6,9 +6,41 @@ graphs then see the mode that they were called with.
 
 from __future__ import annotations
 
-from torch import fx
+from typing import TypeAlias
+
+from torch import Tensor, fx, nn
 
 MODE_INPUT = "active_mode"
+
+
+class ModeModule(nn.Module):
+    """Base of modules that depend on the mode; they are called with an `ActiveMode` as last argument.
+
+    Attributes:
+        slot: this module's place among the rows of a policy.
+        layers: module paths of the quantised layers whose modes decide this module's: a layer itself, the
+            readers of a quantiser's output, the layer before a batch normalisation.
+    """
+
+    slot: int = 0
+    layers: tuple[str, ...] = ()
+
+
+#: An integer for a uniform mode, a (1,) int64 tensor for a policy.
+Row: TypeAlias = "int | Tensor"
+
+
+def picked(values: Tensor, row: Row) -> Tensor:
+    """One row of stacked values (rows, ...): a view for an integer, a gathered copy for a (1,) tensor."""
+    return values[row] if isinstance(row, int) else values.index_select(0, row).squeeze(0)
+
+
+def store(values: Tensor, row: Row, value: Tensor) -> None:
+    """Write one row of stacked values."""
+    if isinstance(row, int):
+        values[row].copy_(value)
+    else:
+        values.index_copy_(0, row, value.unsqueeze(0))
 
 
 def mode_placeholder(graph: fx.Graph) -> fx.Node:

@@ -114,8 +114,8 @@ class QuantizeLayers(Pass):
             self._quantize_input(graph_module, node, mode, quantizers, non_negative)
         for path in dict.fromkeys(str(node.target) for node in chosen):
             source = graph_module.get_submodule(path)
-            children = dict(source.named_children())
-            layer = QuantizedLayer(source, self.weight_quantizer(source))
+            children, like = dict(source.named_children()), source.weight
+            layer = QuantizedLayer(source, self.weight_quantizer(source).to(like.device, like.dtype))
             for name, child in children.items():
                 layer.add_module(name, child)
             graph_module.set_submodule(path, layer)
@@ -161,7 +161,9 @@ class QuantizeLayers(Pass):
             path = f"{node.target}.input_quantizer"
             siblings = sum(one.target.startswith(path) for one in quantizers.values())
             path = path if not siblings else f"{path}_{siblings}"
-            graph_module.add_submodule(path, self.activation_quantizer(not non_negative(source)))
+            like = graph_module.get_submodule(str(node.target)).weight
+            quantizer = self.activation_quantizer(not non_negative(source))
+            graph_module.add_submodule(path, quantizer.to(like.device, like.dtype))
             after = mode if source.op == "placeholder" else source
             with graph_module.graph.inserting_after(after):
                 quantizers[source] = graph_module.graph.call_module(path, (source, mode))

@@ -6,13 +6,16 @@ Every quantised tensor is `scale * (code + offset)` with an integer code and a d
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qcompile.modes import ActiveMode, Mode
+from qcompile.modes import ActiveMode
+
+from .mode_input import ModeModule, Row
 
 
 @dataclass(frozen=True)
@@ -52,12 +55,35 @@ class ActivationGrid:
 class WeightQuantizer(nn.Module):
     """Base of weight quantisers; one instance per layer."""
 
-    def forward(self, weight: Tensor, active: ActiveMode) -> Tensor:
+    _kept: tuple[Any, Tensor] | None = None
+    _keeps = False
+
+    def keep(self, keeps: bool) -> None:
+        """Between `keep(True)` and `keep(False)`, modes share what `once_per_step` computes."""
+        self._keeps, self._kept = keeps, None
+
+    def once_per_step(self, compute: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        """`compute(*tensors)` without gradient: what all modes derive their codes from.
+
+        It is kept over the modes of one joint step in eager code; a compiler finds common expressions itself.
+        """
+        with torch.no_grad():
+            if not self._keeps or torch.compiler.is_compiling():
+                return compute(*tensors)
+            key = [(one.data_ptr(), one._version, one.dtype) for one in tensors[:1]], self._versions()
+            if self._kept is None or self._kept[0] != key:
+                self._kept = key, compute(*tensors)
+            return self._kept[1]
+
+    def _versions(self) -> list[int]:
+        return [one._version for one in self.parameters()]
+
+    def forward(self, weight: Tensor, row: Row) -> Tensor:
         """Dequantised weight for training, with the scheme's straight-through gradient."""
         raise TypeError(f"{type(self).__name__} does not define forward()")
 
-    def codes(self, weight: Tensor, mode: Mode) -> WeightCodes:
-        """The weight's integers in one mode, computed in float64."""
+    def codes(self, weight: Tensor, row: int) -> WeightCodes:
+        """The weight's integers in the mode of one row, computed in float64."""
         raise TypeError(f"{type(self).__name__} does not define codes()")
 
     def initialise(self, weight: Tensor) -> None:
@@ -65,11 +91,12 @@ class WeightQuantizer(nn.Module):
         raise TypeError(f"{type(self).__name__} does not define initialise()")
 
 
-class ActivationQuantizer(nn.Module):
+class ActivationQuantizer(ModeModule):
     """Base of activation quantisers; parameters are stacked over the modes along dimension 0.
 
     Attributes:
-        initialised: bool buffer, one entry per mode; parameters of a mode are set from its first batch.
+        initialised: bool buffer, one entry per mode; parameters of a mode are set from its first batch,
+            before the mode's first forward (`qcompile/first_batch.py`), never within one.
     """
 
     initialised: Tensor
@@ -79,13 +106,20 @@ class ActivationQuantizer(nn.Module):
         self.register_buffer("initialised", torch.zeros(rows, dtype=torch.bool))
 
     def forward(self, x: Tensor, active: ActiveMode) -> Tensor:
-        """Dequantised activation for training; initialises the mode's parameters on its first batch."""
+        """Dequantised activation for training."""
         raise TypeError(f"{type(self).__name__} does not define forward()")
 
-    def state_changed(self) -> None:
-        """Called when buffers are about to be loaded; drops whatever was derived from them."""
+    def initialise(self, x: Tensor, row: int, agree: Callable[[Tensor], Tensor]) -> None:
+        """Set the parameters of one mode from a batch.
 
-    def grid(self, mode: Mode, row: int) -> ActivationGrid:
+        Args:
+            x: the tensor that will be quantised.
+            row: the mode.
+            agree: takes a statistic of this batch, returns its maximum over all ranks.
+        """
+        raise TypeError(f"{type(self).__name__} does not define initialise()")
+
+    def grid(self, row: int) -> ActivationGrid:
         """The integer grid of one mode."""
         raise TypeError(f"{type(self).__name__} does not define grid()")
 

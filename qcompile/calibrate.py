@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from .errors import InvalidArgument, InvalidInputType
-from .model import QuantModel, as_prepared
+from .model import QuantModel
 from .modes import ActiveMode
 from .passes.batchnorm import ModeBatchNorm
 from .passes.lsq import SMALLEST_STEP, LsqActivationQuantizer
 from .passes.quantizers import ActivationQuantizer
+from .wrappers import as_prepared
 
 #: Values of a tensor that the step search looks at; more change the result by less than the grid's spacing.
 SEARCH_SAMPLES = 1 << 16
@@ -48,9 +49,11 @@ def calibrate(model: nn.Module, batches: Iterable[Any], reset_steps: bool = Fals
         for batch in batches:
             args, kwargs = _inputs(prepared, batch)
             _check_finite(prepared, args, kwargs)
-            for row, mode in enumerate(prepared.prepared_modes):
+            inputs = prepared.signature.bind(args, kwargs)
+            for row in range(len(prepared.prepared_modes)):
                 with _step_search(prepared, row):
-                    prepared.run(ActiveMode(mode, row), args, kwargs)
+                    prepared.float_chain(ActiveMode(row), inputs)
+            prepared.last_shapes = tuple(tuple(one.shape) for one in inputs)
             seen += 1
         if not seen:
             raise InvalidArgument("calibrate needs at least one batch, and the iterable was empty")
@@ -83,9 +86,7 @@ def _statistics_from_scratch(model: QuantModel, reset_steps: bool) -> Iterator[N
         for module in model.modules():
             if isinstance(module, ActivationQuantizer):
                 module.initialised.zero_()
-                module.state_changed()
     model.eval()
-    model.training = True  # the root alone: a call then runs the float chain
     for norm in norms:
         norm.train()
         norm.momentum = None
@@ -100,6 +101,7 @@ def _statistics_from_scratch(model: QuantModel, reset_steps: bool) -> Iterator[N
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
         model.train(flags[model])
+        model.note_steps()
         for module, flag in flags.items():
             module.training = flag
 

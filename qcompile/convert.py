@@ -6,9 +6,9 @@ from copy import deepcopy
 
 from torch import nn
 
-from .model import as_multi_mode
-from .modes import Mode, find_mode
+from .modes import Mode
 from .passes.integer_model import IntegerModel
+from .wrappers import as_multi_mode
 
 
 def convert(model: nn.Module, bits: int | str | Mode | None = None) -> IntegerModel:
@@ -27,5 +27,4 @@ def convert(model: nn.Module, bits: int | str | Mode | None = None) -> IntegerMo
         FoldError: if activation steps were never set, or integers exceed what the contract allows.
     """
     checked = as_multi_mode(model)
-    mode = checked.active if bits is None else find_mode(bits, checked.prepared_modes)
-    return deepcopy(checked.integer_model(mode))
+    return deepcopy(checked.integer_model(checked.uniform(bits)))

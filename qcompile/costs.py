@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from torch import fx
+
+from .modes import Mode
 from .pack import plane_bytes
 from .passes.integer_model import IntegerModel
 from .passes.static_values import static_values
@@ -66,5 +69,11 @@ def layer_costs(model: IntegerModel, input_shapes: Sequence[Sequence[int]]) -> t
         else:
             bits = int(node.meta["weight_bits"])
             size = bits * plane_bytes(weight.numel())
-            costs.append(LayerCost(layer, bits, model.mode.activation_bits, macs, size))
+            costs.append(LayerCost(layer, bits, _activation_bits(model, node), macs, size))
     return tuple(costs)
+
+
+def _activation_bits(model: IntegerModel, node: fx.Node) -> int:
+    if isinstance(model.mode, Mode):
+        return model.mode.activation_bits
+    return int(node.meta["code_high"] - node.meta["code_low"]).bit_length()

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .model import QuantModel, as_prepared
-from .modes import Mode, find_mode
+from .model import QuantModel
+from .modes import Mode
 from .passes.batchnorm import ModeBatchNorm
 from .passes.layers import QuantizedLayer
 from .passes.quantizers import ActivationQuantizer, WeightQuantizer
+from .wrappers import as_prepared
 
 
 def _quantizer_prefixes(model: nn.Module) -> tuple[str, ...]:
@@ -31,7 +32,6 @@ def load_float_state(module: nn.Module, state_dict: dict[str, Any], prefix: str,
     """
     quantizers = tuple(prefix + one for one in _quantizer_prefixes(module))
     if not quantizers or any(key.startswith(quantizers) for key in state_dict):
-        _expect_reload(module)
         return
     for path, child in module.named_modules():
         child_prefix = f"{prefix}{path}." if path else prefix
@@ -45,13 +45,12 @@ def load_float_state(module: nn.Module, state_dict: dict[str, Any], prefix: str,
         if isinstance(child, (ActivationQuantizer, WeightQuantizer)):
             for name, value in child.state_dict().items():
                 state_dict[f"{prefix}{path}.{name}"] = value.clone()
-    _expect_reload(module)
 
 
-def _expect_reload(module: nn.Module) -> None:
-    for child in module.modules():
-        if isinstance(child, ActivationQuantizer):
-            child.state_changed()
+def note_loaded_steps(module: nn.Module, incompatible_keys: Any) -> None:
+    """Post-hook of `load_state_dict`: see which steps are set now."""
+    assert isinstance(module, QuantModel)
+    module.note_steps()
 
 
 def float_state_dict(model: nn.Module, mode: int | str | Mode | None = None) -> dict[str, Tensor]:
@@ -69,8 +68,7 @@ def float_state_dict(model: nn.Module, mode: int | str | Mode | None = None) -> 
         InvalidInputType: if the model was not prepared.
     """
     prepared: QuantModel = as_prepared(model)
-    chosen = prepared.active if mode is None else find_mode(mode, prepared.prepared_modes)
-    row = prepared.row(chosen)
+    row = prepared.row(prepared.uniform(mode))
     quantizers = _quantizer_prefixes(prepared)
     stacked = {
         f"{path}.{name}" if path else name: module.rows_of(row)[name not in ("weight", "bias")]

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .data_parallel import average_over_ranks, check_reduction, find_ddp, without_ddp
 from .errors import InvalidArgument, InvalidInputType
+from .first_batch import is_sharded
 from .min_norm import min_norm_weights
-from .model import QuantModel, as_prepared
+from .model import QuantModel
 from .modes import ActiveMode
 from .own_parameters import own_parameters
+from .wrappers import as_prepared
 
 #: batch_fn(forward, batch) -> (loss, logits or None)
 BatchFunction = Callable[[Callable[..., Any], Any], "tuple[Tensor, Tensor | None]"]
@@ -24,25 +29,32 @@ class JointLoss(nn.Module):
     Three forms, for three kinds of loop. `backward(x, y)` runs forward and backward of one mode after
     another and accumulates gradients, with the memory of one mode. `losses_per_mode(x, y)` yields the
     same losses for loops that call backward themselves (gradient scalers, accelerators). Calling the
-    module returns one differentiable loss over all modes.
+    module returns one differentiable loss over all modes; compiled as a whole, it is a single pass that
+    computes what modes have in common once.
 
     A mode's loss is weighed by the scheme's alpha; parameters that belong to one mode alone (its batch
     normalisation, its activation steps) see their own loss with weight 1.
 
+    Under several ranks either the model is inside `DistributedDataParallel(find_unused_parameters=True)`,
+    which then reduces after the last mode, or the joint loss itself is, and is called.
+
     Args:
-        model: from `qcompile.prepare`.
+        model: from `qcompile.prepare`, or what `torch.compile`, `DistributedDataParallel` or a checkpoint
+            wrapper made of it; it is called through these.
         criterion: criterion(output, y) -> scalar loss.
         teacher: optional float model, whose logits the scheme may distil from. It is not trained; call
             `teacher.eval()` yourself.
         batch_fn: for batches of any structure: `batch_fn(forward, batch)` calls `forward` like the model
-            and returns (loss, logits); the joint loss is then called as `joint.backward(batch)`.
+            and returns (loss, logits); the joint loss is then called as `joint.backward(batch)`. `forward`
+            knows its mode, so it may run inside `torch.utils.checkpoint`.
+        reduces_itself: your loop averages gradients over the ranks, so nothing checks that something does.
 
     Raises:
         InvalidInputType: if the model was not prepared.
         InvalidArgument: unless exactly one of `criterion` and `batch_fn` is given.
 
     Attributes:
-        losses: the last unweighted loss of every mode, by its label; detached scalars.
+        losses: the last unweighted loss of every mode, by its label; detached scalars, NaN before the first.
         weights: the last alpha of every mode, by its label.
     """
 
@@ -52,6 +64,7 @@ class JointLoss(nn.Module):
         criterion: Callable[[Any, Any], Tensor] | None = None,
         teacher: nn.Module | None = None,
         batch_fn: BatchFunction | None = None,
+        reduces_itself: bool = False,
     ) -> None:
         super().__init__()
         self.model: QuantModel = as_prepared(model)
@@ -59,10 +72,14 @@ class JointLoss(nn.Module):
             raise InvalidArgument("pass either a criterion, for joint.backward(x, y), or a batch_fn")
         self.criterion = criterion
         self.batch_fn = batch_fn
-        # not registered: the teacher's parameters are not trained and its mode is its owner's business
+        self.reduces_itself = reduces_itself
+        # not registered: the teacher's parameters are not trained and its mode is its owner's business, and
+        # a wrapper's are those of the model
         self.__dict__["teacher"] = teacher
-        self.losses: dict[int | str, Tensor] = {}
-        self.weights: dict[int | str, float] = {}
+        self.__dict__["wrapped"] = model
+        self._labels = tuple(mode.label for mode in self.model.prepared_modes)
+        self.losses: dict[int | str, Tensor] = dict.fromkeys(self._labels, torch.tensor(torch.nan))
+        self.weights: dict[int | str, float] = dict.fromkeys(self._labels, torch.nan)
 
     def backward(self, *batch: Any) -> Tensor:
         """Accumulate the gradients of all modes, one mode's graph in memory at a time.
@@ -82,7 +99,10 @@ class JointLoss(nn.Module):
             return self._backward_min_norm(batch)
         total: Tensor | None = None
         for loss in self.losses_per_mode(*batch):
-            loss.backward()
+            with torch.autocast(
+                loss.device.type, enabled=False
+            ):  # torch advises against backward inside of it
+                loss.backward()
             total = loss.detach() if total is None else total + loss.detach()
         assert total is not None
         return total
@@ -90,45 +110,80 @@ class JointLoss(nn.Module):
     def losses_per_mode(self, *batch: Any) -> Iterator[Tensor]:
         """Yield each mode's weighted loss, teachers before students; call backward on each in turn.
 
+        Parameters change after the last one only. Until a mode's loss is taken back, it is the active mode.
+
         Raises:
-            InvalidArgument: if the scheme solves for the weights, which needs all gradients at once.
+            InvalidArgument: if the scheme solves for the weights, which needs all gradients at once, or if
+                nothing reduces the gradients of several ranks.
         """
-        weights = self.model.scheme.mode_weights()
-        if weights is None:
-            raise InvalidArgument(
-                "with moo='mgd' the weights follow from the gradients of all modes: use joint.backward(x, y)"
-            )
+        self._check_reduction(whole_loss=False)
+        weights = self._fixed_weights()
         for row, loss in self._mode_losses(batch, weights):
             yield loss * weights[row]
 
     def forward(self, *batch: Any) -> Tensor:
         """One differentiable loss over all modes; keeps the graphs of all modes in memory."""
-        losses = list(self.losses_per_mode(*batch))
+        self._check_reduction(whole_loss=True)
+        weights = self._fixed_weights()
+        losses = [loss * weights[row] for row, loss in self._mode_losses(batch, weights)]
         return torch.stack(losses).sum()
 
+    def _check_reduction(self, whole_loss: bool) -> None:
+        if not self.reduces_itself:
+            check_reduction(self.__dict__["wrapped"], whole_loss)
+
+    def _fixed_weights(self) -> tuple[float, ...]:
+        weights = self.model.scheme.mode_weights()
+        if weights is None:
+            raise InvalidArgument(
+                "with moo='mgd' the weights follow from the gradients of all modes: use joint.backward(x, y)"
+            )
+        return weights
+
     def _mode_losses(
-        self, batch: tuple[Any, ...], weights: tuple[float, ...]
+        self, batch: tuple[Any, ...], weights: tuple[float, ...], through: nn.Module | None = None
     ) -> Iterator[tuple[int, Tensor]]:
+        """Each mode's loss, by calls of `through`: the model inside its wrappers by default."""
         scheme, model = self.model.scheme, self.model
         if not model.training:
             raise InvalidArgument("the joint loss trains: call model.train() first")
+        called: nn.Module = self.__dict__["wrapped"] if through is None else through
         guide = self._teacher_logits(batch)
         earlier: dict[int, Tensor] = {}
-        for row in scheme.training_order():
-            mode = model.prepared_modes[row]
-            active = ActiveMode(mode, row, 1.0 / weights[row] if weights[row] > 0 else 1.0)
-            task, logits = self._run(batch, lambda *a, active=active, **k: model.run(active, a, k))
-            if logits is None and scheme.needs_logits:
-                raise InvalidArgument(
-                    "distillation needs one tensor of logits: return (loss, logits) from batch_fn, "
-                    "or prepare with distillation=None"
-                )
-            loss = scheme.mode_loss(row, task, logits, earlier, guide)
-            if logits is not None:
-                earlier[row] = logits.detach()
-            self.losses[mode.label] = loss.detach()
-            self.weights[mode.label] = weights[row]
-            yield row, loss
+        order = scheme.training_order()
+        with self._step():
+            for row in order:
+                label = self._labels[row]
+                active = ActiveMode(row, None, 1.0 / weights[row] if weights[row] > 0 else 1.0)
+                with self._mode(called, active, is_last=row == order[-1]):
+                    task, logits = self._run(batch, partial(_call_mode, model, called, active))
+                    if logits is None and scheme.needs_logits:
+                        raise InvalidArgument(
+                            "distillation needs one tensor of logits: return (loss, logits) from batch_fn, "
+                            "or prepare with distillation=None"
+                        )
+                    loss = scheme.mode_loss(row, task, logits, earlier, guide)
+                    if logits is not None:
+                        earlier[row] = logits.detach()
+                    self.losses[label] = loss.detach()
+                    self.weights[label] = weights[row]
+                    yield row, loss
+
+    def _step(self) -> AbstractContextManager[None]:
+        # a compiler sees by itself what modes have in common
+        return nullcontext() if torch.compiler.is_compiling() else self.model.joint_step()
+
+    def _mode(self, called: nn.Module, active: ActiveMode, is_last: bool) -> AbstractContextManager[Any]:
+        """What surrounds one mode's forward and backward."""
+        if torch.compiler.is_compiling():
+            return nullcontext()
+        stack = ExitStack()
+        ddp = find_ddp(called)
+        if ddp is not None and not is_last:
+            stack.enter_context(ddp.no_sync())  # the forward decides whether the backward reduces
+        # a plain call of the model that is recomputed in the backward runs at this mode too
+        stack.enter_context(self.model.activated(self.model.prepared_modes[active.row], active))
+        return stack
 
     def _run(
         self, batch: tuple[Any, ...], forward: Callable[..., Any]
@@ -163,18 +218,29 @@ class JointLoss(nn.Module):
             return output
 
     def _backward_min_norm(self, batch: tuple[Any, ...]) -> Tensor:
-        """Own parameters get their mode's gradient; shared ones the min-norm combination (Eq. 10)."""
+        """Own parameters get their mode's gradient; shared ones the min-norm combination (Eq. 10).
+
+        Under several ranks every mode's gradient is averaged first, so that all solve the same problem.
+        """
+        self._check_reduction(whole_loss=False)
+        if is_sharded(self.model):
+            raise InvalidArgument(
+                "moo='mgd' needs whole gradients of every mode, which fully_shard does not keep"
+            )
         own = {id(parameter) for parameter in own_parameters(self.model)}
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         shared = [parameter for parameter in trained if id(parameter) not in own]
         mine = [parameter for parameter in trained if id(parameter) in own]
         count = len(self.model.prepared_modes)
+        called = without_ddp(self.__dict__["wrapped"])
         gradients: dict[int, list[Tensor]] = {}
         values: dict[int, Tensor] = {}
-        for row, loss in self._mode_losses(batch, (1.0,) * count):
-            found = torch.autograd.grad(loss, shared + mine, allow_unused=True, materialize_grads=True)
-            gradients[row], values[row] = list(found[: len(shared)]), loss.detach()
-            _accumulate(mine, found[len(shared) :], 1.0)
+        for row, loss in self._mode_losses(batch, (1.0,) * count, called):
+            with torch.autocast(loss.device.type, enabled=False):
+                found = torch.autograd.grad(loss, shared + mine, allow_unused=True, materialize_grads=True)
+            reduced = list(found) if self.reduces_itself else average_over_ranks(found)
+            gradients[row], values[row] = reduced[: len(shared)], loss.detach()
+            _accumulate(mine, reduced[len(shared) :], 1.0)
         flat = [torch.cat([g.reshape(-1) for g in gradients[row]]).double() for row in range(count)]
         stacked = torch.stack(flat)
         alpha = min_norm_weights(stacked @ stacked.T).tolist()
@@ -182,6 +248,12 @@ class JointLoss(nn.Module):
             _accumulate(shared, gradients[row], alpha[row])
             self.weights[self.model.prepared_modes[row].label] = alpha[row]
         return torch.stack([values[row] * alpha[row] for row in range(count)]).sum()
+
+
+def _call_mode(model: QuantModel, called: nn.Module, active: ActiveMode, *args: Any, **kwargs: Any) -> Any:
+    """Call the model, or what wraps it, at one mode."""
+    model.require_steps(active, args, kwargs)
+    return called(*args, qcompile_mode=active, **kwargs)
 
 
 def _call(function: Callable[..., Any], inputs: Any) -> Any:

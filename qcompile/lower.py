@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from .errors import InvalidArgument, InvalidInputType
-from .model import MultiModeModel, as_multi_mode, example_shapes
-from .modes import Mode, find_mode
+from .model import MultiModeModel, example_shapes
+from .modes import Mode
 from .registry import find_target
+from .wrappers import as_multi_mode
 
 if TYPE_CHECKING:
     from .backends.target import Executable
@@ -79,7 +80,7 @@ def lower(
         loaded: MultiModeModel = load(model, bits=bits)
     else:
         loaded = as_multi_mode(model)
-    mode = loaded.active if bits is None else find_mode(bits, loaded.prepared_modes)
+    mode = loaded.uniform(bits)
     shapes = _batched_shapes(loaded, batch, input_shapes)
     integer = loaded.integer_model(mode, shapes)
     kinds = None if features is None else tuple(features)

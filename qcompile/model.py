@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from .errors import CaptureError, InvalidArgument, InvalidInputType
-from .modes import ActiveMode, Mode, find_mode
+from .first_batch import set_first_steps
+from .folded import FoldedModes, handle_of, run_integers
+from .modes import ActiveMode, Mode, Policy, find_mode
 from .passes.convert import convert_graph
 from .passes.integer_model import IntegerModel
+from .passes.mode_input import ModeModule
 from .passes.module_tree import module_at
 from .passes.quantize_layers import LayerRecord
+from .passes.quantizers import ActivationQuantizer, WeightQuantizer
 from .passes.schemes.base import Scheme
 from .passes.signature import CallSignature
+from .policy_rows import check_policy, policy_rows
 
 
 class MultiModeModel(nn.Module):
@@ -24,7 +30,7 @@ class MultiModeModel(nn.Module):
 
     Attributes:
         prepared_modes: the modes, increasing.
-        active: the mode that a plain call runs.
+        active: the mode or policy that a plain call runs.
         signature: how a user's call maps to the graph's inputs and outputs.
         last_shapes: shapes of the inputs of the last call, or of the examples; None if neither is known.
         records: what became of every weighted layer.
@@ -33,22 +39,45 @@ class MultiModeModel(nn.Module):
     """
 
     prepared_modes: tuple[Mode, ...]
-    active: Mode
+    active: Mode | Policy
     signature: CallSignature
     last_shapes: tuple[tuple[int, ...], ...] | None
     records: tuple[LayerRecord, ...]
     scheme_name: str
     prefix_decodable: bool
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the active mode on the user's inputs; returns what the float model returned."""
-        return self.run(ActiveMode(self.active, self.row(self.active)), args, kwargs)
-
-    def run(self, active: ActiveMode, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """Run one mode, whatever the active one is."""
+    def run(self, precision: Mode | Policy, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Run one mode, whatever the active one is; takes and returns what the float model does."""
         raise TypeError(f"{type(self).__name__} does not define run()")
 
-    def integer_model(self, mode: Mode, shapes: Sequence[Sequence[int]] | None = None) -> IntegerModel:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the active mode on the user's inputs; returns what the float model returned."""
+        return self.run(self.active, args, kwargs)
+
+    def find(self, value: int | str | Mode | Policy) -> Mode | Policy:
+        """A mode that was prepared, or a policy of such modes.
+
+        Raises:
+            InvalidArgument: naming the choices, otherwise.
+        """
+        if isinstance(value, Policy):
+            raise InvalidArgument(f"a {type(self).__name__} runs uniform modes only, not a policy")
+        return find_mode(value, self.prepared_modes)
+
+    def uniform(self, value: int | str | Mode | Policy | None) -> Mode:
+        """A prepared mode, the active one for None.
+
+        Raises:
+            InvalidArgument: if it was not prepared, or is a policy.
+        """
+        found = self.active if value is None else value
+        if isinstance(found, Policy):
+            raise InvalidArgument("this takes a uniform mode, not a policy; policies run in PyTorch only")
+        return find_mode(found, self.prepared_modes)
+
+    def integer_model(
+        self, mode: Mode | Policy, shapes: Sequence[Sequence[int]] | None = None
+    ) -> IntegerModel:
         """The integer graph of one mode, for inputs of the given shapes (default: the last seen ones)."""
         raise TypeError(f"{type(self).__name__} does not define integer_model()")
 
@@ -95,6 +124,7 @@ class QuantModel(MultiModeModel):
         self.method = method
         self.prepared_modes = scheme.modes
         self.active = scheme.modes[-1]
+        self.active_rows = self.rows_of(self.active)
         self.records = graph_module.meta.get("layers", ())
         self._check_names(graph_module)
         self._modules.update(graph_module._modules)
@@ -106,14 +136,17 @@ class QuantModel(MultiModeModel):
         namespace = dict(code.globals)
         exec(compile(code.src, f"<qcompile training graph {id(self)}>", "exec"), namespace)
         self._training_chain = namespace["forward"]
-        self._integer: dict[tuple[Mode, tuple[tuple[int, ...], ...]], IntegerModel] = {}
-        self._fingerprint: tuple[Any, ...] = ()
+        self._folded = FoldedModes()
+        self._become_itself()
+        self.steps_set = [False] * len(scheme.modes)
         self.last_shapes = example_shapes(signature)
 
     @staticmethod
     def _check_names(graph_module: fx.GraphModule) -> None:
         """Refuse the few names that graphs, or later writes to this model's own attributes, cannot share."""
-        reserved = (set(dir(IntegerModel)) | {"mode", "active", "last_shapes"}) - set(dir(nn.Module))
+        reserved = (
+            set(dir(IntegerModel)) | {"mode", "active", "active_rows", "last_shapes", "steps_set", "handle"}
+        ) - set(dir(nn.Module))
         for name in (*graph_module._modules, *graph_module._parameters, *graph_module._buffers):
             if name in reserved:
                 raise CaptureError(
@@ -126,61 +159,118 @@ class QuantModel(MultiModeModel):
         users._modules, users._parameters, users._buffers = self._modules, self._parameters, self._buffers
         self.__dict__["_users"] = users
 
+    def _become_itself(self) -> None:
+        """What no two models may share, copies included.
+
+        Compilers count the graphs of one function's code object and give up past a limit, so that the modes of
+        several models would use up each other's share: every model has its own copy of that object.
+        """
+        self.handle = handle_of(self)
+        shared = QuantModel.forward
+        own = FunctionType(shared.__code__.replace(), shared.__globals__, shared.__name__, shared.__defaults__)
+        own.__kwdefaults__ = shared.__kwdefaults__
+        self.__dict__["forward"] = MethodType(own, self)
+
     def get_submodule(self, target: str) -> nn.Module:
         """As `nn.Module.get_submodule`, for any name of the user's."""
         found = module_at(self, target)
         return super().get_submodule(target) if found is None else found
 
-    def run(self, active: ActiveMode, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """Run one mode: the float chain in training mode, the integer graph in eval mode."""
+    def forward(self, *args: Any, qcompile_mode: ActiveMode | None = None, **kwargs: Any) -> Any:
+        """Run the user's inputs through the active mode; returns what the float model returned.
+
+        Args:
+            args, kwargs: as the float model takes them.
+            qcompile_mode: the rows of another mode, see `rows_of`.
+        """
+        active = self.active_rows if qcompile_mode is None else qcompile_mode
         inputs = self.signature.bind(args, kwargs)
-        shapes = tuple(tuple(one.shape) for one in inputs)
-        self.last_shapes = shapes
+        if not torch.compiler.is_compiling():
+            self.last_shapes = tuple(tuple(one.shape) for one in inputs)
         if self.training:
-            outputs = self._training_chain(self._users, *inputs, active)
+            self._require_steps(active, inputs)
+            outputs = self.float_chain(active, inputs)
         else:
-            with torch.no_grad():
-                outputs = self.integer_model(active.mode, shapes)(*inputs)
+            outputs = run_integers(self, active, inputs)
         return self.signature.restore(outputs)
+
+    def run(self, precision: Mode | Policy, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Run one mode: the float chain in training mode, the integer graph in eval mode."""
+        return self(*args, qcompile_mode=self.rows_of(precision), **kwargs)
+
+    def find(self, value: int | str | Mode | Policy) -> Mode | Policy:
+        """A mode that was prepared, or a policy of such modes for this model's layers."""
+        return check_policy(self, value) if isinstance(value, Policy) else super().find(value)
+
+    def rows_of(self, precision: Mode | Policy, own_gradient_scale: float = 1.0) -> ActiveMode:
+        """What the training graph is told to run at a precision."""
+        if isinstance(precision, Policy):
+            return ActiveMode(0, policy_rows(self, precision), own_gradient_scale, precision)
+        row = self.row(precision)
+        return ActiveMode(row, None, own_gradient_scale, number=torch.tensor(row))
+
+    def require_steps(self, active: ActiveMode, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        """Set activation steps that were never set from the inputs of a first call, in training mode."""
+        if self.training:
+            self._require_steps(active, self.signature.bind(args, kwargs))
+
+    def _require_steps(self, active: ActiveMode, inputs: Sequence[Any]) -> None:
+        if not (all(self.steps_set) if active.policy is not None else self.steps_set[active.row]):
+            set_first_steps(self, active, inputs)
+
+    @contextmanager
+    def activated(self, precision: Mode | Policy, rows: ActiveMode) -> Iterator[None]:
+        """Run a block with a mode active."""
+        before = self.active, self.active_rows
+        self.active, self.active_rows = precision, rows
+        try:
+            yield
+        finally:
+            self.active, self.active_rows = before
+
+    @contextmanager
+    def joint_step(self) -> Iterator[None]:
+        """Parameters stay as they are in this block, so modes may share what depends on them alone."""
+        quantizers = [one for one in self.modules() if isinstance(one, WeightQuantizer)]
+        for one in quantizers:
+            one.keep(True)
+        try:
+            yield
+        finally:
+            for one in quantizers:
+                one.keep(False)
+
+    def note_steps(self) -> None:
+        """Read off the quantisers which modes have all their activation steps."""
+        flags = [one.initialised for one in self.modules() if isinstance(one, ActivationQuantizer)]
+        self.steps_set = torch.stack(flags).all(0).tolist() if flags else [True] * len(self.prepared_modes)
+
+    def float_chain(self, active: ActiveMode, inputs: Sequence[Any]) -> Any:
+        """Run the training graph on flat inputs, whatever the training flag says; returns flat outputs."""
+        return self._training_chain(self._users, *inputs, active)
 
     def train(self, mode: bool = True) -> QuantModel:
         """As `nn.Module.train`; also drops the folded integer graphs."""
-        self._integer = {}
+        self._folded.clear()
         super().train(mode)
         return self
 
-    def integer_model(self, mode: Mode, shapes: Sequence[Sequence[int]] | None = None) -> IntegerModel:
+    def integer_model(
+        self, mode: Mode | Policy, shapes: Sequence[Sequence[int]] | None = None
+    ) -> IntegerModel:
         """The folded integer graph of one mode, cached until a parameter or buffer changes."""
-        if shapes is None:
-            shapes = self.last_shapes
-        if shapes is None:
-            raise InvalidArgument(
-                "input shapes are unknown: pass example_inputs to prepare, or call the model once"
-            )
-        fingerprint = self._current_fingerprint()
-        if fingerprint != self._fingerprint:
-            self._integer, self._fingerprint = {}, fingerprint
-        # dimension 0 is the batch, which integer graphs leave open
-        key = (mode, tuple(tuple(shape[1:]) for shape in shapes))
-        if key not in self._integer:
-            self._integer[key] = self.converted(mode, shapes)
-        return self._integer[key]
+        known = self.known_shapes() if shapes is None else shapes
+        return self._folded.graph(self, mode, known)
 
-    def converted(self, mode: Mode, shapes: Sequence[Sequence[int]]) -> IntegerModel:
+    def converted(self, mode: Mode | Policy, shapes: Sequence[Sequence[int]]) -> IntegerModel:
         """A freshly folded integer graph of one mode."""
-        return convert_graph(self._users, self.graph, mode, self.row(mode), shapes)
+        rows = self.rows_of(mode)
+        numbers = None if rows.rows is None else rows.rows.tolist()
 
-    def _current_fingerprint(self) -> tuple[Any, ...]:
-        """Changes with every write to a parameter or buffer.
+        def row_of(module: ModeModule) -> int:
+            return rows.row if numbers is None else numbers[module.slot]
 
-        Version counters see in-place writes; the norms see writes through `.data`, which they miss.
-        """
-        tensors = [*self.parameters(), *self.buffers()]
-        floats = [tensor.detach() for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
-        norms = (
-            tuple(torch.stack([n.double() for n in torch._foreach_norm(floats)]).tolist()) if floats else ()
-        )
-        return tuple((tensor._version, tensor.data_ptr()) for tensor in tensors), norms
+        return convert_graph(self._users, self.graph, mode, row_of, shapes)
 
     def __getstate__(self) -> dict[str, Any]:
         raise InvalidInputType(
@@ -195,9 +285,10 @@ class QuantModel(MultiModeModel):
         copied = QuantModel.__new__(QuantModel)
         memo[id(self)] = copied
         for name, value in self.__dict__.items():
-            shared = name in ("_training_chain", "scheme", "_users")
-            copied.__dict__[name] = {} if name == "_integer" else value if shared else deepcopy(value, memo)
+            shared = name in ("_training_chain", "scheme", "_users", "forward")
+            copied.__dict__[name] = value if shared else deepcopy(value, memo)
         copied._link_users_modules()
+        copied._become_itself()
         return copied
 
 
@@ -209,116 +300,3 @@ def example_shapes(signature: CallSignature) -> tuple[tuple[int, ...], ...] | No
             return None
         shapes.append(tuple(2 if size is None else size for size in one.shape))
     return tuple(shapes)
-
-
-class ModeView(nn.Module):
-    """A prepared model seen at one mode; shares all parameters and holds no state of its own.
-
-    Two views of one model may run in different threads.
-    """
-
-    def __init__(self, model: MultiModeModel, mode: Mode) -> None:
-        super().__init__()
-        self.model = model
-        self.mode = mode
-        self.training = model.training
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the view's mode."""
-        return self.model.run(ActiveMode(self.mode, self.model.row(self.mode)), args, kwargs)
-
-
-def as_multi_mode(model: nn.Module) -> MultiModeModel:
-    """Check that a model was prepared or loaded by qcompile.
-
-    Raises:
-        InvalidInputType: otherwise.
-    """
-    if not isinstance(model, MultiModeModel):
-        raise InvalidInputType(
-            f"expected a model from qcompile.prepare or qcompile.load, not {type(model).__name__}"
-        )
-    return model
-
-
-def as_prepared(model: nn.Module) -> QuantModel:
-    """Check that a model can be trained, that is, comes from `prepare`.
-
-    Raises:
-        InvalidInputType: otherwise.
-    """
-    if not isinstance(as_multi_mode(model), QuantModel):
-        raise InvalidInputType(
-            "a model loaded from a file runs but does not train: prepare the float model instead"
-        )
-    assert isinstance(model, QuantModel)
-    return model
-
-
-def modes(model: nn.Module) -> tuple[int | str, ...]:
-    """The modes of a prepared or loaded model, increasing.
-
-    Args:
-        model: from `qcompile.prepare` or `qcompile.load`.
-
-    Returns:
-        Bit-widths, or names such as `w2a4` where weights and activations differ.
-
-    Raises:
-        InvalidInputType: if the model is neither.
-    """
-    return tuple(mode.label for mode in as_multi_mode(model).prepared_modes)
-
-
-def set_bits(model: nn.Module, bits: int | str | Mode) -> None:
-    """Make one prepared mode the active one. No weights are copied.
-
-    Args:
-        model: from `qcompile.prepare` or `qcompile.load`.
-        bits: a bit-width, a name such as `w2a4`, or a `Mode`.
-
-    Raises:
-        InvalidArgument: if the mode was not prepared; the message lists those that were.
-        InvalidInputType: if the model was neither prepared nor loaded.
-    """
-    checked = as_multi_mode(model)
-    checked.active = find_mode(bits, checked.prepared_modes)
-
-
-@contextmanager
-def bits(model: nn.Module, value: int | str | Mode) -> Iterator[nn.Module]:
-    """Run a block at one mode and return to the previous one afterwards.
-
-    Args:
-        model: from `qcompile.prepare` or `qcompile.load`; it is what the block is given.
-        value: a bit-width, a name such as `w2a4`, or a `Mode`.
-
-    Raises:
-        InvalidArgument: if the mode was not prepared.
-        InvalidInputType: if the model was neither prepared nor loaded.
-    """
-    checked = as_multi_mode(model)
-    before = checked.active
-    set_bits(checked, value)
-    try:
-        yield model
-    finally:
-        checked.active = before
-
-
-def at(model: nn.Module, bits: int | str | Mode) -> ModeView:
-    """A view of the model at one mode, for threads, teachers and serving; it shares every parameter.
-
-    Args:
-        model: from `qcompile.prepare` or `qcompile.load`.
-        bits: a bit-width, a name such as `w2a4`, or a `Mode`.
-
-    Returns:
-        A module that is called like the model; the active mode of the model does not matter to it.
-
-    Raises:
-        InvalidArgument: if the mode was not prepared.
-        InvalidInputType: if the model was neither prepared nor loaded.
-    """
-    checked = as_multi_mode(model)
-    return ModeView(checked, find_mode(bits, checked.prepared_modes))

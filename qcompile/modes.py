@@ -1,15 +1,20 @@
-"""Modes: the bit-widths that one prepared model can run at."""
+"""Modes, the bit-widths that one prepared model can run at, and policies, a mode for every layer."""
 
 from __future__ import annotations
 
 import itertools
 import re
 import reprlib
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
+from typing import TYPE_CHECKING
 
-from .errors import InvalidArgument
+from .errors import InvalidArgument, InvalidInputType
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _MODE_NAME = re.compile(r"w(\d{1,3})a(\d{1,3})", re.ASCII)
 
@@ -59,20 +64,75 @@ class Mode:
 
 
 @dataclass(frozen=True)
+class Policy:
+    """A mode for every quantised layer.
+
+    A tensor that several layers read is quantised once, at the most activation bits that any of them wants.
+    Batch normalisation runs with the parameters of the mode of the layer whose output it normalises.
+
+    Args:
+        layers: mode by module path, for example `{"layer1.0.conv1": 2, "layer1.0.conv2": "w4a4"}`; every
+            quantised layer of the model that it is used with is named.
+
+    Raises:
+        InvalidArgument: for a mode that is none.
+        InvalidInputType: if `layers` is no mapping from names.
+    """
+
+    items: tuple[tuple[str, Mode], ...]
+
+    def __init__(self, layers: Mapping[str, int | str | Mode]) -> None:
+        if not isinstance(layers, Mapping) or not all(isinstance(name, str) for name in layers):
+            raise InvalidInputType(
+                f"a policy maps names of layers to modes, as in {{'conv1': 2}}, not {reprlib.repr(layers)}"
+            )
+        parsed = tuple(sorted((name, Mode.parse(mode)) for name, mode in layers.items()))
+        object.__setattr__(self, "items", parsed)
+
+    @property
+    def layers(self) -> dict[str, Mode]:
+        """Mode by module path."""
+        return dict(self.items)
+
+    @property
+    def name(self) -> str:
+        """As `label`."""
+        return self.label
+
+    @property
+    def label(self) -> str:
+        """What users see: how many layers run at which mode."""
+        counts = Counter(mode for _, mode in self.items)
+        return "policy " + ", ".join(f"{count} x {mode.label}" for mode, count in sorted(counts.items()))
+
+
+@dataclass(frozen=True)
 class ActiveMode:
     """What a graph is told about the mode that it runs in; passed explicitly, so no module holds state.
 
+    Per-mode parameters are stacked along dimension 0, and a row is the index of a mode among the prepared
+    ones. A uniform mode is a Python integer, of which a compiler makes one graph each; the rows of a policy
+    are a tensor, so that all policies share one graph.
+
     Attributes:
-        mode: the bit-widths.
-        row: index of the mode among the prepared modes; per-mode parameters are stacked along dimension 0.
+        row: the mode of every layer.
+        rows: (slots,) int64 in place of `row`: one row for each module that depends on the mode.
         own_gradient_scale: factor on the gradients of parameters that belong to this mode alone. The joint
             loss weighs a mode by alpha, which must not slow down that mode's own parameters, so it passes
             1 / alpha here.
+        policy: where the rows come from.
+        number: () int64, the row as data, for compiled code that serves all modes with one graph.
     """
 
-    mode: Mode
-    row: int
+    row: int = 0
+    rows: Tensor | None = None
     own_gradient_scale: float = 1.0
+    policy: Policy | None = None
+    number: Tensor | None = None
+
+    def row_of(self, slot: int) -> int | Tensor:
+        """A module's row: an integer, or a (1,) int64 tensor to gather with."""
+        return self.row if self.rows is None else self.rows[slot : slot + 1]
 
 
 def parse_modes(bits: Sequence[int] | None, modes: Sequence[int | str | Mode] | None) -> tuple[Mode, ...]:

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from .model import as_prepared
 from .passes.batchnorm import ModeBatchNorm
 from .passes.quantizers import ActivationQuantizer, WeightQuantizer
+from .wrappers import as_prepared
 
 
 def own_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -8,11 +8,12 @@ from typing import Any
 from torch import nn
 
 from .errors import InvalidInputType
-from .float_state import load_float_state
+from .float_state import load_float_state, note_loaded_steps
 from .model import QuantModel
 from .modes import Mode, parse_modes
 from .passes.capture import capture
 from .passes.manager import PassManager
+from .passes.mode_slots import AssignSlots
 from .passes.module_tree import module_at
 from .registry import find_scheme
 
@@ -56,9 +57,10 @@ def prepare(
     parsed = parse_modes(scheme_type.default_bits if bits is None and modes is None else bits, modes)
     chosen = scheme_type(parsed, config)
     captured = capture(model, example_inputs)
-    result = PassManager(chosen.passes(tuple(skip)))(captured.graph_module)
+    result = PassManager([*chosen.passes(tuple(skip)), AssignSlots()])(captured.graph_module)
     prepared = QuantModel(result.graph_module, captured.signature, chosen, captured.method)
     prepared.register_load_state_dict_pre_hook(load_float_state)
+    prepared.register_load_state_dict_post_hook(note_loaded_steps)
     prepared.train(model.training)
     for path, module in prepared.named_modules():
         users = module_at(model, path)

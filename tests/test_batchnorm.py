@@ -32,12 +32,12 @@ def test_each_row_behaves_like_torch(variant, momentum):
     batches = [torch.randn(4, 3, 5, 5) + row for row in range(3)]
     for row, batch in enumerate(batches):
         expected = twins[0 if variant == "shared" else row](batch)
-        torch.testing.assert_close(layer(batch, ActiveMode(MODE, row)), expected)
+        torch.testing.assert_close(layer(batch, ActiveMode(row)), expected)
     layer.eval()
     for row, batch in enumerate(batches):
         twin = twins[0 if variant == "shared" else row].eval()
         expected = twin(batch)
-        torch.testing.assert_close(layer(batch, ActiveMode(MODE, row)), expected)
+        torch.testing.assert_close(layer(batch, ActiveMode(row)), expected)
         scale, shift = layer.scale_and_shift(row)
         affine = batch.double() * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)
         torch.testing.assert_close(affine.float(), expected, rtol=1e-4, atol=1e-5)
@@ -58,7 +58,7 @@ def test_own_gradient_scale_reaches_own_rows_only():
         for scale in (1.0, 3.0):
             layer = ModeBatchNorm(_source(), 2, variant)
             torch.manual_seed(0)
-            (layer(x, ActiveMode(MODE, 0, scale)) * torch.randn_like(x)).sum().backward()
+            (layer(x, ActiveMode(0, own_gradient_scale=scale)) * torch.randn_like(x)).sum().backward()
             gradients[variant, scale] = layer.weight.grad
     torch.testing.assert_close(gradients["full", 3.0], 3.0 * gradients["full", 1.0])
     torch.testing.assert_close(gradients["stats", 3.0], gradients["stats", 1.0])
@@ -68,4 +68,4 @@ def test_own_gradient_scale_reaches_own_rows_only():
 def test_without_running_statistics_there_is_no_affine_map():
     layer = ModeBatchNorm(nn.BatchNorm2d(3, track_running_stats=False), 2, "full")
     assert layer.scale_and_shift(0) is None
-    assert layer.eval()(torch.randn(4, 3, 2, 2), ActiveMode(MODE, 1)).shape == (4, 3, 2, 2)
+    assert layer.eval()(torch.randn(4, 3, 2, 2), ActiveMode(1)).shape == (4, 3, 2, 2)

@@ -14,7 +14,6 @@ from torch import nn
 import qcompile
 from qcompile.errors import InvalidArgument, InvalidInputType
 from qcompile.min_norm import min_norm_weights
-from qcompile.modes import ActiveMode
 from qcompile.own_parameters import own_parameters
 from qcompile.passes.schemes.vertical import VerticalConfig
 
@@ -63,9 +62,9 @@ def test_shared_parameters_see_a_third_and_own_ones_their_whole_loss():
     own_names = {name for name, p in model.named_parameters() if id(p) in own}
     expected: dict[str, torch.Tensor] = {}
     single = copy.deepcopy(prepared)
-    for row, mode in reversed(list(enumerate(prepared.prepared_modes))):
+    for mode in reversed(prepared.prepared_modes):
         single.zero_grad()
-        output = single.run(ActiveMode(mode, row), (x,), {})
+        output = single.run(mode, (x,), {})
         nn.functional.cross_entropy(output, y).backward()
         for name, gradient in _gradients(single).items():
             weight = 1.0 if name in own_names else 1.0 / 3.0
@@ -77,10 +76,7 @@ def test_shared_parameters_see_a_third_and_own_ones_their_whole_loss():
 def test_losses_are_task_plus_distance_to_the_next_higher_mode():
     prepared, x, y = _prepared()
     model = copy.deepcopy(prepared)
-    outputs = {
-        row: model.run(ActiveMode(mode, row), (x,), {}).detach()
-        for row, mode in enumerate(model.prepared_modes)
-    }
+    outputs = {row: model.run(mode, (x,), {}).detach() for row, mode in enumerate(model.prepared_modes)}
     joint = qcompile.JointLoss(copy.deepcopy(prepared), nn.CrossEntropyLoss())
     joint.backward(x, y)
     for row, label in enumerate((2, 3, 4)):
@@ -96,9 +92,9 @@ def test_mgd_combines_shared_gradients_at_the_min_norm_point():
     shared = [name for name, p in prepared.named_parameters() if id(p) not in own]
     rows, own_expected = [], {}
     single = copy.deepcopy(prepared)
-    for row, mode in enumerate(prepared.prepared_modes):
+    for mode in prepared.prepared_modes:
         single.zero_grad()
-        nn.functional.cross_entropy(single.run(ActiveMode(mode, row), (x,), {}), y).backward()
+        nn.functional.cross_entropy(single.run(mode, (x,), {}), y).backward()
         gradients = _gradients(single)
         rows.append(np.concatenate([gradients[name].numpy().ravel() for name in shared]))
         for name, value in gradients.items():

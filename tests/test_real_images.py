@@ -90,7 +90,7 @@ def test_accumulators_equal_the_papers_formula_in_int64(trained, bits):
         if graph.operator_name(node) != "accumulate_conv":
             continue
         layer = model.get_submodule(node.meta["layer"])
-        step = float(layer.weight_quantizer.step.detach().double())
+        step = float(layer.weight_quantizer.step[0].detach().double())
         highest = reference.highest_codes(layer.weight.detach().double().numpy(), step, 4)
         weight = reference.mode_codes(highest, 4, bits)
         p, q = reference.dyadic(reference.compensation(4, bits))

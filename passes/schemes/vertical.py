@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qcompile.errors import InvalidArgument
-from qcompile.modes import ActiveMode, Mode
 
 from ..batchnorm import BatchNormVariant, SplitBatchNorm
 from ..lsq import SMALLEST_STEP, LsqActivationQuantizer, hold_positive
 from ..manager import Pass
+from ..mode_input import Row, picked
 from ..quantize_layers import QuantizeLayers
 from ..quantizers import WeightCodes, WeightQuantizer
+from ..rounding import Bound
 from .base import Scheme, choice
 
 
@@ -76,71 +77,110 @@ class _VerticalWeight(torch.autograd.Function):
 
     dW = g inside the K-bit clip range, one mask for all modes. ds = g_s 2^d sum(g e) with
     e = c_b + z_b - W / s_b inside and c_b + z_b outside, g_s the LSQ gradient scale of the highest mode.
+    Saves the parameters and c_K in int8, which all modes share.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, step: Tensor, highest_bits: int, dropped: int, z: float, printed: bool
+        ctx: Any,
+        weight: Tensor,
+        step: Tensor,
+        highest: Tensor,
+        power: Bound,
+        z: Bound,
+        printed: bool,
+        top: int,
     ) -> Tensor:
-        step_b = step * 2.0**dropped
-        code = lower_code(highest_code(weight, step, highest_bits), dropped)
-        ctx.save_for_backward(weight, step, code)
-        ctx.highest_bits, ctx.dropped, ctx.z = highest_bits, dropped, 0.0 if printed else z
-        return (code + z) * step_b
+        tensors = [one for one in (power, z) if isinstance(one, Tensor)]
+        ctx.numbers = None if tensors else (power, z)
+        ctx.printed, ctx.top = printed, top
+        ctx.save_for_backward(weight, step, highest, *tensors)
+        return (torch.floor(highest.to(weight.dtype) / power) + z) * (step * power)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        weight, step, code = ctx.saved_tensors
-        gradient, limit = gradients[0], 2 ** (ctx.highest_bits - 1)
-        ratio = weight / step
-        inside = (ratio >= -limit) & (ratio <= limit - 1)
-        error = code + ctx.z - torch.where(inside, ratio * 2.0**-ctx.dropped, 0.0)
-        scale = 1.0 / math.sqrt(max(1, limit - 1) * weight.numel())
-        d_step = (gradient * error).sum() * (scale * 2.0**ctx.dropped)
-        return torch.where(inside, gradient, 0.0), d_step.reshape(step.shape), None, None, None, None
+        weight, step, highest, *tensors = ctx.saved_tensors
+        power, z = tensors or ctx.numbers
+        gradient, ratio = gradients[0], weight / step
+        inside = (ratio >= -ctx.top - 1) & (ratio <= ctx.top)
+        # 2^d e, so that nothing is divided by 2^d and multiplied again
+        error = torch.floor(highest.to(weight.dtype) / power) * power
+        if not ctx.printed:
+            error = error + z * power
+        error = error - torch.where(inside, ratio, 0.0)
+        scale = 1.0 / math.sqrt(max(1, ctx.top) * weight.numel())
+        d_step = (gradient * error).sum() * scale
+        return torch.where(inside, gradient, 0.0), d_step.reshape(step.shape), None, None, None, None, None
 
 
 class VerticalWeightQuantizer(WeightQuantizer):
     """Nested floor codes of one weight.
 
+    Args:
+        bits: weight bits of every mode, by row.
+        config: options of the scheme.
+
     Attributes:
-        step: () float parameter, the step size s of the highest mode.
+        step: (1,) float parameter, the step size s of the highest mode (fully_shard takes no scalars).
+        powers, offsets: (rows,) 2^d and z, for the rows of policies.
     """
 
-    def __init__(self, highest_bits: int, config: VerticalConfig) -> None:
+    powers: Tensor
+    offsets: Tensor
+
+    def __init__(self, bits: Sequence[int], config: VerticalConfig) -> None:
         super().__init__()
-        self.highest_bits = highest_bits
+        self.bits, self.highest_bits = tuple(bits), max(bits)
         self.compensation = config.compensation
         self.printed = config.step_gradient == "printed"
-        self.step = nn.Parameter(torch.ones(()))
+        self.step = nn.Parameter(torch.ones(1))
+        numbers = torch.tensor([self._numbers(row) for row in range(len(bits))])
+        self.register_buffer("powers", numbers[:, 0].clone(), persistent=False)
+        self.register_buffer("offsets", numbers[:, 1].clone(), persistent=False)
+
+    def _numbers(self, row: int) -> tuple[float, float]:
+        """2^d and z of a mode."""
+        dropped = self.highest_bits - self.bits[row]
+        numerator, shift = self._offset(row)
+        return 2.0**dropped, numerator * 2.0**-shift
+
+    def _offset(self, row: int) -> tuple[int, int]:
+        return compensation(self.highest_bits - self.bits[row]) if self.compensation else (0, 0)
 
     def initialise(self, weight: Tensor) -> None:
         """s = 2 mean|W| / sqrt(2^K - 1) (Sec. 6.1, printed there for K = 4)."""
         step = 2.0 * weight.abs().mean() / math.sqrt(2**self.highest_bits - 1)
         with torch.no_grad():
-            self.step.data = step.clamp_min(SMALLEST_STEP).to(weight.dtype)
+            self.step.data = step.clamp_min(SMALLEST_STEP).to(weight.dtype).reshape(1)
 
-    def forward(self, weight: Tensor, active: ActiveMode) -> Tensor:
+    def forward(self, weight: Tensor, row: Row) -> Tensor:
         """s_b (c_b + z_b), the shape of `weight`."""
-        dropped = self.highest_bits - active.mode.weight_bits
-        numerator, shift = compensation(dropped) if self.compensation else (0, 0)
-        step = hold_positive(self.step)
-        z = numerator * 2.0**-shift
-        return _VerticalWeight.apply(weight, step, self.highest_bits, dropped, z, self.printed)
+        power: Bound
+        z: Bound
+        if isinstance(row, int):
+            power, z = self._numbers(row)
+        else:
+            power, z = picked(self.powers, row), picked(self.offsets, row)
+        step = hold_positive(self.step[0])
+        highest = self.once_per_step(self._highest, weight, step.detach())
+        top = 2 ** (self.highest_bits - 1) - 1
+        return _VerticalWeight.apply(weight, step, highest, power, z, self.printed, top)
 
-    def codes(self, weight: Tensor, mode: Mode) -> WeightCodes:
+    def _highest(self, weight: Tensor, step: Tensor) -> Tensor:
+        return highest_code(weight, step, self.highest_bits).to(torch.int8)
+
+    def codes(self, weight: Tensor, row: int) -> WeightCodes:
         """The mode's integer codes, from W and s in float64."""
-        dropped = self.highest_bits - mode.weight_bits
-        step = hold_positive(self.step.detach()).double()
+        dropped = self.highest_bits - self.bits[row]
+        step = hold_positive(self.step[0].detach()).double()
         code = lower_code(highest_code(weight.detach().double(), step, self.highest_bits), dropped)
-        numerator, shift = compensation(dropped) if self.compensation else (0, 0)
         return WeightCodes(
-            code.to(torch.int16), mode.weight_bits, True, step * 2.0**dropped, numerator, shift
+            code.to(torch.int16), self.bits[row], True, step * 2.0**dropped, *self._offset(row)
         )
 
     def extra_repr(self) -> str:
         """Bits and compensation."""
-        return f"highest_bits={self.highest_bits}, compensation={self.compensation}"
+        return f"bits={self.bits}, compensation={self.compensation}"
 
 
 def distillation_loss(kind: str, teacher: Tensor, student: Tensor) -> Tensor:
@@ -163,16 +203,13 @@ class VerticalScheme(Scheme):
     config_type: ClassVar[type] = VerticalConfig
     prefix_decodable: ClassVar[bool] = True
 
-    def __init__(self, modes: Sequence[Mode], config: VerticalConfig | None = None) -> None:
-        super().__init__(modes, config)
-        self.highest_bits = max(mode.weight_bits for mode in self.modes)
-
     def passes(self, skip: Collection[str]) -> list[Pass]:
         """Quantise the layers between the first and the last, then split batch normalisation."""
         activation_bits = [mode.activation_bits for mode in self.modes]
+        weight_bits = [mode.weight_bits for mode in self.modes]
         return [
             QuantizeLayers(
-                weight_quantizer=lambda layer: VerticalWeightQuantizer(self.highest_bits, self.config),
+                weight_quantizer=lambda layer: VerticalWeightQuantizer(weight_bits, self.config),
                 activation_quantizer=lambda signed: LsqActivationQuantizer(activation_bits, signed),
                 skip=skip,
             ),

@@ -17,9 +17,10 @@ from ..file.load import load
 from ..file.save import save
 from ..joint_loss import JointLoss
 from ..lower import lower
-from ..model import QuantModel, at
+from ..model import QuantModel
 from ..own_parameters import param_groups
 from ..prepare import prepare
+from ..switching import at
 from .evaluate import top1
 from .tables import print_json, print_table
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import InvalidArgument
 from ..file.load import load
 from ..lower import lower
-from ..model import at
+from ..switching import at
 from .data import part, read_labelled
 from .tables import print_json, print_table
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import FileFormatError, InvalidArgument, QCompileError
 from ..model import MultiModeModel
-from ..modes import ActiveMode, Mode, find_mode
+from ..modes import Mode, Policy, find_mode
 from ..pack import plane_bytes, split_planes, unpack_planes
 from ..passes.integer_model import IntegerModel
 from ..passes.quantize_layers import LayerRecord
@@ -50,7 +50,9 @@ class DeployedModel(MultiModeModel):
         self._graphs = torch.nn.ModuleDict({mode.name: graph for mode, graph in graphs.items()})
         self.eval()
 
-    def integer_model(self, mode: Mode, shapes: Sequence[Sequence[int]] | None = None) -> IntegerModel:
+    def integer_model(
+        self, mode: Mode | Policy, shapes: Sequence[Sequence[int]] | None = None
+    ) -> IntegerModel:
         """The stored graph.
 
         Raises:
@@ -64,15 +66,15 @@ class DeployedModel(MultiModeModel):
                         f"input {one.name!r} has shape {tuple(given)}; this file was saved for "
                         f"(batch, {', '.join(str(size) for size in stored[1:])})"
                     )
-        graph = self._graphs[mode.name]
+        graph = self._graphs[self.uniform(mode).name]
         assert isinstance(graph, IntegerModel)
         return graph
 
-    def run(self, active: ActiveMode, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    def run(self, precision: Mode | Policy, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Run one mode; parameters do not require gradients."""
         inputs = self.signature.bind(args, kwargs)
         with torch.no_grad():
-            outputs = self.integer_model(active.mode, [one.shape for one in inputs])(*inputs)
+            outputs = self.integer_model(precision, [one.shape for one in inputs])(*inputs)
         return self.signature.restore(outputs)
 
     def train(self, mode: bool = True) -> DeployedModel:

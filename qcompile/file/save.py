@@ -23,10 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FoldError, InvalidInputType
-from ..model import MultiModeModel, as_multi_mode
+from ..model import MultiModeModel
 from ..modes import Mode
 from ..pack import pack_planes
 from ..passes.integer_model import IntegerModel
+from ..wrappers import as_multi_mode
 from .container import ModeEntry, Section, write_container
 from .graph_json import encode_graph
 from .strict_json import canonical_json

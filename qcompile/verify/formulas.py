@@ -67,7 +67,7 @@ class DeclaredFormulas:
 
     def weight(self, model: QuantModel, layer: QuantizedLayer, mode: Mode) -> ReferenceWeight:
         """The quantiser's codes."""
-        codes = layer.weight_quantizer.codes(layer.weight.detach(), mode)
+        codes = layer.weight_quantizer.codes(layer.weight.detach(), model.row(mode))
         scale = as_array(codes.scale).astype(np.float64)
         integers = as_array(codes.codes).astype(np.int64)
         return ReferenceWeight(integers, scale, codes.offset_numerator, codes.offset_shift)
@@ -76,7 +76,7 @@ class DeclaredFormulas:
         self, model: QuantModel, quantizer: ActivationQuantizer, mode: Mode
     ) -> ReferenceGrid | None:
         """The quantiser's grid."""
-        grid = quantizer.grid(mode, model.row(mode))
+        grid = quantizer.grid(model.row(mode))
         return ReferenceGrid(grid.scale, grid.low, grid.high)
 
 
@@ -91,7 +91,7 @@ class VerticalFormulas:
         highest = max(one.weight_bits for one in model.prepared_modes)
         dropped = highest - mode.weight_bits
         quantizer: Any = layer.weight_quantizer
-        step = max(float(as_array(quantizer.step)), float(np.float32(self.smallest_step)))
+        step = max(float(as_array(quantizer.step)[0]), float(np.float32(self.smallest_step)))
         ratio = as_array(layer.weight).astype(np.float64) / step
         code = np.clip(np.rint(ratio), -(2 ** (highest - 1)), 2 ** (highest - 1) - 1).astype(np.int64)
         offset = (2**dropped - 1, dropped + 1) if dropped and quantizer.compensation else (0, 0)

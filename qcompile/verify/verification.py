@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from ..errors import InvalidArgument, InvalidInputType
 from ..lower import lower
-from ..model import MultiModeModel, QuantModel, as_multi_mode
-from ..modes import ActiveMode, Mode, find_mode
+from ..model import MultiModeModel, QuantModel
+from ..modes import Mode, Policy, find_mode
 from ..passes.integer_model import IntegerModel
+from ..wrappers import as_multi_mode
 from .chain import ReferenceGraph
 from .inputs import call_arguments, flat_inputs, piece_samples, pieces, sample_count
 from .real_chain import RealChain
@@ -74,13 +75,13 @@ def verify(
 
 
 def _mode(model: MultiModeModel, bits: int | str | Mode | None, target: Any) -> Mode:
-    artefact: Mode | None = None
+    artefact: Mode | Policy | None = None
     if isinstance(target, IntegerModel):
         artefact = target.mode
     elif target is not None and not isinstance(target, str):
         artefact = _as_executable(target).request.model.mode
     if bits is None:
-        return model.active if artefact is None else find_mode(artefact, model.prepared_modes)
+        return model.uniform(artefact)
     mode = find_mode(bits, model.prepared_modes)
     if artefact is not None and artefact != mode:
         raise InvalidArgument(f"the target is of mode {artefact.label}, not {mode.label}; leave bits out")
@@ -110,7 +111,7 @@ def _subject(
 
         def call(flat: Sequence[Tensor]) -> tuple[Any, ...]:
             args, kwargs = call_arguments(model.signature, flat)
-            result = model.run(ActiveMode(mode, model.row(mode)), args, kwargs)
+            result = model.run(mode, args, kwargs)
             return flat_outputs(model.signature, result)
 
         graph = model.integer_model(mode, [tuple(one.shape) for one in inputs])

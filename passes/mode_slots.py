@@ -1,0 +1,70 @@
+"""Find out, for every module that depends on the mode, which layers' modes decide its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from torch import fx
+
+from .layers import QuantizedLayer
+from .manager import Pass, PassResult
+from .mode_input import ModeModule
+from .quantizers import ActivationQuantizer
+
+
+class AssignSlots(Pass):
+    """Give each `ModeModule` its slot among the rows of a policy, and the layers that decide its mode.
+
+    A quantised layer decides for itself; the layers that read a quantiser's output decide for the quantiser;
+    a batch normalisation follows the last quantised layer before it, and the first after it where there is
+    none before.
+    """
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """Set attributes of the modules; the graph stays as it is."""
+        calls: dict[str, list[fx.Node]] = {}
+        for node in graph_module.graph.nodes:
+            if node.op == "call_module" and isinstance(graph_module.get_submodule(node.target), ModeModule):
+                calls.setdefault(str(node.target), []).append(node)
+
+        def is_layer(node: fx.Node) -> bool:
+            return node.op == "call_module" and isinstance(
+                graph_module.get_submodule(str(node.target)), QuantizedLayer
+            )
+
+        order = {node: place for place, node in enumerate(graph_module.graph.nodes)}
+        for slot, (path, nodes) in enumerate(calls.items()):
+            module = graph_module.get_submodule(path)
+            assert isinstance(module, ModeModule)
+            module.slot = slot
+            after = sorted(_nearest(nodes, lambda node: node.users, is_layer), key=order.__getitem__)
+            before = sorted(
+                _nearest(nodes, lambda node: node.all_input_nodes, is_layer), key=order.__getitem__
+            )
+            if isinstance(module, QuantizedLayer):
+                deciding = nodes[:1]
+            elif isinstance(module, ActivationQuantizer):
+                deciding = after
+            else:
+                deciding = before[-1:] or after[:1]
+            module.layers = tuple(dict.fromkeys(str(node.target) for node in deciding))
+        return PassResult(graph_module, bool(calls))
+
+
+def _nearest(
+    starts: Iterable[fx.Node],
+    neighbours: Callable[[fx.Node], Iterable[fx.Node]],
+    wanted: Callable[[fx.Node], bool],
+) -> list[fx.Node]:
+    """The wanted nodes that can be reached without passing another one."""
+    waiting = [one for start in starts for one in neighbours(start)]
+    seen, found = set(waiting), []
+    while waiting:
+        node = waiting.pop()
+        if wanted(node):
+            found.append(node)
+            continue
+        fresh = [one for one in neighbours(node) if one not in seen]
+        seen.update(fresh)
+        waiting.extend(fresh)
+    return found

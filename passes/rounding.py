@@ -1,0 +1,108 @@
+"""Rounding of activations, and layers that round again in their backward instead of keeping the result.
+
+A layer on a rounded input would save that input for the gradient of its weight, beside the tensor before
+rounding, which normalisation or activation functions save anyway. Rounding is cheap, so `rounded_layer` saves
+the latter only: a training step then keeps what the float network keeps. Compilers decide this for themselves
+(their partitioner recomputes cheap operators), so it is for eager code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from .geometry import Geometry
+
+#: A code: a number where the mode is uniform, a () tensor where a policy decides it.
+Bound: TypeAlias = "float | Tensor"
+
+_NOTE = "_qcompile_rounding"
+
+
+def rounded(x: Tensor, step: Tensor, low: Any, high: Any) -> Tensor:
+    """step * clip(round(x / step), low, high), ties to even, in the dtype of `x`.
+
+    Half types divide in single precision: their own quotients would move values over the ties.
+    """
+    if x.dtype in (torch.float16, torch.bfloat16):
+        return (x.float() / step.float()).clamp_(low, high).round_().mul_(step.float()).to(x.dtype)
+    return (x / step).clamp_(low, high).round_().mul_(step)
+
+
+class Again:
+    """A tensor rounded again in a backward, for all who need it there: layers, then the quantiser."""
+
+    def __init__(self) -> None:
+        self._tensor: Tensor | None = None
+
+    def keep(self, *operands: Any) -> Tensor:
+        """`rounded(*operands)`, kept until the quantiser's backward, which follows that of its readers."""
+        if self._tensor is None:
+            self._tensor = rounded(*operands)
+        return self._tensor
+
+    def take(self, *operands: Any) -> Tensor:
+        """The same, and kept no longer."""
+        found, self._tensor = self.keep(*operands), None
+        return found
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What it takes to round again: the input, the step () and the range of codes."""
+
+    source: Tensor
+    step: Tensor
+    low: Bound
+    high: Bound
+    again: Again
+
+
+def with_note(output: Tensor, rounding: Rounding) -> Tensor:
+    """The rounded tensor, with a note of how it came about for the layers that read it as it is."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        detached = replace(rounding, source=rounding.source.detach(), step=rounding.step.detach())
+        setattr(output, _NOTE, detached)
+    return output
+
+
+class _RoundedLayer(torch.autograd.Function):
+    """A layer on a rounded input; what it keeps of the input is the tensor before rounding."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, rounding: Rounding
+    ) -> Tensor:
+        tensors = [one for one in (rounding.low, rounding.high) if isinstance(one, Tensor)]
+        ctx.bounds = None if tensors else (rounding.low, rounding.high)
+        ctx.save_for_backward(weight, rounding.source, rounding.step, *tensors)
+        ctx.again, ctx.geometry, ctx.bias_shape = (
+            rounding.again,
+            geometry,
+            None if bias is None else bias.shape,
+        )
+        return geometry.apply(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        weight, source, step, *tensors = ctx.saved_tensors
+        low, high = tensors or ctx.bounds
+        x = ctx.again.keep(source, step, low, high).to(weight.dtype)
+        found = ctx.geometry.gradients(gradients[0], x, weight, ctx.bias_shape, ctx.needs_input_grad[:3])
+        return *found, None, None
+
+
+def apply_layer(geometry: Geometry, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The layer, keeping as little as it can for its backward."""
+    rounding: Rounding | None = None if torch.compiler.is_compiling() else getattr(x, _NOTE, None)
+    if rounding is None or not geometry.has_gradients:
+        return geometry.apply(x, weight, bias)
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    with torch.autocast(device, enabled=False):
+        return _RoundedLayer.apply(x, weight, bias, geometry, rounding)

@@ -1,0 +1,124 @@
+"""The integer graphs that eval mode runs: folded when first needed, dropped when the model changes."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from .modes import ActiveMode, Mode, Policy
+from .passes.integer_model import IntegerModel
+from .policy_rows import policy_of
+
+if TYPE_CHECKING:
+    from .model import QuantModel
+
+_Key = tuple["Mode | Policy", tuple[tuple[int, ...], ...]]
+
+
+class FoldedModes:
+    """A cache of integer graphs by mode and input shapes; several threads may ask at once."""
+
+    def __init__(self) -> None:
+        self._graphs: dict[_Key, IntegerModel] = {}
+        self._fingerprint: tuple[Any, ...] = ()
+        self._lock = threading.RLock()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FoldedModes:
+        """Empty: graphs are folded again on demand."""
+        return FoldedModes()
+
+    def clear(self) -> None:
+        """Forget all graphs."""
+        with self._lock:
+            self._graphs = {}
+
+    def graph(
+        self, model: QuantModel, precision: Mode | Policy, shapes: Sequence[Sequence[int]]
+    ) -> IntegerModel:
+        """The graph of one mode, folded anew if a parameter or buffer changed since."""
+        fingerprint = _fingerprint(model)
+        # dimension 0 is the batch, which integer graphs leave open
+        key = (precision, tuple(tuple(shape[1:]) for shape in shapes))
+        with self._lock:
+            if fingerprint != self._fingerprint:
+                self._graphs, self._fingerprint = {}, fingerprint
+            if key not in self._graphs:
+                self._graphs[key] = model.converted(precision, shapes)
+            return self._graphs[key]
+
+
+def _fingerprint(model: QuantModel) -> tuple[Any, ...]:
+    """Changes with every write to a parameter or buffer.
+
+    Version counters see in-place writes; the norms see writes through `.data`, which they miss.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    floats = [tensor.detach() for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
+    norms = tuple(torch.stack([n.double() for n in torch._foreach_norm(floats)]).tolist()) if floats else ()
+    return tuple((tensor._version, tensor.data_ptr()) for tensor in tensors), norms
+
+
+#: Models by handle, for compiled code, which cannot carry Python objects.
+_MODELS: weakref.WeakValueDictionary[int, QuantModel] = weakref.WeakValueDictionary()
+
+_HANDLES = itertools.count()
+
+
+def handle_of(model: QuantModel) -> int:
+    """A number by which compiled code finds this model for as long as it lives."""
+    handle = next(_HANDLES)
+    _MODELS[handle] = model
+    return handle
+
+
+def run_integers(model: QuantModel, active: ActiveMode, inputs: Sequence[Tensor]) -> Any:
+    """Run the folded graph of the active mode, in full precision whatever autocast says.
+
+    Compiled code calls it as one opaque operator: it looks for changed parameters each time, and executes the
+    very same integers.
+    """
+    if torch.compiler.is_compiling():
+        number = torch.tensor(active.row) if active.number is None else active.number
+        return tuple(torch.ops.qcompile.run_folded(list(inputs), model.handle, number, active.rows))
+    return _run(model, active, inputs)
+
+
+def _run(model: QuantModel, active: ActiveMode, inputs: Sequence[Tensor]) -> Any:
+    precision = model.prepared_modes[active.row] if active.policy is None else active.policy
+    device = inputs[0].device.type if inputs else "cpu"
+    with torch.no_grad(), torch.autocast(device, enabled=False):
+        return model.integer_model(precision, [tuple(one.shape) for one in inputs])(*inputs)
+
+
+@torch.library.custom_op("qcompile::run_folded", mutates_args=())
+def run_folded(inputs: Sequence[Tensor], handle: int, number: Tensor, rows: Tensor | None) -> list[Tensor]:
+    """`run_integers` for compiled code: flat tensors in, flat tensors out."""
+    model = _MODELS[handle]
+    active = ActiveMode(int(number), rows, policy=None if rows is None else policy_of(model, rows.tolist()))
+    # operators may not return what they were given
+    return [one.clone() for one in _run(model, active, inputs)]
+
+
+@run_folded.register_fake
+def _(inputs: Sequence[Tensor], handle: int, number: Tensor, rows: Tensor | None) -> list[Tensor]:
+    model = _MODELS[handle]
+    with unset_fake_temporarily():
+        found = _output_shapes(model, [(tuple(map(int, one.shape[1:])), one.dtype) for one in inputs])
+    batch = inputs[0].shape[0]
+    return [inputs[0].new_empty([batch * share, *rest], dtype=dtype) for share, rest, dtype in found]
+
+
+def _output_shapes(
+    model: QuantModel, inputs: Sequence[tuple[tuple[int, ...], torch.dtype]]
+) -> list[tuple[int, tuple[int, ...], torch.dtype]]:
+    """(rows per sample, other sizes, dtype) of every output; those of any mode are those of all."""
+    device = next((one.device for one in model.parameters()), torch.device("cpu"))
+    zeros = [torch.zeros((2, *shape), dtype=dtype, device=device) for shape, dtype in inputs]
+    return [(one.shape[0] // 2, tuple(one.shape[1:]), one.dtype) for one in _run(model, ActiveMode(), zeros)]

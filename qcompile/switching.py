@@ -1,0 +1,108 @@
+"""Which mode a model runs at: `modes`, `set_bits`, `bits` and `at`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from .model import MultiModeModel, QuantModel
+from .modes import Mode, Policy
+from .wrappers import as_multi_mode
+
+
+class ModeView(nn.Module):
+    """A prepared model seen at one mode; shares all parameters and holds no state of its own.
+
+    Two views of one model may run in different threads.
+    """
+
+    def __init__(self, model: MultiModeModel, mode: Mode | Policy) -> None:
+        super().__init__()
+        self.model = model
+        self.mode = mode
+        self.rows = model.rows_of(mode) if isinstance(model, QuantModel) else None
+        self.training = model.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the view's mode."""
+        if self.rows is None:
+            return self.model.run(self.mode, args, kwargs)
+        return self.model(*args, qcompile_mode=self.rows, **kwargs)
+
+
+def modes(model: nn.Module) -> tuple[int | str, ...]:
+    """The modes of a prepared or loaded model, increasing.
+
+    Args:
+        model: from `qcompile.prepare` or `qcompile.load`, or a wrapper around one.
+
+    Returns:
+        Bit-widths, or names such as `w2a4` where weights and activations differ.
+
+    Raises:
+        InvalidInputType: if the model is neither.
+    """
+    return tuple(mode.label for mode in as_multi_mode(model).prepared_modes)
+
+
+def set_bits(model: nn.Module, bits: int | str | Mode | Policy) -> None:
+    """Make one prepared mode, or a policy, the active one. No weights are copied.
+
+    Args:
+        model: from `qcompile.prepare` or `qcompile.load`, or a wrapper around one.
+        bits: a bit-width, a name such as `w2a4`, a `Mode`, or a `Policy`.
+
+    Raises:
+        InvalidArgument: if the mode was not prepared; the message lists those that were.
+        InvalidInputType: if the model was neither prepared nor loaded.
+    """
+    checked = as_multi_mode(model)
+    _activate(checked, checked.find(bits))
+
+
+def _activate(model: MultiModeModel, precision: Mode | Policy) -> None:
+    model.active = precision
+    if isinstance(model, QuantModel):
+        model.active_rows = model.rows_of(precision)
+
+
+@contextmanager
+def bits(model: nn.Module, value: int | str | Mode | Policy) -> Iterator[nn.Module]:
+    """Run a block at one mode and return to the previous one afterwards.
+
+    Args:
+        model: from `qcompile.prepare` or `qcompile.load`, or a wrapper around one; the block is given it.
+        value: a bit-width, a name such as `w2a4`, a `Mode`, or a `Policy`.
+
+    Raises:
+        InvalidArgument: if the mode was not prepared.
+        InvalidInputType: if the model was neither prepared nor loaded.
+    """
+    checked = as_multi_mode(model)
+    before = checked.active
+    set_bits(checked, value)
+    try:
+        yield model
+    finally:
+        _activate(checked, before)
+
+
+def at(model: nn.Module, bits: int | str | Mode | Policy) -> ModeView:
+    """A view of the model at one mode, for threads, teachers and serving; it shares every parameter.
+
+    Args:
+        model: from `qcompile.prepare` or `qcompile.load`, or a wrapper around one.
+        bits: a bit-width, a name such as `w2a4`, a `Mode`, or a `Policy`.
+
+    Returns:
+        A module that is called like the model; the active mode of the model does not matter to it.
+
+    Raises:
+        InvalidArgument: if the mode was not prepared.
+        InvalidInputType: if the model was neither prepared nor loaded.
+    """
+    checked = as_multi_mode(model)
+    return ModeView(checked, checked.find(bits))

@@ -1,0 +1,144 @@
+"""What the tests run on several ranks, each a process with the gloo backend, and how they run it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from nets import Residual
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch import multiprocessing
+from torch.nn.parallel import DistributedDataParallel
+
+import qcompile
+from qcompile.passes.schemes.vertical import VerticalConfig
+
+STEPS, BATCH = 20, 8
+
+
+def on_ranks(count: int, job: Callable[..., Any], *args: Any) -> list[Any]:
+    """Results of `job(rank, count, *args)` by rank."""
+    with tempfile.TemporaryDirectory() as folder:
+        multiprocessing.spawn(_rank, (count, folder, job, args), nprocs=count)
+        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(count)]
+
+
+def _rank(rank: int, count: int, folder: str, job: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=count)
+    try:
+        torch.save(job(rank, count, *args), Path(folder) / f"{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def batches(steps: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    """The same batches for everyone."""
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (
+            torch.randn(BATCH, 3, 8, 8, generator=generator, dtype=dtype),
+            torch.randint(0, 5, (BATCH,), generator=generator),
+        )
+        for _ in range(steps)
+    ]
+
+
+def prepared(dtype: torch.dtype, config: VerticalConfig) -> nn.Module:
+    """The same model for everyone."""
+    torch.manual_seed(0)
+    model = Residual().to(dtype)
+    return qcompile.prepare(
+        model, torch.zeros(2, 3, 8, 8, dtype=dtype), bits=(2, 3, 4), config=config
+    ).train()
+
+
+def train(
+    rank: int,
+    count: int,
+    recipe: str,
+    dtype: torch.dtype,
+    steps: int = STEPS,
+    micro: int = 1,
+    moo: str = "us",
+    calibrated: bool = False,
+) -> tuple[list[Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """Losses of every step, averaged over the ranks; gradients of the first step; the final state.
+
+    Recipes: `alone` (no wrapper), `model` and `per mode` (data parallel around the model), `joint` (around
+    the joint loss), `sharded` (fully_shard).
+    """
+    config = VerticalConfig(moo=moo)
+    model = prepared(dtype, config)
+    if calibrated:
+        qcompile.calibrate(model, [x for x, _ in batches(1, dtype)])
+    if count > 1:
+        qcompile.sync_batch_norm(model)
+    wrapped: nn.Module = model
+    if recipe in ("model", "per mode"):
+        wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+    joint = qcompile.JointLoss(wrapped, nn.CrossEntropyLoss())
+    called = DistributedDataParallel(joint) if recipe == "joint" else joint
+    if recipe == "sharded":
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    losses, first = [], {}
+    for x, y in batches(steps, dtype):
+        optimizer.zero_grad()
+        total = torch.zeros((), dtype=dtype)
+        pieces = list(zip(x.chunk(micro), y.chunk(micro), strict=True))
+        for number, (images, labels) in enumerate(pieces):
+            own = images.chunk(count)[rank], labels.chunk(count)[rank]
+            if recipe == "joint" or (recipe == "alone" and moo == "us"):
+                waits = recipe == "joint" and number + 1 < len(pieces)
+                loss = _whole(called, own, waits)
+            elif recipe == "per mode":
+                loss = _per_mode(joint, wrapped, own, waits=number + 1 < len(pieces))
+            else:
+                loss = _backward(joint, wrapped, own, waits=number + 1 < len(pieces))
+            total += loss.detach() / micro
+        if count > 1:
+            dist.all_reduce(total)
+        losses.append(total / count)
+        if not first:
+            first = {name: _whole_tensor(one.grad) for name, one in model.named_parameters()}
+        optimizer.step()
+    return losses, first, {name: _whole_tensor(value) for name, value in model.state_dict().items()}
+
+
+def _whole_tensor(value: Any) -> Tensor:
+    whole = value.full_tensor() if hasattr(value, "full_tensor") else value
+    return whole.detach().clone()
+
+
+def _quiet(module: nn.Module, waits: bool) -> Any:
+    from contextlib import nullcontext
+
+    return module.no_sync() if waits and isinstance(module, DistributedDataParallel) else nullcontext()
+
+
+def _whole(called: nn.Module, own: tuple[Tensor, Tensor], waits: bool) -> Tensor:
+    with _quiet(called, waits):
+        loss = called(*own)
+        loss.backward()
+    return loss
+
+
+def _backward(joint: qcompile.JointLoss, wrapped: nn.Module, own: Any, waits: bool) -> Tensor:
+    with _quiet(wrapped, waits):
+        return joint.backward(*own)
+
+
+def _per_mode(joint: qcompile.JointLoss, wrapped: nn.Module, own: Any, waits: bool) -> Tensor:
+    total = torch.zeros((), dtype=own[0].dtype)
+    with _quiet(wrapped, waits):
+        for loss in joint.losses_per_mode(*own):
+            loss.backward()
+            total += loss.detach()
+    return total
