@@ -42,10 +42,12 @@ class ModeBatchNorm(ModeModule):
         weight, bias: (rows or 1, channels), or None where the float layer has none.
         running_mean, running_var: (rows or 1, channels).
         num_batches_tracked: (rows or 1,) int64.
+        counts_batches: whether training updates the running statistics; not where a batch comes by again.
         ranks: the processes whose batches are normalised together in training; None for this one's alone.
     """
 
     ranks: ProcessGroup | None = None
+    counts_batches: bool = True
 
     weight: Tensor | None
     bias: Tensor | None
@@ -108,6 +110,8 @@ class ModeBatchNorm(ModeModule):
         mean, variance = picked(means, statistics), picked(variances, statistics)
         if not self.training:
             return functional.batch_norm(x, mean, variance, weight, bias, False, 0.0, self.eps)
+        if not self.counts_batches:
+            mean, variance = mean.clone(), variance.clone()
         share = self._share_of_this_batch(statistics)
         if isinstance(share, float) and isinstance(statistics, int) and self.ranks is None:
             return functional.batch_norm(x, mean, variance, weight, bias, True, share, self.eps)
@@ -116,6 +120,8 @@ class ModeBatchNorm(ModeModule):
             output = functional.batch_norm(x, centre, spread, weight, bias, True, 1.0, self.eps)
         else:
             output, centre, spread = synchronised_batch_norm(x, weight, bias, self.eps, self.ranks)
+        if not self.counts_batches:
+            return output
         with torch.no_grad():
             store(means, statistics, torch.lerp(mean, centre.to(mean.dtype), share))
             store(variances, statistics, torch.lerp(variance, spread.to(mean.dtype), share))
@@ -125,7 +131,8 @@ class ModeBatchNorm(ModeModule):
         """Count the batch; return its weight in the running statistics, a () tensor where that depends."""
         assert self.num_batches_tracked is not None
         count = picked(self.num_batches_tracked, row) + 1
-        store(self.num_batches_tracked, row, count)
+        if self.counts_batches:
+            store(self.num_batches_tracked, row, count)
         if self.momentum is not None:
             return self.momentum
         assert self.running_mean is not None

@@ -29,8 +29,12 @@ class TensorInput:
     dtype: torch.dtype | None = None
     shape: tuple[int | None, ...] | None = None
 
-    def check(self, value: Any) -> Tensor:
+    def check(self, value: Any, floats: torch.dtype | None = None) -> Tensor:
         """The value itself if it fits this input.
+
+        Args:
+            value: what a call passes.
+            floats: another dtype that is fine where the example was floating: the parameters' own by now.
 
         Raises:
             InvalidInputType: if it is not a tensor, or has another dtype.
@@ -38,7 +42,8 @@ class TensorInput:
         """
         if not isinstance(value, Tensor):
             raise InvalidInputType(f"input '{self.name}' must be a tensor, got {type(value).__name__}")
-        if self.dtype is not None and value.dtype != self.dtype:
+        converted = self.dtype is not None and self.dtype.is_floating_point and value.dtype == floats
+        if self.dtype is not None and value.dtype != self.dtype and not converted:
             raise InvalidInputType(
                 f"input '{self.name}' has dtype {value.dtype} but was captured with {self.dtype}; "
                 f"pass {self.name}.to({self.dtype})"
@@ -96,12 +101,18 @@ class CallSignature:
     out_spec: pytree.TreeSpec
     out_leaves: tuple[int | Constant, ...]
 
-    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> list[Tensor]:
+    def bind(
+        self,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any] | None = None,
+        floats: torch.dtype | None = None,
+    ) -> list[Tensor]:
         """Flatten a call of the model into the graph's inputs.
 
         Args:
             args: positional arguments of the call.
             kwargs: keyword arguments of the call.
+            floats: dtype that floating inputs may have besides that of their example.
 
         Returns:
             One tensor per placeholder, in order.
@@ -128,7 +139,7 @@ class CallSignature:
                             "the graph; prepare the model again with the new value"
                         )
                 else:
-                    flat[leaf] = self.inputs[leaf].check(value)
+                    flat[leaf] = self.inputs[leaf].check(value, floats)
         return [flat[index] for index in range(len(self.inputs))]
 
     def restore(self, outputs: Sequence[Any]) -> Any:

@@ -67,7 +67,7 @@ def set_first_steps(model: QuantModel, active: ActiveMode, inputs: Sequence[Any]
 
 @contextmanager
 def _statistics_untouched(model: nn.Module) -> Iterator[None]:
-    """Let batch normalisation write into copies; writing back would disturb graphs that saved the statistics."""
+    """Let batch normalisation write into copies; writing back would disturb graphs that saved statistics."""
     norms = [one for one in model.modules() if isinstance(one, ModeBatchNorm)]
     saved = [dict(norm._buffers) for norm in norms]
     try:

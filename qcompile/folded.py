@@ -94,7 +94,12 @@ def _run(model: QuantModel, active: ActiveMode, inputs: Sequence[Tensor]) -> Any
     precision = model.prepared_modes[active.row] if active.policy is None else active.policy
     device = inputs[0].device.type if inputs else "cpu"
     with torch.no_grad(), torch.autocast(device, enabled=False):
-        return model.integer_model(precision, [tuple(one.shape) for one in inputs])(*inputs)
+        # graphs are folded for the dtypes of the examples, whatever the parameters were converted to since
+        found = [
+            one if info.dtype is None else one.to(info.dtype)
+            for one, info in zip(inputs, model.signature.inputs, strict=True)
+        ]
+        return model.integer_model(precision, [tuple(one.shape) for one in inputs])(*found)
 
 
 @torch.library.custom_op("qcompile::run_folded", mutates_args=())

@@ -23,6 +23,7 @@ from .passes.quantizers import ActivationQuantizer, WeightQuantizer
 from .passes.schemes.base import Scheme
 from .passes.signature import CallSignature
 from .policy_rows import check_policy, policy_rows
+from .recompute import marked
 
 
 class MultiModeModel(nn.Module):
@@ -162,12 +163,14 @@ class QuantModel(MultiModeModel):
     def _become_itself(self) -> None:
         """What no two models may share, copies included.
 
-        Compilers count the graphs of one function's code object and give up past a limit, so that the modes of
-        several models would use up each other's share: every model has its own copy of that object.
+        Compilers count the graphs of one function's code object and give up past a limit, so that the modes
+        of several models would use up each other's share: every model has its own copy of that object.
         """
         self.handle = handle_of(self)
         shared = QuantModel.forward
-        own = FunctionType(shared.__code__.replace(), shared.__globals__, shared.__name__, shared.__defaults__)
+        own = FunctionType(
+            shared.__code__.replace(), shared.__globals__, shared.__name__, shared.__defaults__
+        )
         own.__kwdefaults__ = shared.__kwdefaults__
         self.__dict__["forward"] = MethodType(own, self)
 
@@ -184,12 +187,12 @@ class QuantModel(MultiModeModel):
             qcompile_mode: the rows of another mode, see `rows_of`.
         """
         active = self.active_rows if qcompile_mode is None else qcompile_mode
-        inputs = self.signature.bind(args, kwargs)
+        inputs = self.signature.bind(args, kwargs, self._floats())
         if not torch.compiler.is_compiling():
             self.last_shapes = tuple(tuple(one.shape) for one in inputs)
         if self.training:
             self._require_steps(active, inputs)
-            outputs = self.float_chain(active, inputs)
+            outputs = marked(self.float_chain(active, inputs), active)
         else:
             outputs = run_integers(self, active, inputs)
         return self.signature.restore(outputs)
@@ -212,7 +215,11 @@ class QuantModel(MultiModeModel):
     def require_steps(self, active: ActiveMode, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         """Set activation steps that were never set from the inputs of a first call, in training mode."""
         if self.training:
-            self._require_steps(active, self.signature.bind(args, kwargs))
+            self._require_steps(active, self.signature.bind(args, kwargs, self._floats()))
+
+    def _floats(self) -> torch.dtype | None:
+        """What the model was converted to: `.double()`, or the compute dtype of sharded mixed precision."""
+        return next((one.dtype for one in self.parameters() if one.is_floating_point()), None)
 
     def _require_steps(self, active: ActiveMode, inputs: Sequence[Any]) -> None:
         if not (all(self.steps_set) if active.policy is not None else self.steps_set[active.row]):

@@ -59,8 +59,8 @@ def policy_of(model: QuantModel, rows: Sequence[int]) -> Policy:
     """The policy that has these rows."""
     return Policy(
         {
-            path: model.prepared_modes[rows[module.slot]]
-            for path, module in model.named_modules()
+            module.layers[0]: model.prepared_modes[rows[module.slot]]
+            for module in model.modules()
             if isinstance(module, QuantizedLayer)
         }
     )

@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from nets import Residual
-from torch import Tensor, nn
+from torch import Tensor, multiprocessing, nn
 from torch import distributed as dist
-from torch import multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
 import qcompile
@@ -34,6 +33,11 @@ def _rank(rank: int, count: int, folder: str, job: Callable[..., Any], args: tup
         torch.save(job(rank, count, *args), Path(folder) / f"{rank}.pt")
     finally:
         dist.destroy_process_group()
+
+
+def all_of(rank: int, count: int, jobs: list[tuple[Callable[..., Any], dict[str, Any]]]) -> list[Any]:
+    """Several jobs in the same processes."""
+    return [job(rank, count, **options) for job, options in jobs]
 
 
 def batches(steps: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
@@ -142,3 +146,94 @@ def _per_mode(joint: qcompile.JointLoss, wrapped: nn.Module, own: Any, waits: bo
             loss.backward()
             total += loss.detach()
     return total
+
+
+def refusals(rank: int, count: int) -> dict[str, str]:
+    """What wrong set-ups are told."""
+    model = prepared(torch.float32, VerticalConfig())
+    x, y = (piece.chunk(count)[rank] for piece in batches(1, torch.float32)[0])
+    criterion = nn.CrossEntropyLoss()
+    around_model = DistributedDataParallel(model, find_unused_parameters=True)
+    around_joint = DistributedDataParallel(qcompile.JointLoss(model, criterion))
+    calls: dict[str, Callable[[], Any]] = {
+        "no wrapper, backward": lambda: qcompile.JointLoss(model, criterion).backward(x, y),
+        "no wrapper, call": lambda: qcompile.JointLoss(model, criterion)(x, y),
+        "no wrapper, per mode": lambda: list(qcompile.JointLoss(model, criterion).losses_per_mode(x, y)),
+        "find_unused_parameters": lambda: qcompile.JointLoss(
+            DistributedDataParallel(model), criterion
+        ).backward(x, y),
+        "static_graph": lambda: qcompile.JointLoss(
+            DistributedDataParallel(model, find_unused_parameters=True, static_graph=True), criterion
+        ).backward(x, y),
+        "called with a wrapped model": lambda: qcompile.JointLoss(around_model, criterion)(x, y),
+        "backward of the inner joint loss": lambda: around_joint.module.backward(x, y),
+        "loop reduces itself": lambda: qcompile.JointLoss(model, criterion, reduces_itself=True).backward(
+            x, y
+        ),
+    }
+    said = {}
+    for name, call in calls.items():
+        try:
+            call()
+            said[name] = ""
+        except qcompile.errors.InvalidArgument as error:
+            said[name] = str(error)
+    return said
+
+
+def first_steps(rank: int, count: int) -> dict[str, Tensor]:
+    """Activation steps after a first batch that differs between the ranks."""
+    model = prepared(torch.float64, VerticalConfig())
+    qcompile.sync_batch_norm(model)
+    x = batches(1, torch.float64)[0][0].chunk(count)[rank]
+    for bits in qcompile.modes(model):
+        qcompile.at(model, bits)(x)
+    return {name: value.detach().clone() for name, value in model.named_parameters() if "input_q" in name}
+
+
+def nan_on_one_rank(rank: int, count: int) -> str:
+    """What every rank says if one of them gets a batch with NaN first."""
+    model = prepared(torch.float32, VerticalConfig())
+    x = batches(1, torch.float32)[0][0].chunk(count)[rank]
+    try:
+        model(x if rank else x * torch.nan)
+    except qcompile.errors.InvalidArgument as error:
+        return str(error)
+    return ""
+
+
+def unset_and_sharded(rank: int, count: int) -> str:
+    """What a model is told that is sharded before its steps are set."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = prepared(torch.float32, VerticalConfig())
+    fully_shard(model)
+    try:
+        model(batches(1, torch.float32)[0][0])
+    except qcompile.errors.InvalidArgument as error:
+        return str(error)
+    return ""
+
+
+def batch_norm(rank: int, count: int, momentum: float | None) -> tuple[Tensor, ...]:
+    """Output, input gradient, parameter gradients and statistics of one row over both ranks' batches."""
+    from qcompile.modes import ActiveMode
+    from qcompile.passes.batchnorm import ModeBatchNorm
+
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(5, 4, 3, 3, generator=generator, dtype=torch.float64) * 3 + 1
+    upstream = torch.randn(5, 4, 3, 3, generator=generator, dtype=torch.float64)
+    # ranks may have batches of different sizes
+    own, gradient = (one.split([3, 2])[rank] if count > 1 else one for one in (x, upstream))
+    own = own.clone().requires_grad_()
+    layer = ModeBatchNorm(nn.BatchNorm2d(4, momentum=momentum).double(), 2, "full")
+    if count > 1:
+        layer.ranks = dist.group.WORLD
+    for _ in range(2):
+        output = layer(own, ActiveMode(1))
+    output.backward(gradient)
+    grads = [layer.weight.grad, layer.bias.grad]
+    if count > 1:
+        for one in grads:
+            dist.all_reduce(one)
+    return output.detach(), own.grad, *grads, layer.running_mean, layer.running_var

@@ -1,0 +1,122 @@
+"""Two ranks (processes with gloo) against one with the doubled batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import rank_jobs
+import torch
+
+RECIPES = ("model", "per mode", "joint")
+DOUBLE = {"dtype": torch.float64}
+
+_JOBS: dict[str, tuple[Any, dict[str, Any]]] = {
+    **{
+        f"{recipe}, {micro}": (rank_jobs.train, {"recipe": recipe, "micro": micro, **DOUBLE})
+        for recipe in RECIPES
+        for micro in (1, 2)
+    },
+    **{
+        f"{recipe}, float32": (rank_jobs.train, {"recipe": recipe, "dtype": torch.float32, "steps": 1})
+        for recipe in RECIPES
+    },
+    "mgd": (rank_jobs.train, {"recipe": "model", "moo": "mgd", **DOUBLE}),
+    "calibrated": (rank_jobs.train, {"recipe": "model", "calibrated": True, "micro": 2, **DOUBLE}),
+    "sharded": (rank_jobs.train, {"recipe": "sharded", "calibrated": True, "micro": 2, **DOUBLE}),
+    "refusals": (rank_jobs.refusals, {}),
+    "first steps": (rank_jobs.first_steps, {}),
+    "nan": (rank_jobs.nan_on_one_rank, {}),
+    "unset and sharded": (rank_jobs.unset_and_sharded, {}),
+    "batch norm, 0.1": (rank_jobs.batch_norm, {"momentum": 0.1}),
+    "batch norm, None": (rank_jobs.batch_norm, {"momentum": None}),
+}
+
+
+@pytest.fixture(scope="module")
+def on_two() -> dict[str, list[Any]]:
+    """Results of all jobs by name and rank, from one start of two processes."""
+    found = rank_jobs.on_ranks(2, rank_jobs.all_of, list(_JOBS.values()))
+    return {name: [results[place] for results in found] for place, name in enumerate(_JOBS)}
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_twenty_steps_give_the_losses_of_one_rank(on_two, recipe, micro):
+    expected, gradients, state = rank_jobs.train(0, 1, "alone", torch.float64, micro=micro)
+    assert abs(float(expected[0]) - float(expected[-1])) > 1e-2  # it trains
+    for losses, found, end in on_two[f"{recipe}, {micro}"]:
+        torch.testing.assert_close(losses, expected, rtol=0, atol=1e-9)
+        torch.testing.assert_close(found, gradients, rtol=0, atol=1e-9)
+        torch.testing.assert_close(end, state, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_first_gradients_agree_in_single_precision(on_two, recipe):
+    _, expected, _ = rank_jobs.train(0, 1, "alone", torch.float32, steps=1)
+    for _, found, _ in on_two[f"{recipe}, float32"]:
+        for name, value in expected.items():
+            difference = float((found[name] - value).abs().max())
+            assert difference <= 1e-4 * max(1.0, float(value.abs().max())), name
+
+
+def test_min_norm_weights_follow_from_the_gradients_of_all_ranks(on_two):
+    expected, _, _ = rank_jobs.train(0, 1, "alone", torch.float64, moo="mgd")
+    for losses, _, _ in on_two["mgd"]:
+        torch.testing.assert_close(losses, expected, rtol=0, atol=1e-9)
+
+
+def test_sharded_parameters_train_as_replicated_ones(on_two):
+    for (losses, gradients, state), (other, found, end) in zip(
+        on_two["calibrated"], on_two["sharded"], strict=True
+    ):
+        torch.testing.assert_close(other, losses, rtol=0, atol=1e-9)
+        torch.testing.assert_close(found, gradients, rtol=0, atol=1e-9)
+        torch.testing.assert_close(end, state, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("no wrapper, backward", "nothing reduces the gradients of 2 ranks"),
+        ("no wrapper, call", "nothing reduces the gradients of 2 ranks"),
+        ("no wrapper, per mode", "nothing reduces the gradients of 2 ranks"),
+        ("find_unused_parameters", "pass find_unused_parameters=True"),
+        ("static_graph", "no static_graph=True"),
+        ("called with a wrapped model", "use joint.backward"),
+        ("backward of the inner joint loss", "nothing reduces the gradients of 2 ranks"),
+    ],
+)
+def test_wrong_settings_are_told_the_way_out_in_one_line(on_two, setting, words):
+    for said in on_two["refusals"]:
+        assert words in said[setting]
+        assert "\n" not in said[setting]
+
+
+def test_a_loop_that_reduces_by_itself_is_let_through(on_two):
+    assert [said["loop reduces itself"] for said in on_two["refusals"]] == ["", ""]
+
+
+def test_the_first_batch_sets_the_same_steps_on_all_ranks(on_two):
+    one, other = on_two["first steps"]
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_every_rank_stops_at_a_first_batch_with_nan(on_two):
+    assert all("NaN or infinity" in said for said in on_two["nan"])
+
+
+def test_steps_come_before_sharding(on_two):
+    assert all("before fully_shard" in said for said in on_two["unset and sharded"])
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_synchronised_batch_norm_is_batch_norm_of_all_batches(on_two, momentum):
+    expected = rank_jobs.batch_norm(0, 1, momentum)
+    found = on_two[f"batch norm, {momentum}"]
+    for place in (0, 1):  # output and input gradient lie split over the ranks
+        joined = torch.cat([results[place] for results in found])
+        torch.testing.assert_close(joined, expected[place], rtol=1e-12, atol=1e-12)
+    for results in found:
+        for one, other in zip(results[2:], expected[2:], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
