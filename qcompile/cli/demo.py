@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import MissingExtra
 from ..file.load import load
 from ..file.save import save
 from ..joint_loss import JointLoss
@@ -21,34 +20,12 @@ from ..model import QuantModel
 from ..own_parameters import param_groups
 from ..prepare import prepare
 from ..switching import at
+from .digits import DigitsNet, digits
 from .evaluate import top1
 from .tables import print_json, print_table
 
 TARGET = "onnx-qdq"
 FLOAT_EPOCHS, JOINT_EPOCHS, BATCH = 20, 20, 64
-
-
-class DigitsNet(nn.Module):
-    """A small residual network for 8 x 8 grey images."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
-        self.left = nn.Sequential(
-            nn.Conv2d(16, 32, 3, stride=2, padding=1, bias=False),
-            nn.BatchNorm2d(32),
-            nn.ReLU(),
-            nn.Conv2d(32, 32, 3, padding=1, bias=False),
-            nn.BatchNorm2d(32),
-        )
-        self.right = nn.Sequential(nn.Conv2d(16, 32, 1, stride=2, bias=False), nn.BatchNorm2d(32))
-        self.head = nn.Linear(32, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, 1, 8, 8) images to (N, 10) logits."""
-        x = self.stem(x)
-        x = torch.relu(self.left(x) + self.right(x))
-        return self.head(x.mean((2, 3)))
 
 
 def demo_command(output: Path | None, as_json: bool) -> None:
@@ -63,7 +40,7 @@ def demo_command(output: Path | None, as_json: bool) -> None:
 
 def _run(output: Path | None, as_json: bool) -> None:
     torch.manual_seed(0)
-    x, y, test_x, test_y = _digits()
+    x, y, test_x, test_y = digits()
     network = DigitsNet()
     _fit(network.train(), x, y, FLOAT_EPOCHS, 0.1)
     prepared = prepare(network, x[:2], scheme="vertical", bits=(2, 3, 4))
@@ -127,19 +104,6 @@ class RecordingFile(io.BytesIO):
         count = super().readinto(buffer)
         self.bytes_read += count
         return count
-
-
-def _digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise MissingExtra("the demo needs scikit-learn: pip install 'qcompile[demo,onnx]'") from error
-    digits = load_digits()
-    images = torch.from_numpy(digits.images).float().unsqueeze(1) / 16
-    labels = torch.from_numpy(digits.target).long()
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    images, labels = images[order], labels[order]
-    return images[:1400], labels[:1400], images[1400:], labels[1400:]
 
 
 def _fit(model: nn.Module, x: Tensor, y: Tensor, epochs: int, lr: float) -> None:
