@@ -1,4 +1,4 @@
-"""What a prepared ResNet-20 costs: switching, loading, training steps, running, and what folding changes.
+"""What a prepared ResNet-20 costs: switching, loading, running, and what folding changes.
 
     python benchmarks/resnet20.py
 
@@ -52,7 +52,6 @@ def main() -> None:
     }
     results.update(switching(prepared))
     results.update(loading(prepared))
-    results.update(training_step(network, images))
     results.update(running(network, prepared, images[:1], options.threads))
     results.update(folding(prepared, images[:256]))
     for name, value in results.items():
@@ -91,25 +90,6 @@ def loading(prepared: nn.Module) -> dict[str, float]:
         loads = {f"load {bits} bits, ms": partial(qcompile.load, path, bits=bits) for bits in (2, 3, 4)}
         results.update({name: 1e3 * seconds for name, seconds in best_of(5, loads).items()})
     return results
-
-
-def training_step(network: nn.Module, images: torch.Tensor) -> dict[str, float]:
-    """One joint step against three float steps, batch 64, channels last."""
-    x = images[:64].contiguous(memory_format=torch.channels_last)
-    y = torch.arange(64) % 10
-    plain = cifar10.ResNet20().to(memory_format=torch.channels_last).train()
-    model = qcompile.prepare(network, images[:2], bits=(2, 3, 4)).train()
-    model = model.to(memory_format=torch.channels_last)
-    joint = qcompile.JointLoss(model, nn.CrossEntropyLoss())
-    steps = {
-        "float": lambda: nn.functional.cross_entropy(plain(x), y).backward(),
-        "joint": lambda: joint.backward(x, y),
-    }
-    times = best_of(8, steps)
-    return {
-        "joint step, ms": 1e3 * times["joint"],
-        "joint step / three float steps": times["joint"] / (3 * times["float"]),
-    }
 
 
 def running(network: nn.Module, prepared: nn.Module, image: torch.Tensor, threads: int) -> dict[str, float]:

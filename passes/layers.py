@@ -11,6 +11,7 @@ from qcompile.modes import ActiveMode
 from .geometry import Geometry
 from .mode_input import ModeModule
 from .quantizers import WeightQuantizer
+from .recompute_mark import marked
 from .rounding import apply_layer
 
 
@@ -40,7 +41,7 @@ class QuantizedLayer(ModeModule):
 
     def forward(self, x: Tensor, active: ActiveMode) -> Tensor:
         """Run the layer on an already quantised input: (N, C, *spatial) or (..., features)."""
-        weight = self.weight_quantizer(self.weight, active.row_of(self.slot))
+        weight = marked(self.weight_quantizer(self.weight, active.row_of(self.slot)), active)
         return apply_layer(self.geometry, x, weight, self.bias)
 
     def extra_repr(self) -> str:

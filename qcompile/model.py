@@ -23,7 +23,6 @@ from .passes.quantizers import ActivationQuantizer, WeightQuantizer
 from .passes.schemes.base import Scheme
 from .passes.signature import CallSignature
 from .policy_rows import check_policy, policy_rows
-from .recompute import marked
 
 
 class MultiModeModel(nn.Module):
@@ -192,7 +191,7 @@ class QuantModel(MultiModeModel):
             self.last_shapes = tuple(tuple(one.shape) for one in inputs)
         if self.training:
             self._require_steps(active, inputs)
-            outputs = marked(self.float_chain(active, inputs), active)
+            outputs = self.float_chain(active, inputs)
         else:
             outputs = run_integers(self, active, inputs)
         return self.signature.restore(outputs)

@@ -130,6 +130,11 @@ class ActiveMode:
     policy: Policy | None = None
     number: Tensor | None = None
 
+    @property
+    def mark(self) -> int:
+        """A number that differs between modes, and most likely between policies."""
+        return self.row if self.policy is None else 256 + hash(self.policy) % 2**20
+
     def row_of(self, slot: int) -> int | Tensor:
         """A module's row: an integer, or a (1,) int64 tensor to gather with."""
         return self.row if self.rows is None else self.rows[slot : slot + 1]
