@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import qcompile
+from qcompile.live_bytes import LiveBytes
 from qcompile.timing import best_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
@@ -133,36 +133,11 @@ def _brevitas(x: Tensor) -> nn.Module | None:
     return network
 
 
-class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors that operators made and that are still alive."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._sizes: dict[int, int] = {}
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        import weakref
-
-        made = function(*args, **(kwargs or {}))
-        for one in torch.utils._pytree.tree_leaves(made):
-            if isinstance(one, Tensor):
-                storage = one.untyped_storage()
-                if storage._cdata not in self._sizes:
-                    self._sizes[storage._cdata] = storage.nbytes()
-                    self.live += storage.nbytes()
-                    self.peak = max(self.peak, self.live)
-                    weakref.finalize(storage, self._freed, storage._cdata)
-        return made
-
-    def _freed(self, key: int) -> None:
-        self.live -= self._sizes.pop(key, 0)
-
-
 def _peak(function: Callable[[], Any]) -> float:
     """Most bytes of tensors alive at a time in one call."""
     function()
-    with _LiveBytes() as counter:
+    counter = LiveBytes()
+    with counter:
         function()
     return float(counter.peak)
 

@@ -108,6 +108,8 @@ class ModeBatchNorm(ModeModule):
                 return synchronised_batch_norm(x, weight, bias, self.eps, self.ranks)[0]
             return functional.batch_norm(x, None, None, weight, bias, True, 0.0, self.eps)
         mean, variance = picked(means, statistics), picked(variances, statistics)
+        if weight is not None and weight.dtype != mean.dtype:  # sharding may keep parameters in a half type
+            weight, bias = weight.to(mean.dtype), None if bias is None else bias.to(mean.dtype)
         if not self.training:
             return functional.batch_norm(x, mean, variance, weight, bias, False, 0.0, self.eps)
         if not self.counts_batches:

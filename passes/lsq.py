@@ -48,6 +48,7 @@ class _LsqActivation(torch.autograd.Function):
             output = ctx.again.take(x, step, low, high)
             d_x, d_step = _backward_fused(gradients[0], x, output, float(step), low, high)
         else:
+            ctx.again.drop()
             d_x, d_step = _backward(gradients[0], x, step, low, high)
         return d_x, (d_step * gradient_scale).to(step.dtype), None, None, None, None
 

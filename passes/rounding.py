@@ -46,8 +46,13 @@ class Again:
 
     def take(self, *operands: Any) -> Tensor:
         """The same, and kept no longer."""
-        found, self._tensor = self.keep(*operands), None
+        found = self.keep(*operands)
+        self.drop()
         return found
+
+    def drop(self) -> None:
+        """Forget it."""
+        self._tensor = None
 
 
 @dataclass(frozen=True)

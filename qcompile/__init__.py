@@ -12,6 +12,7 @@ from .lower import lower as lower
 from .modes import Policy as Policy
 from .own_parameters import param_groups as param_groups
 from .prepare import prepare as prepare
+from .recompute import checkpoint_segments as checkpoint_segments
 from .recompute import recomputation as recomputation
 from .registry import schemes as schemes
 from .registry import targets as targets

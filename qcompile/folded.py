@@ -86,7 +86,7 @@ def run_integers(model: QuantModel, active: ActiveMode, inputs: Sequence[Tensor]
     """
     if torch.compiler.is_compiling():
         number = torch.tensor(active.row) if active.number is None else active.number
-        return tuple(torch.ops.qcompile.run_folded(list(inputs), model.handle, number, active.rows))
+        return tuple(torch.ops.qcompile.run_folded(list(inputs), model.model_handle, number, active.rows))
     return _run(model, active, inputs)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from .errors import CaptureError, InvalidArgument, InvalidInputType
-from .first_batch import set_first_steps
+from .first_batch import is_sharded, set_first_steps
 from .folded import FoldedModes, handle_of, run_integers
 from .modes import ActiveMode, Mode, Policy, find_mode
 from .passes.convert import convert_graph
@@ -21,8 +21,10 @@ from .passes.module_tree import module_at
 from .passes.quantize_layers import LayerRecord
 from .passes.quantizers import ActivationQuantizer, WeightQuantizer
 from .passes.schemes.base import Scheme
+from .passes.segments import Segment
 from .passes.signature import CallSignature
 from .policy_rows import check_policy, policy_rows
+from .recompute import run_segments
 
 
 class MultiModeModel(nn.Module):
@@ -138,15 +140,23 @@ class QuantModel(MultiModeModel):
         self._training_chain = namespace["forward"]
         self._folded = FoldedModes()
         self._become_itself()
+        self.checkpoint_pieces: tuple[Segment, ...] = ()
         self.steps_set = [False] * len(scheme.modes)
         self.last_shapes = example_shapes(signature)
 
     @staticmethod
     def _check_names(graph_module: fx.GraphModule) -> None:
         """Refuse the few names that graphs, or later writes to this model's own attributes, cannot share."""
-        reserved = (
-            set(dir(IntegerModel)) | {"mode", "active", "active_rows", "last_shapes", "steps_set", "handle"}
-        ) - set(dir(nn.Module))
+        own = {
+            "mode",
+            "active",
+            "active_rows",
+            "last_shapes",
+            "steps_set",
+            "model_handle",
+            "checkpoint_pieces",
+        }
+        reserved = (set(dir(IntegerModel)) | own) - set(dir(nn.Module))
         for name in (*graph_module._modules, *graph_module._parameters, *graph_module._buffers):
             if name in reserved:
                 raise CaptureError(
@@ -165,7 +175,7 @@ class QuantModel(MultiModeModel):
         Compilers count the graphs of one function's code object and give up past a limit, so that the modes
         of several models would use up each other's share: every model has its own copy of that object.
         """
-        self.handle = handle_of(self)
+        self.model_handle = handle_of(self)
         shared = QuantModel.forward
         own = FunctionType(
             shared.__code__.replace(), shared.__globals__, shared.__name__, shared.__defaults__
@@ -253,6 +263,8 @@ class QuantModel(MultiModeModel):
 
     def float_chain(self, active: ActiveMode, inputs: Sequence[Any]) -> Any:
         """Run the training graph on flat inputs, whatever the training flag says; returns flat outputs."""
+        if self.checkpoint_pieces and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return run_segments(self, inputs, active)
         return self._training_chain(self._users, *inputs, active)
 
     def train(self, mode: bool = True) -> QuantModel:
@@ -270,6 +282,11 @@ class QuantModel(MultiModeModel):
 
     def converted(self, mode: Mode | Policy, shapes: Sequence[Sequence[int]]) -> IntegerModel:
         """A freshly folded integer graph of one mode."""
+        if self._floats() in (torch.float16, torch.bfloat16) and is_sharded(self):
+            raise InvalidArgument(
+                "parameters are sharded in a half type: load get_model_state_dict(model, "
+                "options=StateDictOptions(full_state_dict=True)) into a freshly prepared model"
+            )
         rows = self.rows_of(mode)
         numbers = None if rows.rows is None else rows.rows.tolist()
 

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from nets import example
+from nets import example, trained
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import qcompile
+from qcompile.errors import InvalidArgument
+from qcompile.live_bytes import LiveBytes
 from qcompile.passes.schemes.vertical import VerticalConfig
 
 FORMS = ("backward", "per mode", "call")
@@ -119,3 +121,57 @@ def test_a_batch_counts_once():
     for name, value in model.named_buffers():
         if "num_batches" in name:
             assert (value - before[name]).tolist() == [0, 0, 1]
+
+
+NETWORKS = ("residual", "plain", "mobile", "dense", "signal")
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("segments", [2, 5, 1000])
+def test_segments_give_the_same_gradients_and_statistics(name, segments):
+    model, x = trained(name)
+    model.train().double()
+    found = []
+    for count in (1, segments):
+        one = qcompile.checkpoint_segments(copy.deepcopy(model), count)
+        torch.manual_seed(3)  # dropout repeats its mask
+        for choice in (2, 4, qcompile.Policy({r.name: 3 for r in one.records if r.quantized})):
+            output = qcompile.at(one, choice)(x.double())
+            output.square().sum().backward()
+        found.append(({path: p.grad for path, p in one.named_parameters()}, one.state_dict()))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_segments_under_every_form_of_the_joint_loss(form):
+    prepared, x, y = _prepared()
+    found = []
+    for count in (1, 3):
+        model = qcompile.checkpoint_segments(copy.deepcopy(prepared), count)
+        joint = qcompile.JointLoss(model, nn.CrossEntropyLoss())
+        found.append(_gradients(form, joint, x, y))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
+def test_segments_keep_less_in_memory():
+    layers = [nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()) for _ in range(16)]
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), *layers, nn.Conv2d(8, 2, 1))
+    x = torch.randn(2, 3, 32, 32)
+    model = qcompile.prepare(net, x).train()
+    model(x)
+    kept = {}
+    for segments in (1, 4):
+        qcompile.checkpoint_segments(model, segments)
+        counter = LiveBytes()
+        with counter:
+            output = model(x)
+        kept[segments] = counter.live
+        del output
+    assert kept[4] < 0.5 * kept[1]
+
+
+@pytest.mark.parametrize("segments", [0, -1, True, 2.0, "3"])
+def test_a_number_of_segments_that_is_none_is_refused(segments):
+    prepared, _, _ = _prepared()
+    with pytest.raises(InvalidArgument, match="whole number"):
+        qcompile.checkpoint_segments(prepared, segments)

@@ -45,6 +45,23 @@ def test_a_mode_keeps_what_a_float_step_keeps(layout):
         assert _saved_bytes(model, lambda view=view: view(x)) <= 1.1 * plain
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_nothing_that_was_rounded_again_outlives_its_backward(mixed, autocast, monkeypatch):
+    net, x = example("residual")
+    model = qcompile.prepare(net, x).train()
+    names = [record.name for record in model.records if record.quantized]
+    choice = qcompile.Policy(dict.fromkeys(names, 2)) if mixed else 2
+    made = []
+    original = rounding.Again.__init__
+    monkeypatch.setattr(rounding.Again, "__init__", lambda self: made.append(self) or original(self))
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        loss = qcompile.at(model, choice)(x).float().square().sum()
+    loss.backward()
+    assert made
+    assert all(one._tensor is None for one in made)
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_rounding_again_changes_no_gradient(name, monkeypatch):
     net, x = example(name)

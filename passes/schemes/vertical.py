@@ -57,8 +57,10 @@ class VerticalConfig:
 
 
 def highest_code(weight: Tensor, step: Tensor, highest_bits: int) -> Tensor:
-    """c_K = clip(round(W / s), -2^(K-1), 2^(K-1) - 1), ties to even; same shape and dtype as `weight`."""
+    """c_K = clip(round(W / s), -2^(K-1), 2^(K-1) - 1), ties to even; the shape of `weight`."""
     limit = 2 ** (highest_bits - 1)
+    if weight.dtype in (torch.float16, torch.bfloat16):  # their own quotients would move weights over ties
+        weight, step = weight.float(), step.float()
     return torch.clamp(torch.round(weight / step), -limit, limit - 1)
 
 
