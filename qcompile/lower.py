@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from .errors import InvalidArgument, InvalidInputType
-from .model import MultiModeModel, example_shapes
 from .modes import Mode
+from .multi_mode import MultiModeModel, example_shapes
 from .registry import find_target
 from .wrappers import as_multi_mode
 

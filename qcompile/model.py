@@ -13,91 +13,18 @@ from torch import fx, nn
 from .errors import CaptureError, InvalidArgument, InvalidInputType
 from .first_batch import is_sharded, set_first_steps
 from .folded import FoldedModes, handle_of, run_integers
-from .modes import ActiveMode, Mode, Policy, find_mode
+from .modes import ActiveMode, Mode, Policy
+from .multi_mode import MultiModeModel, example_shapes
 from .passes.convert import convert_graph
 from .passes.integer_model import IntegerModel
 from .passes.mode_input import ModeModule
 from .passes.module_tree import module_at
-from .passes.quantize_layers import LayerRecord
 from .passes.quantizers import ActivationQuantizer, WeightQuantizer
 from .passes.schemes.base import Scheme
 from .passes.segments import Segment
 from .passes.signature import CallSignature
 from .policy_rows import check_policy, policy_rows
 from .recompute import run_segments
-
-
-class MultiModeModel(nn.Module):
-    """Base of models that run at several precisions: prepared ones and ones loaded from a file.
-
-    Attributes:
-        prepared_modes: the modes, increasing.
-        active: the mode or policy that a plain call runs.
-        signature: how a user's call maps to the graph's inputs and outputs.
-        last_shapes: shapes of the inputs of the last call, or of the examples; None if neither is known.
-        records: what became of every weighted layer.
-        scheme_name: the scheme that quantised it.
-        prefix_decodable: whether low modes' weight codes are the top bits of high modes'.
-    """
-
-    prepared_modes: tuple[Mode, ...]
-    active: Mode | Policy
-    signature: CallSignature
-    last_shapes: tuple[tuple[int, ...], ...] | None
-    records: tuple[LayerRecord, ...]
-    scheme_name: str
-    prefix_decodable: bool
-
-    def run(self, precision: Mode | Policy, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """Run one mode, whatever the active one is; takes and returns what the float model does."""
-        raise TypeError(f"{type(self).__name__} does not define run()")
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the active mode on the user's inputs; returns what the float model returned."""
-        return self.run(self.active, args, kwargs)
-
-    def find(self, value: int | str | Mode | Policy) -> Mode | Policy:
-        """A mode that was prepared, or a policy of such modes.
-
-        Raises:
-            InvalidArgument: naming the choices, otherwise.
-        """
-        if isinstance(value, Policy):
-            raise InvalidArgument(f"a {type(self).__name__} runs uniform modes only, not a policy")
-        return find_mode(value, self.prepared_modes)
-
-    def uniform(self, value: int | str | Mode | Policy | None) -> Mode:
-        """A prepared mode, the active one for None.
-
-        Raises:
-            InvalidArgument: if it was not prepared, or is a policy.
-        """
-        found = self.active if value is None else value
-        if isinstance(found, Policy):
-            raise InvalidArgument("this takes a uniform mode, not a policy; policies run in PyTorch only")
-        return find_mode(found, self.prepared_modes)
-
-    def integer_model(
-        self, mode: Mode | Policy, shapes: Sequence[Sequence[int]] | None = None
-    ) -> IntegerModel:
-        """The integer graph of one mode, for inputs of the given shapes (default: the last seen ones)."""
-        raise TypeError(f"{type(self).__name__} does not define integer_model()")
-
-    def known_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Shapes of the inputs.
-
-        Raises:
-            InvalidArgument: if the model saw neither examples nor a call.
-        """
-        if self.last_shapes is None:
-            raise InvalidArgument(
-                "input shapes are unknown: pass example_inputs to prepare, or call the model once"
-            )
-        return self.last_shapes
-
-    def row(self, mode: Mode) -> int:
-        """Index of a mode among the prepared ones."""
-        return self.prepared_modes.index(mode)
 
 
 class QuantModel(MultiModeModel):
@@ -267,6 +194,11 @@ class QuantModel(MultiModeModel):
             return run_segments(self, inputs, active)
         return self._training_chain(self._users, *inputs, active)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> QuantModel:
+        super()._apply(fn, recurse)
+        self.active_rows = self.rows_of(self.active)  # a policy's rows are where the parameters are
+        return self
+
     def train(self, mode: bool = True) -> QuantModel:
         """As `nn.Module.train`; also drops the folded integer graphs."""
         self._folded.clear()
@@ -313,13 +245,3 @@ class QuantModel(MultiModeModel):
         copied._link_users_modules()
         copied._become_itself()
         return copied
-
-
-def example_shapes(signature: CallSignature) -> tuple[tuple[int, ...], ...] | None:
-    """Shapes of the example inputs, an open batch dimension counted as 2; None without examples."""
-    shapes = []
-    for one in signature.inputs:
-        if one.shape is None:
-            return None
-        shapes.append(tuple(2 if size is None else size for size in one.shape))
-    return tuple(shapes)

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from .model import MultiModeModel, QuantModel
+from .model import QuantModel
 from .modes import Mode, Policy
+from .multi_mode import MultiModeModel
 from .wrappers import as_multi_mode
 
 

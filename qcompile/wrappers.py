@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from .errors import InvalidInputType
-from .model import MultiModeModel, QuantModel
+from .model import QuantModel
+from .multi_mode import MultiModeModel
 
 #: Where wrappers keep what they wrap: torch.compile, checkpointing, data parallel and what is built like it.
 _INNER = ("_orig_mod", "_checkpoint_wrapped_module", "module")

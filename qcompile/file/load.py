@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..errors import FileFormatError, InvalidArgument, QCompileError
-from ..model import MultiModeModel
 from ..modes import Mode, Policy, find_mode
+from ..multi_mode import MultiModeModel
 from ..pack import plane_bytes, split_planes, unpack_planes
 from ..passes.integer_model import IntegerModel
 from ..passes.quantize_layers import LayerRecord

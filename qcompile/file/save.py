@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FoldError, InvalidInputType
-from ..model import MultiModeModel
 from ..modes import Mode
+from ..multi_mode import MultiModeModel
 from ..pack import pack_planes
 from ..passes.integer_model import IntegerModel
 from ..wrappers import as_multi_mode

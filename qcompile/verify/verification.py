@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ..errors import InvalidArgument, InvalidInputType
 from ..lower import lower
-from ..model import MultiModeModel, QuantModel
+from ..model import QuantModel
 from ..modes import Mode, Policy, find_mode
+from ..multi_mode import MultiModeModel
 from ..passes.integer_model import IntegerModel
 from ..wrappers import as_multi_mode
 from .chain import ReferenceGraph

@@ -1,0 +1,97 @@
+"""What prepared models and those loaded from a file have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from .errors import InvalidArgument
+from .modes import Mode, Policy, find_mode
+from .passes.integer_model import IntegerModel
+from .passes.quantize_layers import LayerRecord
+from .passes.signature import CallSignature
+
+
+class MultiModeModel(nn.Module):
+    """Base of models that run at several precisions: prepared ones and ones loaded from a file.
+
+    Attributes:
+        prepared_modes: the modes, increasing.
+        active: the mode or policy that a plain call runs.
+        signature: how a user's call maps to the graph's inputs and outputs.
+        last_shapes: shapes of the inputs of the last call, or of the examples; None if neither is known.
+        records: what became of every weighted layer.
+        scheme_name: the scheme that quantised it.
+        prefix_decodable: whether low modes' weight codes are the top bits of high modes'.
+    """
+
+    prepared_modes: tuple[Mode, ...]
+    active: Mode | Policy
+    signature: CallSignature
+    last_shapes: tuple[tuple[int, ...], ...] | None
+    records: tuple[LayerRecord, ...]
+    scheme_name: str
+    prefix_decodable: bool
+
+    def run(self, precision: Mode | Policy, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Run one mode, whatever the active one is; takes and returns what the float model does."""
+        raise TypeError(f"{type(self).__name__} does not define run()")
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the active mode on the user's inputs; returns what the float model returned."""
+        return self.run(self.active, args, kwargs)
+
+    def find(self, value: int | str | Mode | Policy) -> Mode | Policy:
+        """A mode that was prepared, or a policy of such modes.
+
+        Raises:
+            InvalidArgument: naming the choices, otherwise.
+        """
+        if isinstance(value, Policy):
+            raise InvalidArgument(f"a {type(self).__name__} runs uniform modes only, not a policy")
+        return find_mode(value, self.prepared_modes)
+
+    def uniform(self, value: int | str | Mode | Policy | None) -> Mode:
+        """A prepared mode, the active one for None.
+
+        Raises:
+            InvalidArgument: if it was not prepared, or is a policy.
+        """
+        found = self.active if value is None else value
+        if isinstance(found, Policy):
+            raise InvalidArgument("this takes a uniform mode, not a policy; policies run in PyTorch only")
+        return find_mode(found, self.prepared_modes)
+
+    def integer_model(
+        self, mode: Mode | Policy, shapes: Sequence[Sequence[int]] | None = None
+    ) -> IntegerModel:
+        """The integer graph of one mode, for inputs of the given shapes (default: the last seen ones)."""
+        raise TypeError(f"{type(self).__name__} does not define integer_model()")
+
+    def known_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the inputs.
+
+        Raises:
+            InvalidArgument: if the model saw neither examples nor a call.
+        """
+        if self.last_shapes is None:
+            raise InvalidArgument(
+                "input shapes are unknown: pass example_inputs to prepare, or call the model once"
+            )
+        return self.last_shapes
+
+    def row(self, mode: Mode) -> int:
+        """Index of a mode among the prepared ones."""
+        return self.prepared_modes.index(mode)
+
+
+def example_shapes(signature: CallSignature) -> tuple[tuple[int, ...], ...] | None:
+    """Shapes of the example inputs, an open batch dimension counted as 2; None without examples."""
+    shapes = []
+    for one in signature.inputs:
+        if one.shape is None:
+            return None
+        shapes.append(tuple(2 if size is None else size for size in one.shape))
+    return tuple(shapes)
