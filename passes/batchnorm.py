@@ -43,6 +43,7 @@ class ModeBatchNorm(ModeModule):
         running_mean, running_var: (rows or 1, channels).
         num_batches_tracked: (rows or 1,) int64.
         counts_batches: whether training updates the running statistics; not where a batch comes by again.
+            Compiled code does not look: another answer would be another graph.
         ranks: the processes whose batches are normalised together in training; None for this one's alone.
     """
 
@@ -112,9 +113,10 @@ class ModeBatchNorm(ModeModule):
             weight, bias = weight.to(mean.dtype), None if bias is None else bias.to(mean.dtype)
         if not self.training:
             return functional.batch_norm(x, mean, variance, weight, bias, False, 0.0, self.eps)
-        if not self.counts_batches:
+        counts = self.counts_batches if not torch.compiler.is_compiling() else True
+        if not counts:
             mean, variance = mean.clone(), variance.clone()
-        share = self._share_of_this_batch(statistics)
+        share = self._share_of_this_batch(statistics, counts)
         if isinstance(share, float) and isinstance(statistics, int) and self.ranks is None:
             return functional.batch_norm(x, mean, variance, weight, bias, True, share, self.eps)
         if self.ranks is None:  # with a momentum of 1 the statistics become those of the batch
@@ -122,18 +124,18 @@ class ModeBatchNorm(ModeModule):
             output = functional.batch_norm(x, centre, spread, weight, bias, True, 1.0, self.eps)
         else:
             output, centre, spread = synchronised_batch_norm(x, weight, bias, self.eps, self.ranks)
-        if not self.counts_batches:
+        if not counts:
             return output
         with torch.no_grad():
             store(means, statistics, torch.lerp(mean, centre.to(mean.dtype), share))
             store(variances, statistics, torch.lerp(variance, spread.to(mean.dtype), share))
         return output
 
-    def _share_of_this_batch(self, row: Row) -> float | Tensor:
+    def _share_of_this_batch(self, row: Row, counts: bool) -> float | Tensor:
         """Count the batch; return its weight in the running statistics, a () tensor where that depends."""
         assert self.num_batches_tracked is not None
         count = picked(self.num_batches_tracked, row) + 1
-        if self.counts_batches:
+        if counts:
             store(self.num_batches_tracked, row, count)
         if self.momentum is not None:
             return self.momentum

@@ -92,6 +92,10 @@ def _convert_node(emitter: Emitter, node: fx.Node, values: dict[fx.Node, Value])
     return emitter.island(node, values)
 
 
+def _as_parameters(dtype: torch.dtype, own: torch.dtype | None) -> torch.dtype:
+    return own if own is not None and dtype.is_floating_point else dtype
+
+
 class _Shapes(fx.Interpreter):
     """Shapes of every node's value, without running anything."""
 
@@ -108,8 +112,9 @@ class _Shapes(fx.Interpreter):
             if node.op == "placeholder" and not node.meta.get(MODE_INPUT)
         ]
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            own = next((one.dtype for one in self.module.parameters() if one.is_floating_point()), None)
             values = [
-                torch.empty(tuple(shape), dtype=input_dtype(node))
+                torch.empty(tuple(shape), dtype=_as_parameters(input_dtype(node), own))
                 for node, shape in zip(inputs, shapes, strict=True)
             ]
             try:

@@ -78,7 +78,7 @@ class Emitter:
         """A parameter or buffer that a float operator reads directly."""
         found = tensor_at(self.model, str(node.target))
         assert found is not None
-        return self.constant(str(node.target), found, found.dtype)
+        return self.constant(str(node.target), found, _folded_dtype(found))
 
     # ---- integers -----------------------------------------------------------------------------------------
 
@@ -273,7 +273,7 @@ class Emitter:
         name = str(node.target)
 
         def constant(part: str, tensor: Tensor) -> fx.Node:
-            return self.constant(f"{name}.{part}", tensor, tensor.dtype)
+            return self.constant(f"{name}.{part}", tensor, _folded_dtype(tensor))
 
         sources = [self.to_float(value) for value in inputs]
         row = self.row_of(module) if isinstance(module, ModeModule) else 0
@@ -309,9 +309,14 @@ class Emitter:
 
 
 def input_dtype(placeholder: fx.Node) -> torch.dtype:
-    """The dtype that an input was captured with; float32 if it was captured without examples."""
+    """The dtype of an input of the integer graph: float32 for floats, else that of the capture."""
     value = placeholder.meta.get("val")
-    return value.dtype if isinstance(value, Tensor) else torch.float32
+    return _folded_dtype(value) if isinstance(value, Tensor) else torch.float32
+
+
+def _folded_dtype(tensor: Tensor) -> torch.dtype:
+    """What is float stays float32 in integer graphs, whatever the model was converted to for training."""
+    return torch.float32 if tensor.is_floating_point() else tensor.dtype
 
 
 def aten_is_size(node: fx.Node) -> bool:

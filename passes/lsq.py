@@ -18,7 +18,7 @@ from qcompile.modes import ActiveMode
 
 from .mode_input import picked
 from .quantizers import ActivationGrid, ActivationQuantizer
-from .rounding import Again, Bound, Rounding, rounded, with_note
+from .rounding import Again, Bound, Rounding, first_order_only, rounded, with_note
 
 #: A step below this would divide by zero; training that pushes a step there is held at it.
 SMALLEST_STEP = 1e-8
@@ -41,6 +41,7 @@ class _LsqActivation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        first_order_only()
         x, step, *tensors = ctx.saved_tensors
         low, high, gradient_scale = tensors or ctx.numbers
         fused = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and not tensors
@@ -48,9 +49,12 @@ class _LsqActivation(torch.autograd.Function):
             output = ctx.again.take(x, step, low, high)
             d_x, d_step = _backward_fused(gradients[0], x, output, float(step), low, high)
         else:
-            ctx.again.drop()
+            if not torch.compiler.is_compiling():
+                ctx.again.drop()
             d_x, d_step = _backward(gradients[0], x, step, low, high)
-        return d_x, (d_step * gradient_scale).to(step.dtype), None, None, None, None
+        # the size enters here: with an open one it is no plain number that a forward could take
+        scale = gradient_scale * math.prod(x.shape[1:]) ** -0.5
+        return d_x, (d_step * scale).to(step.dtype), None, None, None, None
 
 
 def _backward(gradient: Tensor, x: Tensor, step: Tensor, low: Any, high: Any) -> tuple[Tensor, Tensor]:
@@ -156,7 +160,7 @@ class LsqActivationQuantizer(ActivationQuantizer):
         else:
             low, high = picked(self.lows, row), picked(self.highs, row)
             root = torch.rsqrt(high.clamp_min(1.0))
-        scale = active.own_gradient_scale * math.prod(x.shape[1:]) ** -0.5 * root
+        scale = active.own_gradient_scale * root
         step = hold_positive(picked(self.step, row))
         again = Again()
         output = _LsqActivation.apply(x, step, low, high, scale, again)

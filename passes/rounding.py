@@ -14,6 +14,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from qcompile.errors import InvalidArgument
+
 from .geometry import Geometry
 
 #: A code: a number where the mode is uniform, a () tensor where a policy decides it.
@@ -30,6 +32,16 @@ def rounded(x: Tensor, step: Tensor, low: Any, high: Any) -> Tensor:
     if x.dtype in (torch.float16, torch.bfloat16):
         return (x.float() / step.float()).clamp_(low, high).round_().mul_(step.float()).to(x.dtype)
     return (x / step).clamp_(low, high).round_().mul_(step)
+
+
+def first_order_only() -> None:
+    """Stop a backward that is to be differentiated itself, which hand-written ones do not provide.
+
+    Raises:
+        InvalidArgument: under `create_graph=True`.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise InvalidArgument("quantisers have first derivatives only: leave out create_graph=True")
 
 
 class Again:
@@ -70,7 +82,7 @@ def with_note(output: Tensor, rounding: Rounding) -> Tensor:
     """The rounded tensor, with a note of how it came about for the layers that read it as it is."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         detached = replace(rounding, source=rounding.source.detach(), step=rounding.step.detach())
-        setattr(output, _NOTE, detached)
+        setattr(output, _NOTE, (detached, output._version))
     return output
 
 
@@ -93,6 +105,7 @@ class _RoundedLayer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        first_order_only()
         weight, source, step, *tensors = ctx.saved_tensors
         low, high = tensors or ctx.bounds
         x = ctx.again.keep(source, step, low, high).to(weight.dtype)
@@ -102,9 +115,10 @@ class _RoundedLayer(torch.autograd.Function):
 
 def apply_layer(geometry: Geometry, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The layer, keeping as little as it can for its backward."""
-    rounding: Rounding | None = None if torch.compiler.is_compiling() else getattr(x, _NOTE, None)
-    if rounding is None or not geometry.has_gradients:
+    note = None if torch.compiler.is_compiling() else getattr(x, _NOTE, None)
+    if note is None or not geometry.has_gradients or note[1] != x._version:
         return geometry.apply(x, weight, bias)
+    rounding: Rounding = note[0]
     device = x.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)

@@ -4,7 +4,7 @@ structure."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -141,6 +141,15 @@ class CallSignature:
                 else:
                     flat[leaf] = self.inputs[leaf].check(value, floats)
         return [flat[index] for index in range(len(self.inputs))]
+
+    def with_single_floats(self) -> CallSignature:
+        """The same with float32 for all floating inputs: what integer graphs, files and targets take."""
+
+        def single(one: TensorInput) -> TensorInput:
+            floating = one.dtype is not None and one.dtype.is_floating_point
+            return replace(one, dtype=torch.float32) if floating else one
+
+        return replace(self, inputs=tuple(map(single, self.inputs)))
 
     def restore(self, outputs: Sequence[Any]) -> Any:
         """Rebuild the structure that the user's `forward` returns.

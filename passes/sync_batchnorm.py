@@ -53,6 +53,7 @@ class _Normalise(torch.autograd.Function):
         return d_x.to(x.dtype), None, None
 
 
+@torch.compiler.disable(reason="its collectives must come in the same order on all ranks")  # type: ignore[untyped-decorator]
 def synchronised_batch_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, ranks: ProcessGroup
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -49,7 +49,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], reset_steps: bool = Fals
         for batch in batches:
             args, kwargs = _inputs(prepared, batch)
             _check_finite(prepared, args, kwargs)
-            inputs = prepared.signature.bind(args, kwargs)
+            inputs = prepared.signature.bind(args, kwargs, prepared.float_dtype())
             for row in range(len(prepared.prepared_modes)):
                 with _step_search(prepared, row):
                     prepared.float_chain(ActiveMode(row), inputs)
@@ -68,7 +68,9 @@ def _inputs(model: QuantModel, batch: Any) -> tuple[tuple[Any, ...], dict[str, A
 
 
 def _check_finite(model: QuantModel, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-    for one, value in zip(model.signature.inputs, model.signature.bind(args, kwargs), strict=True):
+    for one, value in zip(
+        model.signature.inputs, model.signature.bind(args, kwargs, model.float_dtype()), strict=True
+    ):
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise InvalidArgument(
                 f"cannot calibrate on a batch that holds NaN or infinity (input {one.name!r})"

@@ -94,11 +94,8 @@ def _run(model: QuantModel, active: ActiveMode, inputs: Sequence[Tensor]) -> Any
     precision = model.prepared_modes[active.row] if active.policy is None else active.policy
     device = inputs[0].device.type if inputs else "cpu"
     with torch.no_grad(), torch.autocast(device, enabled=False):
-        # graphs are folded for the dtypes of the examples, whatever the parameters were converted to since
-        found = [
-            one if info.dtype is None else one.to(info.dtype)
-            for one, info in zip(inputs, model.signature.inputs, strict=True)
-        ]
+        # floats are float32 in integer graphs, whatever the parameters were converted to
+        found = [one.float() if one.is_floating_point() else one for one in inputs]
         return model.integer_model(precision, [tuple(one.shape) for one in inputs])(*found)
 
 
@@ -117,13 +114,26 @@ def _(inputs: Sequence[Tensor], handle: int, number: Tensor, rows: Tensor | None
     with unset_fake_temporarily():
         found = _output_shapes(model, [(tuple(map(int, one.shape[1:])), one.dtype) for one in inputs])
     batch = inputs[0].shape[0]
-    return [inputs[0].new_empty([batch * share, *rest], dtype=dtype) for share, rest, dtype in found]
+    return [
+        inputs[0].new_empty(shape if share == 0 else [batch * share, *shape[1:]], dtype=dtype)
+        for share, shape, dtype in found
+    ]
 
 
 def _output_shapes(
     model: QuantModel, inputs: Sequence[tuple[tuple[int, ...], torch.dtype]]
 ) -> list[tuple[int, tuple[int, ...], torch.dtype]]:
-    """(rows per sample, other sizes, dtype) of every output; those of any mode are those of all."""
+    """(rows per sample or 0, sizes, dtype) of every output; those of one mode are those of all."""
     device = next((one.device for one in model.parameters()), torch.device("cpu"))
-    zeros = [torch.zeros((2, *shape), dtype=dtype, device=device) for shape, dtype in inputs]
-    return [(one.shape[0] // 2, tuple(one.shape[1:]), one.dtype) for one in _run(model, ActiveMode(), zeros)]
+    small, large = (
+        _run(
+            model,
+            ActiveMode(),
+            [torch.zeros((batch, *shape), dtype=dtype, device=device) for shape, dtype in inputs],
+        )
+        for batch in (2, 4)
+    )
+    return [
+        (0 if one.shape == other.shape else one.shape[0] // 2, tuple(one.shape), one.dtype)
+        for one, other in zip(small, large, strict=True)
+    ]

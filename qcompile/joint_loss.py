@@ -241,6 +241,8 @@ class JointLoss(nn.Module):
             reduced = list(found) if self.reduces_itself else average_over_ranks(found)
             gradients[row], values[row] = reduced[: len(shared)], loss.detach()
             _accumulate(mine, reduced[len(shared) :], 1.0)
+        if not shared:
+            return torch.stack([values[row] / count for row in range(count)]).sum()
         flat = [torch.cat([g.reshape(-1) for g in gradients[row]]).double() for row in range(count)]
         stacked = torch.stack(flat)
         alpha = min_norm_weights(stacked @ stacked.T).tolist()

@@ -123,7 +123,7 @@ class QuantModel(MultiModeModel):
             qcompile_mode: the rows of another mode, see `rows_of`.
         """
         active = self.active_rows if qcompile_mode is None else qcompile_mode
-        inputs = self.signature.bind(args, kwargs, self._floats())
+        inputs = self.signature.bind(args, kwargs, self.float_dtype())
         if not torch.compiler.is_compiling():
             self.last_shapes = tuple(tuple(one.shape) for one in inputs)
         if self.training:
@@ -146,14 +146,15 @@ class QuantModel(MultiModeModel):
         if isinstance(precision, Policy):
             return ActiveMode(0, policy_rows(self, precision), own_gradient_scale, precision)
         row = self.row(precision)
-        return ActiveMode(row, None, own_gradient_scale, number=torch.tensor(row))
+        with torch.inference_mode(False):
+            return ActiveMode(row, None, own_gradient_scale, number=torch.tensor(row))
 
     def require_steps(self, active: ActiveMode, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         """Set activation steps that were never set from the inputs of a first call, in training mode."""
         if self.training:
-            self._require_steps(active, self.signature.bind(args, kwargs, self._floats()))
+            self._require_steps(active, self.signature.bind(args, kwargs, self.float_dtype()))
 
-    def _floats(self) -> torch.dtype | None:
+    def float_dtype(self) -> torch.dtype | None:
         """What the model was converted to: `.double()`, or the compute dtype of sharded mixed precision."""
         return next((one.dtype for one in self.parameters() if one.is_floating_point()), None)
 
@@ -214,7 +215,7 @@ class QuantModel(MultiModeModel):
 
     def converted(self, mode: Mode | Policy, shapes: Sequence[Sequence[int]]) -> IntegerModel:
         """A freshly folded integer graph of one mode."""
-        if self._floats() in (torch.float16, torch.bfloat16) and is_sharded(self):
+        if self.float_dtype() in (torch.float16, torch.bfloat16) and is_sharded(self):
             raise InvalidArgument(
                 "parameters are sharded in a half type: load get_model_state_dict(model, "
                 "options=StateDictOptions(full_state_dict=True)) into a freshly prepared model"
@@ -244,4 +245,5 @@ class QuantModel(MultiModeModel):
             copied.__dict__[name] = value if shared else deepcopy(value, memo)
         copied._link_users_modules()
         copied._become_itself()
+        copied._compiled_call_impl = None  # after model.compile(), it would call the original
         return copied

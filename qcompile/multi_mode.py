@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from .errors import InvalidArgument
@@ -81,6 +82,10 @@ class MultiModeModel(nn.Module):
                 "input shapes are unknown: pass example_inputs to prepare, or call the model once"
             )
         return self.last_shapes
+
+    def float_dtype(self) -> torch.dtype | None:
+        """What floating inputs may be besides float32."""
+        return None
 
     def row(self, mode: Mode) -> int:
         """Index of a mode among the prepared ones."""

@@ -52,7 +52,8 @@ def policy_rows(model: QuantModel, policy: Policy) -> Tensor:
             mode = max((given[name] for name in module.layers), key=lambda mode: mode.activation_bits)
             rows[module.slot] = model.row(mode)
     device = next((parameter.device for parameter in model.parameters()), None)
-    return torch.tensor(rows, dtype=torch.int64, device=device)
+    with torch.inference_mode(False):  # such tensors could not be used in training afterwards
+        return torch.tensor(rows, dtype=torch.int64, device=device)
 
 
 def policy_of(model: QuantModel, rows: Sequence[int]) -> Policy:

@@ -20,17 +20,17 @@ class ModeView(nn.Module):
     Two views of one model may run in different threads.
     """
 
-    def __init__(self, model: MultiModeModel, mode: Mode | Policy) -> None:
+    def __init__(self, model: nn.Module, inner: MultiModeModel, mode: Mode | Policy) -> None:
         super().__init__()
         self.model = model
         self.mode = mode
-        self.rows = model.rows_of(mode) if isinstance(model, QuantModel) else None
+        self.rows = inner.rows_of(mode) if isinstance(inner, QuantModel) else None
         self.training = model.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the view's mode."""
         if self.rows is None:
-            return self.model.run(self.mode, args, kwargs)
+            return as_multi_mode(self.model).run(self.mode, args, kwargs)
         return self.model(*args, qcompile_mode=self.rows, **kwargs)
 
 
@@ -99,11 +99,11 @@ def at(model: nn.Module, bits: int | str | Mode | Policy) -> ModeView:
         bits: a bit-width, a name such as `w2a4`, a `Mode`, or a `Policy`.
 
     Returns:
-        A module that is called like the model; the active mode of the model does not matter to it.
+        A module that is called like the model, through its wrappers; the active mode does not matter to it.
 
     Raises:
         InvalidArgument: if the mode was not prepared.
         InvalidInputType: if the model was neither prepared nor loaded.
     """
     checked = as_multi_mode(model)
-    return ModeView(checked, checked.find(bits))
+    return ModeView(model, checked, checked.find(bits))

@@ -191,6 +191,18 @@ def first_steps(rank: int, count: int) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in model.named_parameters() if "input_q" in name}
 
 
+def view_of_a_wrapped_model(rank: int, count: int) -> dict[str, Tensor]:
+    """Gradients of one mode through `at` of a data parallel model."""
+    model = prepared(torch.float64, VerticalConfig())
+    wrapped: nn.Module = model
+    if count > 1:
+        qcompile.sync_batch_norm(model)
+        wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+    x, y = (one.chunk(count)[rank] for one in batches(1, torch.float64)[0])
+    nn.functional.cross_entropy(qcompile.at(wrapped, 3)(x), y).backward()
+    return {name: one.grad for name, one in model.named_parameters()}
+
+
 def nan_on_one_rank(rank: int, count: int) -> str:
     """What every rank says if one of them gets a batch with NaN first."""
     model = prepared(torch.float32, VerticalConfig())

@@ -159,3 +159,52 @@ def test_models_do_not_use_up_each_others_graphs():
             qcompile.set_bits(model, bits)
             compiled(x)
     assert counter.frame_count == 3 * 3
+
+
+def test_a_copy_of_a_model_compiled_in_place_runs_its_own_weights():
+    model, x = trained("residual")
+    model.train().compile(backend="eager")
+    model(x)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        copied.get_parameter("head.weight").zero_()
+        copied.get_parameter("head.bias").zero_()
+    assert not copied(x).any()
+    assert model(x).any()
+
+
+def test_batch_sizes_become_open_by_themselves():
+    model, x = trained("plain")
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model.train(), backend=counter, fullgraph=True)
+    for batch in (4, 3, 2, 4, 3):
+        compiled(x[:batch]).sum().backward()
+    assert counter.frame_count == 2
+
+
+def test_compiled_eval_mode_with_an_output_of_no_batch():
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            y = self.net(x)
+            return y, y.square().mean()
+
+    x = torch.randn(5, 4)
+    model = qcompile.prepare(Two(), x)
+    qcompile.calibrate(model, [x])
+    model.eval()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), model(x), rtol=0, atol=0)
+
+
+def test_views_of_a_compiled_model_run_compiled():
+    model, x = trained("plain")
+    counter = CompileCounter()
+    compiled = torch.compile(model.train(), backend=counter, fullgraph=True)
+    for _ in range(2):
+        for bits in qcompile.modes(model):
+            qcompile.at(compiled, bits)(x)
+    assert counter.frame_count == 3

@@ -26,6 +26,7 @@ _JOBS: dict[str, tuple[Any, dict[str, Any]]] = {
     "sharded": (rank_jobs.train, {"recipe": "sharded", "calibrated": True, "micro": 2, **DOUBLE}),
     "refusals": (rank_jobs.refusals, {}),
     "first steps": (rank_jobs.first_steps, {}),
+    "view": (rank_jobs.view_of_a_wrapped_model, {}),
     "nan": (rank_jobs.nan_on_one_rank, {}),
     "unset and sharded": (rank_jobs.unset_and_sharded, {}),
     "batch norm, 0.1": (rank_jobs.batch_norm, {"momentum": 0.1}),
@@ -100,6 +101,13 @@ def test_a_loop_that_reduces_by_itself_is_let_through(on_two):
 def test_the_first_batch_sets_the_same_steps_on_all_ranks(on_two):
     one, other = on_two["first steps"]
     torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_views_of_a_wrapped_model_reduce(on_two):
+    expected = rank_jobs.view_of_a_wrapped_model(0, 1)
+    one, other = on_two["view"]
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
+    torch.testing.assert_close(one, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_every_rank_stops_at_a_first_batch_with_nan(on_two):

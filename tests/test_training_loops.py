@@ -121,3 +121,67 @@ def test_a_killed_and_resumed_run_ends_with_the_same_bits(tmp_path):
     assert tree == expected_tree
     for one, other in zip(leaves, expected, strict=True):
         assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_eval_mode_runs_float32_integers_whatever_the_parameters_became(dtype):
+    model, x = trained("residual")
+    model.eval()
+    expected = qcompile.at(model, 4)(x)
+    found = qcompile.at(model.to(dtype), 4)(x.to(dtype))
+    assert found.dtype == torch.float32
+    scale = float(expected.abs().max())
+    assert float((found - expected).abs().max()) < (0.2 if dtype != torch.float64 else 1e-3) * scale
+
+
+def test_a_model_of_doubles_evaluates():
+    net, x = example("residual")
+    model = qcompile.prepare(net.double(), x.double())
+    qcompile.calibrate(model, [x.double()])
+    model.eval()
+    assert qcompile.at(model, 2)(x.double()).dtype == torch.float32
+    assert qcompile.verify(model, x.double(), bits=2).exact
+
+
+def test_second_derivatives_are_refused():
+    model, x = trained("residual")
+    model.train()
+    weight = model.get_parameter("conv1.weight")
+    with pytest.raises(qcompile.QCompileError, match="create_graph"):
+        torch.autograd.grad(model(x).square().sum(), weight, create_graph=True)
+
+
+def test_a_policy_chosen_under_inference_mode_trains():
+    model, x = trained("residual")
+    names = [record.name for record in model.records if record.quantized]
+    with torch.inference_mode():
+        qcompile.set_bits(model, qcompile.Policy(dict.fromkeys(names, 2)))
+        model.eval()(x)
+    model.train()(x).sum().backward()
+
+
+def test_min_norm_weights_with_nothing_shared_to_train():
+    net, x = example("residual")
+    config = qcompile.passes.schemes.vertical.VerticalConfig(moo="mgd")
+    model = qcompile.prepare(net, x, config=config).train()
+    own = {id(one) for one in qcompile.own_parameters.own_parameters(model)}
+    for one in model.parameters():
+        one.requires_grad_(id(one) in own)
+    joint = qcompile.JointLoss(model, nn.CrossEntropyLoss())
+    assert torch.isfinite(joint.backward(x, torch.arange(len(x)) % 3))
+
+
+def test_an_input_that_a_hook_changes_is_what_counts():
+    model, x = trained("plain")
+    model = model.double().train()
+    found = []
+    for in_place in (True, False):
+        one = copy.deepcopy(model)
+        layer = one.get_submodule("fc1")
+        if in_place:
+            layer.register_forward_pre_hook(lambda module, args: (args[0].mul_(2.0), *args[1:]))
+        else:
+            layer.register_forward_pre_hook(lambda module, args: (args[0] * 2.0, *args[1:]))
+        one(x.double()).square().sum().backward()
+        found.append(one.get_parameter("fc1.weight").grad)
+    torch.testing.assert_close(found[0], found[1])

@@ -24,7 +24,7 @@ from ..manager import Pass
 from ..mode_input import Row, picked
 from ..quantize_layers import QuantizeLayers
 from ..quantizers import WeightCodes, WeightQuantizer
-from ..rounding import Bound
+from ..rounding import Bound, first_order_only
 from .base import Scheme, choice
 
 
@@ -101,6 +101,7 @@ class _VerticalWeight(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        first_order_only()
         weight, step, highest, *tensors = ctx.saved_tensors
         power, z = tensors or ctx.numbers
         gradient, ratio = gradients[0], weight / step
@@ -163,7 +164,7 @@ class VerticalWeightQuantizer(WeightQuantizer):
             power, z = self._numbers(row)
         else:
             power, z = picked(self.powers, row), picked(self.offsets, row)
-        step = hold_positive(self.step[0])
+        step = hold_positive(self.step.squeeze(0))
         highest = self.once_per_step(self._highest, weight, step.detach())
         top = 2 ** (self.highest_bits - 1) - 1
         return _VerticalWeight.apply(weight, step, highest, power, z, self.printed, top)

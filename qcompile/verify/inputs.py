@@ -19,27 +19,28 @@ PIECE_SAMPLES = 32
 PIECE_ELEMENTS = 1 << 19
 
 
-def flat_inputs(signature: CallSignature, x: Any) -> list[Tensor]:
+def flat_inputs(signature: CallSignature, x: Any, floats: torch.dtype | None = None) -> list[Tensor]:
     """The graph's inputs from what the user passed.
 
     Args:
         signature: the model's.
         x: a tensor, a tuple or list of positional inputs, or a dict of keyword inputs.
+        floats: a dtype that floating inputs may have besides float32, which they become.
 
     Raises:
         InvalidArgument: if the inputs do not fit the model, hold no sample, or NaN or infinity.
         InvalidInputType: if a leaf is no tensor or has another dtype.
     """
     if isinstance(x, dict):
-        flat = signature.bind((), x)
+        flat = signature.bind((), x, floats)
     else:
-        flat = signature.bind(tuple(x) if isinstance(x, (tuple, list)) else (x,))
+        flat = signature.bind(tuple(x) if isinstance(x, (tuple, list)) else (x,), None, floats)
     for one, value in zip(signature.inputs, flat, strict=True):
         if value.numel() == 0:
             raise InvalidArgument(f"input {one.name!r} of shape {tuple(value.shape)} holds no sample")
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise InvalidArgument(f"input {one.name!r} holds NaN or infinity, which no code stands for")
-    return [value.detach() for value in flat]
+    return [value.detach().float() if value.is_floating_point() else value.detach() for value in flat]
 
 
 def sample_count(inputs: Sequence[Tensor]) -> int | None:

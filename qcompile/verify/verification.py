@@ -57,7 +57,7 @@ def verify(
         InvalidArgument: for an unknown mode or target, or inputs that do not fit the model or the executable.
     """
     checked = as_multi_mode(model)
-    inputs = flat_inputs(checked.signature, x)
+    inputs = flat_inputs(checked.signature, x, checked.float_dtype())
     shapes = tuple(tuple(one.shape) for one in inputs)
     mode = _mode(checked, bits, target)
     with _evaluation(checked):
