@@ -113,11 +113,11 @@ class ModeBatchNorm(ModeModule):
             weight, bias = weight.to(mean.dtype), None if bias is None else bias.to(mean.dtype)
         if not self.training:
             return functional.batch_norm(x, mean, variance, weight, bias, False, 0.0, self.eps)
-        counts = self.counts_batches if not torch.compiler.is_compiling() else True
+        counts = self.counts_batches or torch.compiler.is_compiling()
         if not counts:
             mean, variance = mean.clone(), variance.clone()
         share = self._share_of_this_batch(statistics, counts)
-        if isinstance(share, float) and isinstance(statistics, int) and self.ranks is None:
+        if not isinstance(share, Tensor) and isinstance(statistics, int) and self.ranks is None:
             return functional.batch_norm(x, mean, variance, weight, bias, True, share, self.eps)
         if self.ranks is None:  # with a momentum of 1 the statistics become those of the batch
             centre, spread = torch.zeros_like(mean), torch.ones_like(variance)

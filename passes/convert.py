@@ -28,6 +28,7 @@ from .fold import Affine
 from .integer_model import IntegerModel
 from .layers import QuantizedLayer
 from .mode_input import MODE_INPUT, ModeModule
+from .module_tree import float_dtype
 from .quantizers import ActivationQuantizer
 
 
@@ -112,7 +113,7 @@ class _Shapes(fx.Interpreter):
             if node.op == "placeholder" and not node.meta.get(MODE_INPUT)
         ]
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-            own = next((one.dtype for one in self.module.parameters() if one.is_floating_point()), None)
+            own = float_dtype(self.module)
             values = [
                 torch.empty(tuple(shape), dtype=_as_parameters(input_dtype(node), own))
                 for node, shape in zip(inputs, shapes, strict=True)

@@ -18,7 +18,7 @@ from qcompile.modes import ActiveMode
 
 from .mode_input import picked
 from .quantizers import ActivationGrid, ActivationQuantizer
-from .rounding import Again, Bound, Rounding, first_order_only, rounded, with_note
+from .rounding import Again, Bound, Rounding, rounded, save_operands, saved_operands, with_note
 
 #: A step below this would divide by zero; training that pushes a step there is held at it.
 SMALLEST_STEP = 1e-8
@@ -33,18 +33,14 @@ class _LsqActivation(torch.autograd.Function):
         ctx: Any, x: Tensor, step: Tensor, low: Bound, high: Bound, gradient_scale: Bound, again: Again
     ) -> Tensor:
         ctx.again = again
-        numbers = (low, high, gradient_scale)
-        tensors = [one for one in numbers if isinstance(one, Tensor)]
-        ctx.numbers = None if tensors else numbers
-        ctx.save_for_backward(x, step, *tensors)
+        save_operands(ctx, x, step, low, high, gradient_scale)
         return rounded(x, step, low, high)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        first_order_only()
-        x, step, *tensors = ctx.saved_tensors
-        low, high, gradient_scale = tensors or ctx.numbers
-        fused = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and not tensors
+        x, step, low, high, gradient_scale = saved_operands(ctx)
+        uniform = not isinstance(low, Tensor)
+        fused = uniform and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
         if fused and not torch.compiler.is_compiling():
             output = ctx.again.take(x, step, low, high)
             d_x, d_step = _backward_fused(gradients[0], x, output, float(step), low, high)

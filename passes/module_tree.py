@@ -8,6 +8,7 @@ modules.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, fx, nn
 
 from qcompile.errors import CaptureError
@@ -135,3 +136,8 @@ def place_module(root: nn.Module, path: str, module: nn.Module) -> None:
         for child_name, child in parent._modules.items():
             if child is old:
                 parent._modules[child_name] = module
+
+
+def float_dtype(module: nn.Module) -> torch.dtype | None:
+    """The dtype of the parameters, of the first one that is floating; None without such."""
+    return next((one.dtype for one in module.parameters() if one.is_floating_point()), None)

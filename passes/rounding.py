@@ -1,7 +1,7 @@
 """Rounding of activations, and layers that round again in their backward instead of keeping the result.
 
 A layer on a rounded input would save that input for the gradient of its weight, beside the tensor before
-rounding, which normalisation or activation functions save anyway. Rounding is cheap, so `rounded_layer` saves
+rounding, which normalisation or activation functions save anyway. Rounding is cheap, so `apply_layer` saves
 the latter only: a training step then keeps what the float network keeps. Compilers decide this for themselves
 (their partitioner recomputes cheap operators), so it is for eager code.
 """
@@ -34,14 +34,22 @@ def rounded(x: Tensor, step: Tensor, low: Any, high: Any) -> Tensor:
     return (x / step).clamp_(low, high).round_().mul_(step)
 
 
-def first_order_only() -> None:
-    """Stop a backward that is to be differentiated itself, which hand-written ones do not provide.
+def save_operands(ctx: Any, *operands: Any) -> None:
+    """Keep what a backward needs: a mode's constants are numbers, a policy's are tensors."""
+    ctx.numbers = [None if isinstance(one, Tensor) else one for one in operands]
+    ctx.save_for_backward(*(one for one in operands if isinstance(one, Tensor)))
+
+
+def saved_operands(ctx: Any) -> list[Any]:
+    """What `save_operands` kept, in its order.
 
     Raises:
-        InvalidArgument: under `create_graph=True`.
+        InvalidArgument: under `create_graph=True`, as hand-written backwards have no second derivative.
     """
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise InvalidArgument("quantisers have first derivatives only: leave out create_graph=True")
+    tensors = iter(ctx.saved_tensors)
+    return [next(tensors) if one is None else one for one in ctx.numbers]
 
 
 class Again:
@@ -93,22 +101,15 @@ class _RoundedLayer(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, rounding: Rounding
     ) -> Tensor:
-        tensors = [one for one in (rounding.low, rounding.high) if isinstance(one, Tensor)]
-        ctx.bounds = None if tensors else (rounding.low, rounding.high)
-        ctx.save_for_backward(weight, rounding.source, rounding.step, *tensors)
-        ctx.again, ctx.geometry, ctx.bias_shape = (
-            rounding.again,
-            geometry,
-            None if bias is None else bias.shape,
-        )
+        save_operands(ctx, weight, rounding.source, rounding.step, rounding.low, rounding.high)
+        ctx.again, ctx.geometry = rounding.again, geometry
+        ctx.bias_shape = None if bias is None else bias.shape
         return geometry.apply(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        first_order_only()
-        weight, source, step, *tensors = ctx.saved_tensors
-        low, high = tensors or ctx.bounds
-        x = ctx.again.keep(source, step, low, high).to(weight.dtype)
+        weight, *operands = saved_operands(ctx)
+        x = ctx.again.keep(*operands).to(weight.dtype)
         found = ctx.geometry.gradients(gradients[0], x, weight, ctx.bias_shape, ctx.needs_input_grad[:3])
         return *found, None, None
 

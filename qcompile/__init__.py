@@ -1,6 +1,8 @@
 """qcompile: one low-bit model that serves every device."""
 
 from .calibrate import calibrate as calibrate
+from .checkpointing import checkpoint_segments as checkpoint_segments
+from .checkpointing import recomputation as recomputation
 from .convert import convert as convert
 from .data_parallel import sync_batch_norm as sync_batch_norm
 from .errors import QCompileError as QCompileError
@@ -12,8 +14,6 @@ from .lower import lower as lower
 from .modes import Policy as Policy
 from .own_parameters import param_groups as param_groups
 from .prepare import prepare as prepare
-from .recompute import checkpoint_segments as checkpoint_segments
-from .recompute import recomputation as recomputation
 from .registry import schemes as schemes
 from .registry import targets as targets
 from .switching import at as at

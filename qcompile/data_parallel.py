@@ -1,17 +1,15 @@
-"""Training on several ranks: who reduces the gradients, and what the ranks must agree on."""
+"""Training on several ranks: who reduces the gradients, and whose batches are normalised together."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
-from torch import Tensor, nn
 from torch import distributed as dist
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .errors import InvalidArgument
-from .first_batch import is_sharded, rank_count
 from .passes.batchnorm import ModeBatchNorm
+from .ranks import is_sharded, rank_count
 from .wrappers import as_prepared, layers_of_wrapping
 
 
@@ -63,22 +61,6 @@ def check_reduction(model: nn.Module, whole_loss: bool) -> None:
         "DistributedDataParallel(model, find_unused_parameters=True), or put the joint loss into "
         "DistributedDataParallel and call that; JointLoss(..., reduces_itself=True) if your loop does it"
     )
-
-
-def average_over_ranks(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors' means over all ranks, exchanged as one flat tensor per dtype."""
-    count = rank_count()
-    if count == 1:
-        return list(tensors)
-    found = list(tensors)
-    for dtype in dict.fromkeys(one.dtype for one in tensors):  # in the same order on every rank
-        places = [place for place, one in enumerate(tensors) if one.dtype == dtype]
-        flat = torch.cat([tensors[place].reshape(-1) for place in places])
-        dist.all_reduce(flat)
-        pieces = (flat / count).split([tensors[place].numel() for place in places])
-        for place, piece in zip(places, pieces, strict=True):
-            found[place] = piece.view_as(tensors[place])
-    return found
 
 
 def sync_batch_norm(model: nn.Module, ranks: dist.ProcessGroup | None = None) -> nn.Module:

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 
 from .errors import InvalidArgument
 from .modes import ActiveMode
 from .passes.batchnorm import ModeBatchNorm
 from .passes.quantizers import ActivationQuantizer
+from .ranks import is_sharded, largest_of_all_ranks
 
 if TYPE_CHECKING:
     from .model import QuantModel
@@ -50,7 +50,7 @@ def set_first_steps(model: QuantModel, active: ActiveMode, inputs: Sequence[Any]
         def look(module: nn.Module, args: tuple[Any, ...]) -> None:
             assert isinstance(module, ActivationQuantizer)
             if not bool(module.initialised[rows[module]]):
-                module.initialise(args[0], rows[module], _largest_of_all_ranks)
+                module.initialise(args[0], rows[module], largest_of_all_ranks)
 
         hooks = [one.register_forward_pre_hook(look) for one in waiting]
         devices = {one.device for one in inputs if isinstance(one, Tensor) and one.device.type != "cpu"}
@@ -77,24 +77,3 @@ def _statistics_untouched(model: nn.Module) -> Iterator[None]:
     finally:
         for norm, buffers in zip(norms, saved, strict=True):
             norm._buffers.update(buffers)
-
-
-def _largest_of_all_ranks(value: Tensor) -> Tensor:
-    if rank_count() > 1:
-        value = value.nan_to_num(torch.inf)  # so that every rank stops
-        dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return value
-
-
-def rank_count() -> int:
-    """Processes that train together; 1 without torch.distributed."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether `fully_shard` has split the model's parameters over ranks."""
-    if not dist.is_available():
-        return False
-    from torch.distributed.fsdp import FSDPModule
-
-    return any(isinstance(module, FSDPModule) for module in model.modules())

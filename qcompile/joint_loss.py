@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .data_parallel import average_over_ranks, check_reduction, find_ddp, without_ddp
+from .data_parallel import check_reduction, find_ddp, without_ddp
 from .errors import InvalidArgument, InvalidInputType
-from .first_batch import is_sharded
 from .min_norm import min_norm_weights
 from .model import QuantModel
 from .modes import ActiveMode
 from .own_parameters import own_parameters
+from .ranks import average_over_ranks, is_sharded
 from .wrappers import as_prepared
 
 #: batch_fn(forward, batch) -> (loss, logits or None)
@@ -99,9 +99,8 @@ class JointLoss(nn.Module):
             return self._backward_min_norm(batch)
         total: Tensor | None = None
         for loss in self.losses_per_mode(*batch):
-            with torch.autocast(
-                loss.device.type, enabled=False
-            ):  # torch advises against backward inside of it
+            # torch advises against backward under autocast
+            with torch.autocast(loss.device.type, enabled=False):
                 loss.backward()
             total = loss.detach() if total is None else total + loss.detach()
         assert total is not None

@@ -11,19 +11,20 @@ import torch
 from torch import fx, nn
 
 from .errors import CaptureError, InvalidArgument, InvalidInputType
-from .first_batch import is_sharded, set_first_steps
+from .first_batch import set_first_steps
 from .folded import FoldedModes, handle_of, run_integers
 from .modes import ActiveMode, Mode, Policy
 from .multi_mode import MultiModeModel, example_shapes
 from .passes.convert import convert_graph
 from .passes.integer_model import IntegerModel
 from .passes.mode_input import ModeModule
-from .passes.module_tree import module_at
+from .passes.module_tree import float_dtype, module_at
 from .passes.quantizers import ActivationQuantizer, WeightQuantizer
 from .passes.schemes.base import Scheme
 from .passes.segments import Segment
 from .passes.signature import CallSignature
 from .policy_rows import check_policy, policy_rows
+from .ranks import is_sharded
 from .recompute import run_segments
 
 
@@ -156,7 +157,7 @@ class QuantModel(MultiModeModel):
 
     def float_dtype(self) -> torch.dtype | None:
         """What the model was converted to: `.double()`, or the compute dtype of sharded mixed precision."""
-        return next((one.dtype for one in self.parameters() if one.is_floating_point()), None)
+        return float_dtype(self)
 
     def _require_steps(self, active: ActiveMode, inputs: Sequence[Any]) -> None:
         if not (all(self.steps_set) if active.policy is not None else self.steps_set[active.row]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -122,8 +123,6 @@ def _whole_tensor(value: Any) -> Tensor:
 
 
 def _quiet(module: nn.Module, waits: bool) -> Any:
-    from contextlib import nullcontext
-
     return module.no_sync() if waits and isinstance(module, DistributedDataParallel) else nullcontext()
 
 
@@ -203,12 +202,12 @@ def view_of_a_wrapped_model(rank: int, count: int) -> dict[str, Tensor]:
     return {name: one.grad for name, one in model.named_parameters()}
 
 
-def nan_on_one_rank(rank: int, count: int) -> str:
-    """What every rank says if one of them gets a batch with NaN first."""
+def one_bad_batch(rank: int, count: int, value: float) -> str:
+    """What every rank says if one of them gets a batch with NaN or infinity first."""
     model = prepared(torch.float32, VerticalConfig())
     x = batches(1, torch.float32)[0][0].chunk(count)[rank]
     try:
-        model(x if rank else x * torch.nan)
+        model(x if rank else torch.full_like(x, value))
     except qcompile.errors.InvalidArgument as error:
         return str(error)
     return ""

@@ -27,7 +27,8 @@ _JOBS: dict[str, tuple[Any, dict[str, Any]]] = {
     "refusals": (rank_jobs.refusals, {}),
     "first steps": (rank_jobs.first_steps, {}),
     "view": (rank_jobs.view_of_a_wrapped_model, {}),
-    "nan": (rank_jobs.nan_on_one_rank, {}),
+    "nan": (rank_jobs.one_bad_batch, {"value": torch.nan}),
+    "infinity": (rank_jobs.one_bad_batch, {"value": torch.inf}),
     "unset and sharded": (rank_jobs.unset_and_sharded, {}),
     "batch norm, 0.1": (rank_jobs.batch_norm, {"momentum": 0.1}),
     "batch norm, None": (rank_jobs.batch_norm, {"momentum": None}),
@@ -110,8 +111,9 @@ def test_views_of_a_wrapped_model_reduce(on_two):
     torch.testing.assert_close(one, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_every_rank_stops_at_a_first_batch_with_nan(on_two):
-    assert all("NaN or infinity" in said for said in on_two["nan"])
+@pytest.mark.parametrize("value", ["nan", "infinity"])
+def test_every_rank_stops_at_a_first_batch_with(on_two, value):
+    assert all("NaN or infinity" in said for said in on_two[value])
 
 
 def test_steps_come_before_sharding(on_two):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import qcompile
 from qcompile.passes import rounding
 from qcompile.passes.geometry import Geometry
+from qcompile.passes.schemes import vertical
 
 NETWORKS = ("residual", "plain", "mobile", "dense", "signal")
 
@@ -117,8 +118,6 @@ def test_all_modes_of_a_step_round_the_weights_once(monkeypatch):
     y = torch.arange(len(x)) % 3
     joint.backward(x, y)
     calls = []
-    from qcompile.passes.schemes import vertical
-
     original = vertical.highest_code
     monkeypatch.setattr(vertical, "highest_code", lambda *given: calls.append(1) or original(*given))
     joint.backward(x, y)

@@ -158,6 +158,7 @@ def test_a_policy_chosen_under_inference_mode_trains():
         qcompile.set_bits(model, qcompile.Policy(dict.fromkeys(names, 2)))
         model.eval()(x)
     model.train()(x).sum().backward()
+    assert all(one.grad is not None for one in model.parameters())
 
 
 def test_min_norm_weights_with_nothing_shared_to_train():

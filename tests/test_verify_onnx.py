@@ -13,39 +13,13 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
-from verify_networks import (
-    Attention,
-    Bottleneck,
-    Dense,
-    Encoder,
-    Gate,
-    Mlp,
-    Norms,
-    Pools,
-    Residual,
-    ScaledAttention,
-    images,
-    trained,
-)
+from verify_networks import NETWORKS, Residual, images, trained
 
 import qcompile
 from qcompile.backends.onnx import OnnxQdqTarget
 from qcompile.backends.onnx.executable import OnnxExecutable
 from qcompile.model import QuantModel
 from qcompile.verify import verify
-
-NETWORKS: dict[str, tuple[type[torch.nn.Module], torch.Tensor]] = {
-    "residual": (Residual, images()),
-    "bottleneck": (Bottleneck, images()),
-    "mlp": (Mlp, images(8, 3)),
-    "dense": (Dense, images()),
-    "pools": (Pools, images(6, 15)),
-    "gate": (Gate, images(6, 8)),
-    "attention": (Attention, torch.arange(42).reshape(6, 7) % 11),
-    "encoder": (Encoder, images(6, 4)),
-    "norms": (Norms, images(6, 8)),
-    "scaled attention": (ScaledAttention, images(6, 4)),
-}
 
 #: Loud, quiet and ordinary images, so that every code occurs.
 X = torch.cat([images(), 4 * images(), -images()])

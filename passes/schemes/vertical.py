@@ -24,7 +24,7 @@ from ..manager import Pass
 from ..mode_input import Row, picked
 from ..quantize_layers import QuantizeLayers
 from ..quantizers import WeightCodes, WeightQuantizer
-from ..rounding import Bound, first_order_only
+from ..rounding import Bound, save_operands, saved_operands
 from .base import Scheme, choice
 
 
@@ -93,17 +93,13 @@ class _VerticalWeight(torch.autograd.Function):
         printed: bool,
         top: int,
     ) -> Tensor:
-        tensors = [one for one in (power, z) if isinstance(one, Tensor)]
-        ctx.numbers = None if tensors else (power, z)
+        save_operands(ctx, weight, step, highest, power, z)
         ctx.printed, ctx.top = printed, top
-        ctx.save_for_backward(weight, step, highest, *tensors)
         return (torch.floor(highest.to(weight.dtype) / power) + z) * (step * power)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        first_order_only()
-        weight, step, highest, *tensors = ctx.saved_tensors
-        power, z = tensors or ctx.numbers
+        weight, step, highest, power, z = saved_operands(ctx)
         gradient, ratio = gradients[0], weight / step
         inside = (ratio >= -ctx.top - 1) & (ratio <= ctx.top)
         # 2^d e, so that nothing is divided by 2^d and multiplied again

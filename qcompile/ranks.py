@@ -1,0 +1,47 @@
+"""What ranks exchange: statistics to agree on, gradients to average."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+
+def rank_count() -> int:
+    """Processes that train together; 1 without torch.distributed."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `fully_shard` has split the model's parameters over ranks."""
+    if not dist.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def largest_of_all_ranks(value: Tensor) -> Tensor:
+    """The maximum over all ranks; infinity on all of them if it is not a number on one."""
+    if rank_count() > 1:
+        value = value.nan_to_num(nan=torch.inf, posinf=torch.inf)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return value
+
+
+def average_over_ranks(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors' means over all ranks, exchanged as one flat tensor per dtype."""
+    count = rank_count()
+    if count == 1:
+        return list(tensors)
+    found = list(tensors)
+    for dtype in dict.fromkeys(one.dtype for one in tensors):  # in the same order on every rank
+        places = [place for place, one in enumerate(tensors) if one.dtype == dtype]
+        flat = torch.cat([tensors[place].reshape(-1) for place in places])
+        dist.all_reduce(flat)
+        pieces = (flat / count).split([tensors[place].numel() for place in places])
+        for place, piece in zip(places, pieces, strict=True):
+            found[place] = piece.view_as(tensors[place])
+    return found
