@@ -47,6 +47,7 @@ class ModeBatchNorm(ModeModule):
         ranks: the processes whose batches are normalised together in training; None for this one's alone.
     """
 
+    group = "batch_norm"
     ranks: ProcessGroup | None = None
     counts_batches: bool = True
 
@@ -87,6 +88,10 @@ class ModeBatchNorm(ModeModule):
     def rows_of(self, row: Row) -> tuple[Row, Row]:
         """(affine row, statistics row) of a mode's row."""
         return _within(row, self.affine_rows), _within(row, self.statistics_rows)
+
+    def own_parameters(self) -> list[nn.Parameter]:
+        """The affine ones, unless modes share them."""
+        return list(self.parameters(recurse=False)) if self.affine_rows > 1 else []
 
     def expand_float_state(self, state: dict[str, Tensor], prefix: str) -> None:
         """Turn a float layer's entries of a state dict into stacked ones, in place."""

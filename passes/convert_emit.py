@@ -16,18 +16,30 @@ from qcompile.errors import FoldError
 from . import integer_ops  # registers the operators
 from .batchnorm import ModeBatchNorm
 from .eval_identities import IDENTITIES_IN_EVAL
-from .float_layers import float_call
-from .fold import WIDE_BITS, Affine, Epilogue, Term, broadcastable, integer_epilogue, wide_epilogue
+from .float_layers import float_call, layer_call
+from .fold import (
+    WIDE_BITS,
+    Affine,
+    Epilogue,
+    Term,
+    broadcastable,
+    integer_epilogue,
+    staircase_epilogue,
+    wide_epilogue,
+)
 from .layers import QuantizedLayer
 from .mode_input import MODE_INPUT, ModeModule
 from .module_tree import tensor_at
-from .quantizers import ActivationGrid, ActivationQuantizer, WeightCodes
+from .quantizers import ActivationGrid, ActivationQuantizer, FloatRange, WeightCodes
 
 #: What a tensor of the training graph is in the integer graph: an affine map of integers, or a float node
 #: (also sizes and other non-tensors).
 Value: TypeAlias = "Affine | fx.Node"
 
 _OPS = torch.ops.qcompile
+
+#: Significant bits of float32.
+FLOAT32_BITS = 24
 
 
 class Emitter:
@@ -144,9 +156,12 @@ class Emitter:
         grid = self._next_grid(source)
         if grid is None:
             return None
-        name, limit = f"{source.name}.fixed_point", 2 ** (WIDE_BITS - 1)
-        reach = 256.0 * math.sqrt(max(grid.high, -grid.low)) * grid.scale
-        unit = float(np.float32(reach / limit))
+        limit = 2 ** (WIDE_BITS - 1)
+        reach = 256.0 * math.sqrt(max(grid.high, -grid.low)) * (grid.spacing or grid.scale)
+        return self._rounded(source, value, float(np.float32(reach / limit)), limit)
+
+    def _rounded(self, source: fx.Node, value: fx.Node, unit: float, limit: int) -> Affine:
+        name = f"{source.name}.fixed_point"
         node = self.call(_OPS.quantize.default, (value, unit, -limit, limit), name, layer=name, unit=unit)
         term = Term(node, np.float64(unit), np.float64(-limit), np.float64(limit))
         return Affine((term,), np.float64(0.0), len(self.shapes[source]), 1, layers=(source.name,))
@@ -157,7 +172,8 @@ class Emitter:
             if node.op == "call_module":
                 module = self.model.get_submodule(str(node.target))
                 if isinstance(module, ActivationQuantizer):
-                    return module.grid(self.row_of(module))
+                    grid = module.grid(self.row_of(module))
+                    return grid if isinstance(grid, ActivationGrid) else None
             fresh = [user for user in node.users if user not in seen]
             seen.update(fresh)
             queue.extend(fresh)
@@ -183,6 +199,16 @@ class Emitter:
     def _quantize(self, source: fx.Node, module: ActivationQuantizer, value: Value) -> Value:
         path = str(source.target)
         grid = module.grid(self.row_of(module))
+        if isinstance(grid, FloatRange):
+            return self._float_range(path, grid, self.to_float(value))
+        if grid.spacing is not None and isinstance(value, fx.Node):
+            # as fine as float32 is over the staircase; a power of two, so that ties stay where they are
+            ends = (grid.start + step * grid.spacing for step in (grid.low, grid.high + 1))
+            exponent = math.ceil(math.log2(max(abs(end) for end in ends)))
+            value = self._rounded(source, value, 2.0 ** (exponent - FLOAT32_BITS), 2 ** (FLOAT32_BITS + 1))
+        if grid.spacing is not None:
+            assert isinstance(value, Affine)
+            return self.epilogue(value, staircase_epilogue(value, grid), path)
         if isinstance(value, Affine):
             return self.epilogue(value, integer_epilogue(value, grid.scale, grid.low, grid.high), path)
         arguments = (value, grid.scale, grid.low, grid.high)
@@ -190,9 +216,19 @@ class Emitter:
         term = Term(node, np.float64(grid.scale), np.float64(grid.low), np.float64(grid.high))
         return Affine((term,), np.float64(0.0), len(self.shapes[source]), 1)
 
-    def _accumulate(self, node: fx.Node, module: QuantizedLayer, value: Value) -> Affine:
+    def _float_range(self, path: str, bounds: FloatRange, value: fx.Node) -> fx.Node:
+        """An activation quantiser in a float mode."""
+        low = None if bounds.low == -math.inf else bounds.low
+        high = None if bounds.high == math.inf else bounds.high
+        if low is None and high is None:
+            return value
+        return self.call(torch.ops.aten.clamp.default, (value, low, high), path, layer=path)
+
+    def _accumulate(self, node: fx.Node, module: QuantizedLayer, value: Value) -> Value:
         path, geometry = str(node.target), module.geometry
         weight = module.weight_quantizer.codes(module.weight, self.row_of(module))
+        if isinstance(weight, Tensor):
+            return self._float_layer(path, module, weight, self.to_float(value))
         if not (isinstance(value, Affine) and value.is_plain):
             raise FoldError(f"layer {path!r}: its input is not quantised")
         term = value.terms[0]
@@ -267,6 +303,12 @@ class Emitter:
             node = self.call(_OPS.dequantize.default, (term.node, scale, bias), name, layer=name)
             self._float[id(value)] = (value, node)
         return self._float[id(value)][1]
+
+    def _float_layer(self, path: str, module: QuantizedLayer, weight: Tensor, x: fx.Node) -> fx.Node:
+        """A quantised layer in a float mode."""
+        bias = None if module.bias is None else self.constant(f"{path}.bias", module.bias, torch.float32)
+        made = layer_call(module.geometry, x, self.constant(f"{path}.weight", weight, torch.float32), bias)
+        return self.call(made.target, made.args, path, layer=path)
 
     def _float_module(self, node: fx.Node, module: nn.Module, inputs: list[Value]) -> fx.Node:
         """A layer that stays in float, as the aten call that its module makes."""

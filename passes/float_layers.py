@@ -13,6 +13,7 @@ from qcompile.errors import PassError
 
 from .attention import ScaledDotProductAttention
 from .batchnorm import ModeBatchNorm
+from .geometry import Geometry
 
 _ATEN = torch.ops.aten
 _CONVOLUTIONS: dict[type[nn.Module], Any] = {
@@ -20,6 +21,7 @@ _CONVOLUTIONS: dict[type[nn.Module], Any] = {
     nn.Conv2d: _ATEN.conv2d,
     nn.Conv3d: _ATEN.conv3d,
 }
+_CONVOLUTIONS_BY_RANK = {1: _ATEN.conv1d, 2: _ATEN.conv2d, 3: _ATEN.conv3d}
 _TRANSPOSED: dict[type[nn.Module], Any] = {
     nn.ConvTranspose1d: _ATEN.conv_transpose1d.default,
     nn.ConvTranspose2d: _ATEN.conv_transpose2d.input,
@@ -41,6 +43,19 @@ class Call:
     target: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+def layer_call(geometry: Geometry, x: fx.Node, weight: fx.Node, bias: fx.Node | None) -> Call:
+    """The aten call of a convolution or linear layer of a given geometry."""
+    if geometry.kind == "linear":
+        return Call(_ATEN.linear.default, (x, weight, bias))
+    overloads = _CONVOLUTIONS_BY_RANK[len(geometry.stride)]
+    stride, dilation = list(geometry.stride), list(geometry.dilation)
+    if all(before == after for before, after in geometry.padding):
+        padding = [before for before, _ in geometry.padding]
+        return Call(overloads.default, (x, weight, bias, stride, padding, dilation, geometry.groups))
+    # only padding="same" is lopsided
+    return Call(overloads.padding, (x, weight, bias, stride, "same", dilation, geometry.groups))
 
 
 def float_call(

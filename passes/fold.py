@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 
 from qcompile.errors import FoldError
 
+from .quantizers import ActivationGrid
+
 #: Per-channel values, or one for the whole tensor.
 Array: TypeAlias = "NDArray[np.float64] | np.float64"
 
@@ -151,6 +153,16 @@ class Epilogue:
 def round_to_unit(value: float, unit: float) -> int:
     """The integer that an epilogue gives for a real value: nearest, halves up."""
     return math.floor(value / unit + 0.5)
+
+
+def staircase_epilogue(affine: Affine, grid: ActivationGrid) -> Epilogue:
+    """The epilogue of a quantiser whose codes begin at equal distances: code k at start + k * spacing."""
+    assert grid.spacing is not None
+    middle = grid.start + grid.spacing / 2
+    shifted = replace(
+        affine, constant=affine.constant - middle, low=affine.low - middle, high=affine.high - middle
+    )
+    return replace(integer_epilogue(shifted, grid.spacing, grid.low, grid.high), unit=grid.scale)
 
 
 def integer_epilogue(affine: Affine, unit: float, low: int, high: int) -> Epilogue:

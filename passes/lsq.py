@@ -19,6 +19,7 @@ from qcompile.modes import ActiveMode
 from .mode_input import picked
 from .quantizers import ActivationGrid, ActivationQuantizer
 from .rounding import Again, Bound, Rounding, rounded, save_operands, saved_operands, with_note
+from .step_search import least_squares
 
 #: A step below this would divide by zero; training that pushes a step there is held at it.
 SMALLEST_STEP = 1e-8
@@ -42,7 +43,7 @@ class _LsqActivation(torch.autograd.Function):
         uniform = not isinstance(low, Tensor)
         fused = uniform and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
         if fused and not torch.compiler.is_compiling():
-            output = ctx.again.take(x, step, low, high)
+            output = ctx.again.take(rounded, x, step, low, high)
             d_x, d_step = _backward_fused(gradients[0], x, output, float(step), low, high)
         else:
             if not torch.compiler.is_compiling():
@@ -99,6 +100,20 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum()
 
 
+def least_squares_step(x: Tensor, low: int, high: int) -> float:
+    """The step with the least squared rounding error, among fractions of the one that covers max|x|.
+
+    Args:
+        x: float tensor of any shape, finite.
+        low, high: range of codes.
+    """
+    largest = float(x.detach().abs().max()) if x.numel() else 0.0
+    if largest == 0.0:
+        return SMALLEST_STEP
+    found = least_squares(x, largest / max(1, high), lambda part, step: rounded(part, step, low, high))
+    return max(found, SMALLEST_STEP)
+
+
 class LsqActivationQuantizer(ActivationQuantizer):
     """Uniform activation quantiser with one learned step per mode.
 
@@ -139,6 +154,10 @@ class LsqActivationQuantizer(ActivationQuantizer):
             raise InvalidArgument("cannot set an activation step from a batch that holds NaN or infinity")
         self.set_step(row, max(largest, SMALLEST_STEP) / max(1, self.code_range(row)[1]))
 
+    def search(self, x: Tensor, row: int) -> None:
+        """The step with the least squared rounding error, among fractions of the one that covers max|x|."""
+        self.set_step(row, least_squares_step(x, *self.code_range(row)))
+
     def set_step(self, row: int, value: float) -> None:
         """Write one mode's step and mark it as initialised."""
         with torch.no_grad():
@@ -160,7 +179,7 @@ class LsqActivationQuantizer(ActivationQuantizer):
         step = hold_positive(picked(self.step, row))
         again = Again()
         output = _LsqActivation.apply(x, step, low, high, scale, again)
-        return with_note(output, Rounding(x, step, low, high, again))
+        return with_note(output, Rounding(rounded, (x, step, low, high), again))
 
     def grid(self, row: int) -> ActivationGrid:
         """The mode's grid; the scale is the float32 step, exactly."""

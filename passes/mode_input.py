@@ -20,10 +20,22 @@ class ModeModule(nn.Module):
         slot: this module's place among the rows of a policy.
         layers: module paths of the quantised layers whose modes decide this module's: a layer itself, the
             readers of a quantiser's output, the layer before a batch normalisation.
+        group: which of the optimiser's groups its parameters belong to, see `qcompile.param_groups`.
+        is_added: whether the float model has nothing in its place, so that no entry of its state dict is the
+            module's.
     """
 
     slot: int = 0
     layers: tuple[str, ...] = ()
+    group: str = "weights"
+    is_added: bool = False
+
+    def own_parameters(self) -> list[nn.Parameter]:
+        """Parameters whose rows belong to one mode each."""
+        return []
+
+    def forget(self) -> None:
+        """Go back to the state after `prepare`; called when float weights are loaded."""
 
 
 #: An integer for a uniform mode, a (1,) int64 tensor for a policy.

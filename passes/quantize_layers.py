@@ -57,6 +57,7 @@ class QuantizeLayers(Pass):
         weight_quantizer: builds the quantiser of one layer's weight.
         activation_quantizer: builds the quantiser of one tensor, told whether it can be negative.
         skip: module paths (or prefixes of paths) that stay in float.
+        reason_for_float: says of a layer why the scheme leaves it in float, None if it does not.
     """
 
     ensures = (Condition("feeds every quantised layer from an activation quantiser", _unquantized_input),)
@@ -66,7 +67,9 @@ class QuantizeLayers(Pass):
         weight_quantizer: Callable[[nn.Module], WeightQuantizer],
         activation_quantizer: Callable[[bool], ActivationQuantizer],
         skip: Collection[str] = (),
+        reason_for_float: Callable[[nn.Module], str | None] | None = None,
     ) -> None:
+        self.reason_for_float = reason_for_float
         self.weight_quantizer = weight_quantizer
         self.activation_quantizer = activation_quantizer
         self.skip = tuple(skip)
@@ -141,7 +144,8 @@ class QuantizeLayers(Pass):
         except InvalidArgument as reason:
             return f"float: {reason}"
         assert isinstance(module, WEIGHTED)
-        return None
+        reason_of_scheme = None if self.reason_for_float is None else self.reason_for_float(module)
+        return None if reason_of_scheme is None else f"float: {reason_of_scheme}"
 
     def _quantize_input(
         self,

@@ -6,6 +6,7 @@ Every quantised tensor is `scale * (code + offset)` with an integer code and a d
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -40,21 +41,54 @@ class WeightCodes:
 
 @dataclass(frozen=True)
 class ActivationGrid:
-    """The grid that an activation is rounded to: `scale * code`, low <= code <= high, half to even."""
+    """What an activation is rounded to: code k of low .. high stands for `scale * k`.
+
+    Attributes:
+        scale: real value of one code.
+        low, high: range of codes.
+        spacing: distance of the inputs at which neighbouring codes begin; None where each input gets the code
+            of the nearest value, half to even.
+        start: the input at which code 0 begins; only with `spacing`.
+    """
 
     scale: float
     low: int
     high: int
+    spacing: float | None = None
+    start: float = 0.0
 
-    @property
-    def signed(self) -> bool:
-        """Whether codes can be negative."""
-        return self.low < 0
+
+@dataclass(frozen=True)
+class ThresholdGrid:
+    """Codes that begin at thresholds of any distance: code k of low .. high stands for `scale * k`.
+
+    Attributes:
+        scale: real value of one code.
+        low, high: range of codes.
+        thresholds: increasing, high - low of them; code low + j begins where `before * x` reaches the j-th.
+        before: factor on inputs; codes fall as inputs rise where it is negative.
+    """
+
+    scale: float
+    low: int
+    high: int
+    thresholds: tuple[float, ...]
+    before: float = 1.0
+
+
+@dataclass(frozen=True)
+class FloatRange:
+    """An activation that stays in float, clipped to low .. high: what a mode in float has for a grid."""
+
+    low: float = -math.inf
+    high: float = math.inf
 
 
 class WeightQuantizer(nn.Module):
     """Base of weight quantisers; one instance per layer."""
 
+    group = "quantizers"
+    is_added = True
     _kept: tuple[Any, Tensor] | None = None
     _keeps = False
 
@@ -82,8 +116,8 @@ class WeightQuantizer(nn.Module):
         """Dequantised weight for training, with the scheme's straight-through gradient."""
         raise TypeError(f"{type(self).__name__} does not define forward()")
 
-    def codes(self, weight: Tensor, row: int) -> WeightCodes:
-        """The weight's integers in the mode of one row, computed in float64."""
+    def codes(self, weight: Tensor, row: int) -> WeightCodes | Tensor:
+        """The weight's integers in the mode of one row, computed in float64; a float tensor in a float mode."""
         raise TypeError(f"{type(self).__name__} does not define codes()")
 
     def initialise(self, weight: Tensor) -> None:
@@ -99,6 +133,8 @@ class ActivationQuantizer(ModeModule):
             before the mode's first forward (`qcompile/first_batch.py`), never within one.
     """
 
+    group = "quantizers"
+    is_added = True
     initialised: Tensor
 
     def __init__(self, rows: int) -> None:
@@ -119,8 +155,20 @@ class ActivationQuantizer(ModeModule):
         """
         raise TypeError(f"{type(self).__name__} does not define initialise()")
 
-    def grid(self, row: int) -> ActivationGrid:
-        """The integer grid of one mode."""
+    def search(self, x: Tensor, row: int) -> None:
+        """Set the parameters of one mode from a calibration batch, with care; by default as `initialise`."""
+        self.initialise(x, row, lambda value: value)
+
+    def forget(self) -> None:
+        """Let the next batch set all parameters anew."""
+        self.initialised.zero_()
+
+    def own_parameters(self) -> list[nn.Parameter]:
+        """All of them."""
+        return list(self.parameters(recurse=False))
+
+    def grid(self, row: int) -> ActivationGrid | ThresholdGrid | FloatRange:
+        """The integer grid of one mode; the range it is clipped to in a float mode."""
         raise TypeError(f"{type(self).__name__} does not define grid()")
 
 

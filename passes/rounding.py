@@ -8,6 +8,7 @@ the latter only: a training step then keeps what the float network keeps. Compil
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -58,15 +59,15 @@ class Again:
     def __init__(self) -> None:
         self._tensor: Tensor | None = None
 
-    def keep(self, *operands: Any) -> Tensor:
-        """`rounded(*operands)`, kept until the quantiser's backward, which follows that of its readers."""
+    def keep(self, function: Callable[..., Tensor], *operands: Any) -> Tensor:
+        """`function(*operands)`, kept until the quantiser's backward, which follows that of its readers."""
         if self._tensor is None:
-            self._tensor = rounded(*operands)
+            self._tensor = function(*operands)
         return self._tensor
 
-    def take(self, *operands: Any) -> Tensor:
+    def take(self, function: Callable[..., Tensor], *operands: Any) -> Tensor:
         """The same, and kept no longer."""
-        found = self.keep(*operands)
+        found = self.keep(function, *operands)
         self.drop()
         return found
 
@@ -77,20 +78,18 @@ class Again:
 
 @dataclass(frozen=True)
 class Rounding:
-    """What it takes to round again: the input, the step () and the range of codes."""
+    """What it takes to round again: `function(*operands)`, the operands tensors or numbers."""
 
-    source: Tensor
-    step: Tensor
-    low: Bound
-    high: Bound
+    function: Callable[..., Tensor]
+    operands: tuple[Any, ...]
     again: Again
 
 
 def with_note(output: Tensor, rounding: Rounding) -> Tensor:
     """The rounded tensor, with a note of how it came about for the layers that read it as it is."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        detached = replace(rounding, source=rounding.source.detach(), step=rounding.step.detach())
-        setattr(output, _NOTE, (detached, output._version))
+        operands = (one.detach() if isinstance(one, Tensor) else one for one in rounding.operands)
+        setattr(output, _NOTE, (replace(rounding, operands=tuple(operands)), output._version))
     return output
 
 
@@ -101,15 +100,15 @@ class _RoundedLayer(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, rounding: Rounding
     ) -> Tensor:
-        save_operands(ctx, weight, rounding.source, rounding.step, rounding.low, rounding.high)
-        ctx.again, ctx.geometry = rounding.again, geometry
+        save_operands(ctx, weight, *rounding.operands)
+        ctx.again, ctx.function, ctx.geometry = rounding.again, rounding.function, geometry
         ctx.bias_shape = None if bias is None else bias.shape
         return geometry.apply(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         weight, *operands = saved_operands(ctx)
-        x = ctx.again.keep(*operands).to(weight.dtype)
+        x = ctx.again.keep(ctx.function, *operands).to(weight.dtype)
         found = ctx.geometry.gradients(gradients[0], x, weight, ctx.bias_shape, ctx.needs_input_grad[:3])
         return *found, None, None
 

@@ -7,21 +7,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .errors import InvalidArgument, InvalidInputType
 from .model import QuantModel
 from .modes import ActiveMode
 from .passes.batchnorm import ModeBatchNorm
-from .passes.lsq import SMALLEST_STEP, LsqActivationQuantizer
 from .passes.quantizers import ActivationQuantizer
 from .wrappers import as_prepared
-
-#: Values of a tensor that the step search looks at; more change the result by less than the grid's spacing.
-SEARCH_SAMPLES = 1 << 16
-
-#: Candidate steps, as fractions of the step that covers the largest value.
-SEARCH_GRID = 64
 
 
 def calibrate(model: nn.Module, batches: Iterable[Any], reset_steps: bool = False) -> None:
@@ -87,7 +80,7 @@ def _statistics_from_scratch(model: QuantModel, reset_steps: bool) -> Iterator[N
     if reset_steps:
         for module in model.modules():
             if isinstance(module, ActivationQuantizer):
-                module.initialised.zero_()
+                module.forget()
     model.eval()
     for norm in norms:
         norm.train()
@@ -110,49 +103,23 @@ def _statistics_from_scratch(model: QuantModel, reset_steps: bool) -> Iterator[N
 
 @contextmanager
 def _step_search(model: QuantModel, row: int) -> Iterator[None]:
-    """Steps of this mode that are not set yet are searched when their tensor first comes by."""
+    """Quantisers of this mode that are not set yet are searched when their tensor first comes by."""
+
+    def search(module: nn.Module, args: tuple[Any, ...]) -> None:
+        assert isinstance(module, ActivationQuantizer)
+        if not bool(module.initialised[row]):
+            x = args[0].detach()
+            if not bool(torch.isfinite(x).all()):
+                raise InvalidArgument("cannot calibrate on a batch that holds NaN or infinity")
+            module.search(x, row)
+
     hooks = [
-        module.register_forward_pre_hook(_search_once)
+        module.register_forward_pre_hook(search)
         for module in model.modules()
-        if isinstance(module, LsqActivationQuantizer) and not bool(module.initialised[row])
+        if isinstance(module, ActivationQuantizer) and not bool(module.initialised[row])
     ]
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _search_once(module: nn.Module, args: tuple[Any, ...]) -> None:
-    assert isinstance(module, LsqActivationQuantizer)
-    x, active = args
-    if not bool(module.initialised[active.row]):
-        low, high = module.code_range(active.row)
-        module.set_step(active.row, least_squares_step(x, low, high))
-
-
-def least_squares_step(x: Tensor, low: int, high: int) -> float:
-    """The step with the least squared rounding error, among fractions of the one that covers max|x|.
-
-    Args:
-        x: float tensor of any shape.
-        low, high: range of codes.
-
-    Raises:
-        InvalidArgument: if `x` holds NaN or infinity.
-    """
-    flat = x.detach().float().reshape(-1)
-    if not bool(torch.isfinite(flat).all()):
-        raise InvalidArgument("cannot calibrate on a batch that holds NaN or infinity")
-    largest = float(flat.abs().max()) if flat.numel() else 0.0
-    if largest == 0.0:
-        return SMALLEST_STEP
-    sample = flat[:: max(1, flat.numel() // SEARCH_SAMPLES)]
-    best, best_error = largest / max(1, high), float("inf")
-    for index in range(1, SEARCH_GRID + 1):
-        step = largest / max(1, high) * index / SEARCH_GRID
-        rounded = torch.round(sample / step).clamp_(low, high).mul_(step)
-        error = float((rounded - sample).square_().sum(dtype=torch.float64))
-        if error < best_error:
-            best, best_error = step, error
-    return max(best, SMALLEST_STEP)

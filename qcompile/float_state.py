@@ -11,7 +11,8 @@ from .model import QuantModel
 from .modes import Mode
 from .passes.batchnorm import ModeBatchNorm
 from .passes.layers import QuantizedLayer
-from .passes.quantizers import ActivationQuantizer, WeightQuantizer
+from .passes.mode_input import ModeModule
+from .passes.quantizers import WeightQuantizer
 from .wrappers import as_prepared
 
 
@@ -19,7 +20,7 @@ def _quantizer_prefixes(model: nn.Module) -> tuple[str, ...]:
     return tuple(
         f"{path}."
         for path, module in model.named_modules()
-        if isinstance(module, (ActivationQuantizer, WeightQuantizer))
+        if isinstance(module, (ModeModule, WeightQuantizer)) and module.is_added
     )
 
 
@@ -39,10 +40,10 @@ def load_float_state(module: nn.Module, state_dict: dict[str, Any], prefix: str,
             child.expand_float_state(state_dict, child_prefix)
         elif isinstance(child, QuantizedLayer) and f"{child_prefix}weight" in state_dict:
             child.weight_quantizer.initialise(state_dict[f"{child_prefix}weight"].detach())
-        elif isinstance(child, ActivationQuantizer):
-            child.initialised.zero_()
+        elif isinstance(child, ModeModule):
+            child.forget()
     for path, child in module.named_modules():
-        if isinstance(child, (ActivationQuantizer, WeightQuantizer)):
+        if isinstance(child, (ModeModule, WeightQuantizer)) and child.is_added:
             for name, value in child.state_dict().items():
                 state_dict[f"{prefix}{path}.{name}"] = value.clone()
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -43,7 +44,7 @@ class JointLoss(nn.Module):
             wrapper made of it; it is called through these.
         criterion: criterion(output, y) -> scalar loss.
         teacher: optional float model, whose logits the scheme may distil from. It is not trained; call
-            `teacher.eval()` yourself.
+            `teacher.eval()` yourself. Schemes that need a teacher take a copy of the float original otherwise.
         batch_fn: for batches of any structure: `batch_fn(forward, batch)` calls `forward` like the model
             and returns (loss, logits); the joint loss is then called as `joint.backward(batch)`. `forward`
             knows its mode, so it may run inside `torch.utils.checkpoint`.
@@ -75,11 +76,19 @@ class JointLoss(nn.Module):
         self.reduces_itself = reduces_itself
         # not registered: the teacher's parameters are not trained and its mode is its owner's business, and
         # a wrapper's are those of the model
-        self.__dict__["teacher"] = teacher
+        self.__dict__["teacher"] = self._float_original() if teacher is None else teacher
         self.__dict__["wrapped"] = model
         self._labels = tuple(mode.label for mode in self.model.prepared_modes)
         self.losses: dict[int | str, Tensor] = dict.fromkeys(self._labels, torch.tensor(torch.nan))
         self.weights: dict[int | str, float] = dict.fromkeys(self._labels, torch.nan)
+
+    def _float_original(self) -> nn.Module | None:
+        """A copy of the model that was prepared, if the scheme needs a teacher."""
+        if not self.model.scheme.needs_teacher:
+            return None
+        original = self.model.float_original
+        parameter = next(iter(self.model.parameters()))
+        return deepcopy(original).to(parameter.device, parameter.dtype).eval().requires_grad_(False)
 
     def backward(self, *batch: Any) -> Tensor:
         """Accumulate the gradients of all modes, one mode's graph in memory at a time.
@@ -131,7 +140,7 @@ class JointLoss(nn.Module):
         if not self.reduces_itself:
             check_reduction(self.__dict__["wrapped"], whole_loss)
 
-    def _fixed_weights(self) -> tuple[float, ...]:
+    def _fixed_weights(self) -> Sequence[float]:
         weights = self.model.scheme.mode_weights()
         if weights is None:
             raise InvalidArgument(
@@ -140,7 +149,7 @@ class JointLoss(nn.Module):
         return weights
 
     def _mode_losses(
-        self, batch: tuple[Any, ...], weights: tuple[float, ...], through: nn.Module | None = None
+        self, batch: tuple[Any, ...], weights: Sequence[float], through: nn.Module | None = None
     ) -> Iterator[tuple[int, Tensor]]:
         """Each mode's loss, by calls of `through`: the model inside its wrappers by default."""
         scheme, model = self.model.scheme, self.model

@@ -39,14 +39,24 @@ class QuantModel(MultiModeModel):
         graph: the training graph; its last input is the active mode.
         scheme: the scheme that rewrote it.
         method: `export` or `fx`, how the model was captured.
+        float_original: the model that was prepared.
+        rewritten: what the scheme made of the float network's operators, a line each.
     """
 
     _users: nn.Module
+    float_original: nn.Module
 
     def __init__(
-        self, graph_module: fx.GraphModule, signature: CallSignature, scheme: Scheme, method: str
+        self,
+        graph_module: fx.GraphModule,
+        signature: CallSignature,
+        scheme: Scheme,
+        method: str,
+        float_original: nn.Module,
     ) -> None:
         super().__init__()
+        # not registered: it is the user's, and no part of this model
+        self.__dict__["float_original"] = float_original
         self.graph = graph_module.graph
         self.signature = signature
         self.scheme = scheme
@@ -56,6 +66,7 @@ class QuantModel(MultiModeModel):
         self.active = scheme.modes[-1]
         self.active_rows = self.rows_of(self.active)
         self.records = graph_module.meta.get("layers", ())
+        self.rewritten: tuple[str, ...] = graph_module.meta.get("rewritten", ())
         self._check_names(graph_module)
         self._modules.update(graph_module._modules)
         self._parameters.update(graph_module._parameters)
@@ -81,6 +92,8 @@ class QuantModel(MultiModeModel):
             "active_rows",
             "last_shapes",
             "steps_set",
+            "float_original",
+            "rewritten",
             "model_handle",
             "checkpoint_pieces",
         }
@@ -242,7 +255,7 @@ class QuantModel(MultiModeModel):
         copied = QuantModel.__new__(QuantModel)
         memo[id(self)] = copied
         for name, value in self.__dict__.items():
-            shared = name in ("_training_chain", "scheme", "_users", "forward")
+            shared = name in ("_training_chain", "scheme", "_users", "forward", "float_original")
             copied.__dict__[name] = value if shared else deepcopy(value, memo)
         copied._link_users_modules()
         copied._become_itself()

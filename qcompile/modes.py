@@ -21,15 +21,25 @@ _MODE_NAME = re.compile(r"w(\d{1,3})a(\d{1,3})", re.ASCII)
 
 @dataclass(frozen=True, order=True)
 class Mode:
-    """One precision of a model: bits of the weights and bits of the activations, each from 1 to 8."""
+    """One precision of a model: bits of the weights and bits of the activations, each from 1 to 8.
+
+    `Mode(32, 32)` is the float parent that some schemes train along with the others.
+    """
 
     weight_bits: int
     activation_bits: int
 
     def __post_init__(self) -> None:
+        if self.is_float:
+            return
         for kind, bits in (("weight", self.weight_bits), ("activation", self.activation_bits)):
             if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
                 raise InvalidArgument(f"{kind} bits must be a whole number from 1 to 8, not {bits!r}")
+
+    @property
+    def is_float(self) -> bool:
+        """Whether nothing is rounded in this mode."""
+        return self.weight_bits == 32 and self.activation_bits == 32
 
     @property
     def name(self) -> str:

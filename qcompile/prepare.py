@@ -59,7 +59,7 @@ def prepare(
     captured = capture(model, example_inputs)
     result = PassManager([*chosen.passes(tuple(skip)), AssignSlots()])(captured.graph_module)
     signature = captured.signature.with_single_floats()
-    prepared = QuantModel(result.graph_module, signature, chosen, captured.method)
+    prepared = QuantModel(result.graph_module, signature, chosen, captured.method, model)
     prepared.register_load_state_dict_pre_hook(load_float_state)
     prepared.register_load_state_dict_post_hook(note_loaded_steps)
     prepared.train(model.training)

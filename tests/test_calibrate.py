@@ -8,8 +8,8 @@ import torch
 from nets import example, trained
 
 import qcompile
-from qcompile.calibrate import least_squares_step
 from qcompile.errors import FoldError, InvalidArgument
+from qcompile.passes.lsq import least_squares_step
 
 
 def test_the_step_is_the_best_of_its_grid():

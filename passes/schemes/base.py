@@ -28,19 +28,24 @@ class Scheme:
         config_type: frozen dataclass of options, with the paper's defaults.
         default_bits: modes where the caller names none.
         prefix_decodable: whether the b-bit weight code is the top of the K-bit code for every b.
-        quantizer_lr_factor: learning rate of quantiser parameters relative to that of the weights.
+        takes_float_mode: whether a mode of 32 bits, the float parent, may be among the modes.
     """
 
     name: ClassVar[str]
     config_type: ClassVar[type]
     default_bits: ClassVar[tuple[int, ...]] = (2, 3, 4)
     prefix_decodable: ClassVar[bool] = False
-    quantizer_lr_factor: ClassVar[float] = 1.0
+    takes_float_mode: ClassVar[bool] = False
 
     def __init__(self, modes: Sequence[Mode], config: Any = None) -> None:
         if config is not None and not isinstance(config, self.config_type):
             wanted, given = self.config_type.__name__, type(config).__name__
             raise InvalidInputType(f"scheme {self.name!r} takes config={wanted}(...), not {given}")
+        if any(mode.is_float for mode in modes) and not (self.takes_float_mode and len(modes) > 1):
+            other = (
+                "needs another mode beside the float one" if self.takes_float_mode else "has no float mode"
+            )
+            raise InvalidArgument(f"scheme {self.name!r} {other}: pass bit-widths from 1 to 8")
         self.modes = tuple(modes)
         self.config: Any = self.config_type() if config is None else config
 
@@ -52,7 +57,7 @@ class Scheme:
         """Rows of the modes in the order of their forward passes; teachers come before their students."""
         return tuple(reversed(range(len(self.modes))))
 
-    def mode_weights(self) -> tuple[float, ...] | None:
+    def mode_weights(self) -> Sequence[float] | None:
         """Weight alpha of every mode's loss, by row; None if they are solved for in every step."""
         return (1.0 / len(self.modes),) * len(self.modes)
 
@@ -74,6 +79,16 @@ class Scheme:
             teacher: detached logits of the external float teacher, if there is one.
         """
         return task_loss()
+
+    @property
+    def quantizer_lr_factor(self) -> float:
+        """Learning rate of quantiser parameters relative to that of the weights."""
+        return 1.0
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether `mode_loss` needs a float teacher: the float original, if the user names none."""
+        return False
 
     @property
     def needs_logits(self) -> bool:

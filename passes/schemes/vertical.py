@@ -215,7 +215,7 @@ class VerticalScheme(Scheme):
             SplitBatchNorm(len(self.modes), self.config.batch_norm),
         ]
 
-    def mode_weights(self) -> tuple[float, ...] | None:
+    def mode_weights(self) -> Sequence[float] | None:
         """Equal weights, or None for the min-norm point."""
         return None if self.config.moo == "mgd" else super().mode_weights()
 

@@ -11,11 +11,12 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ..model import QuantModel
 from ..modes import Mode
 from ..passes.layers import QuantizedLayer
-from ..passes.quantizers import ActivationQuantizer
+from ..passes.quantizers import ActivationQuantizer, FloatRange
 from .chain import as_array
 
 
@@ -43,41 +44,72 @@ class ReferenceWeight:
 
 @dataclass(frozen=True)
 class ReferenceGrid:
-    """An activation as `step * code`, low <= code <= high."""
+    """An activation as `step * code`, low <= code <= high.
+
+    Attributes:
+        step: real value of one code.
+        low, high: range of codes.
+        spacing: distance of the inputs at which neighbouring codes begin; None where the nearest value counts.
+        start: the input at which code 0 begins, with `spacing`.
+    """
 
     step: float
     low: int
     high: int
+    spacing: float | None = None
+    start: float = 0.0
+
+    def position(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The number whose nearest integer is the code of `x`, not clipped."""
+        if self.spacing is None:
+            return np.asarray(x / self.step)
+        return np.asarray((x - self.start) / self.spacing - 0.5)
+
+
+@dataclass(frozen=True)
+class ReferenceRange:
+    """An activation of a float mode: clipped, not rounded."""
+
+    low: float
+    high: float
 
 
 class SchemeFormulas(Protocol):
     """What `verify` knows of one scheme."""
 
-    def weight(self, model: QuantModel, layer: QuantizedLayer, mode: Mode) -> ReferenceWeight:
-        """The integers of a layer's weight in one mode, from its latent weight."""
+    def weight(
+        self, model: QuantModel, layer: QuantizedLayer, mode: Mode
+    ) -> ReferenceWeight | NDArray[np.float64]:
+        """The integers of a layer's weight in one mode, from its latent weight; real in a float mode."""
 
     def activation(
         self, model: QuantModel, quantizer: ActivationQuantizer, mode: Mode
-    ) -> ReferenceGrid | None:
+    ) -> ReferenceGrid | ReferenceRange | None:
         """The grid of an activation quantiser in one mode; None if it is not uniform."""
 
 
 class DeclaredFormulas:
     """What the scheme's own quantisers declare; not independent of the conversion."""
 
-    def weight(self, model: QuantModel, layer: QuantizedLayer, mode: Mode) -> ReferenceWeight:
+    def weight(
+        self, model: QuantModel, layer: QuantizedLayer, mode: Mode
+    ) -> ReferenceWeight | NDArray[np.float64]:
         """The quantiser's codes."""
         codes = layer.weight_quantizer.codes(layer.weight.detach(), model.row(mode))
+        if isinstance(codes, Tensor):
+            return as_array(codes).astype(np.float64)
         scale = as_array(codes.scale).astype(np.float64)
         integers = as_array(codes.codes).astype(np.int64)
         return ReferenceWeight(integers, scale, codes.offset_numerator, codes.offset_shift)
 
     def activation(
         self, model: QuantModel, quantizer: ActivationQuantizer, mode: Mode
-    ) -> ReferenceGrid | None:
+    ) -> ReferenceGrid | ReferenceRange | None:
         """The quantiser's grid."""
         grid = quantizer.grid(model.row(mode))
-        return ReferenceGrid(grid.scale, grid.low, grid.high)
+        if isinstance(grid, FloatRange):
+            return ReferenceRange(grid.low, grid.high)
+        return ReferenceGrid(grid.scale, grid.low, grid.high, grid.spacing, grid.start)
 
 
 class VerticalFormulas:
@@ -109,7 +141,37 @@ class VerticalFormulas:
         return ReferenceGrid(step, 0, 2**bits - 1)
 
 
-_FORMULAS: dict[str, SchemeFormulas] = {"vertical": VerticalFormulas()}
+class QuantizableFormulas:
+    """Quantizable networks: Eq. 7 on tanh-normalised weights and clipped activations; 32 bits do not round."""
+
+    def weight(
+        self, model: QuantModel, layer: QuantizedLayer, mode: Mode
+    ) -> ReferenceWeight | NDArray[np.float64]:
+        """c = clip(floor(2^b r), 0, 2^b - 1), r = tanh(W) / (2 max|tanh W|) + 1/2, value 2 c / (2^b - 1) - 1."""
+        squashed = np.tanh(as_array(layer.weight).astype(np.float64))
+        ratio = squashed / (2.0 * max(float(np.abs(squashed).max()), 1e-12)) + 0.5
+        if mode.is_float:
+            return np.asarray(2.0 * ratio - 1.0)
+        bits = mode.weight_bits
+        code = np.clip(np.floor(ratio * 2.0**bits), 0, 2**bits - 1).astype(np.int64)
+        # in two's complement: the first bit is inverted, which adds 2^(b-1) to the offset -(2^b - 1) / 2
+        return ReferenceWeight(code - 2 ** (bits - 1), np.asarray(2.0 / (2**bits - 1)), 1, 1)
+
+    def activation(
+        self, model: QuantModel, quantizer: ActivationQuantizer, mode: Mode
+    ) -> ReferenceGrid | ReferenceRange | None:
+        """Code k begins at s k / 2^b and stands for s k / (2^b - 1)."""
+        given: Any = quantizer
+        size, bits = float(as_array(given.size)[0]), mode.activation_bits
+        if mode.is_float:
+            return ReferenceRange(0.0, size)
+        return ReferenceGrid(size / (2**bits - 1), 0, 2**bits - 1, size / 2**bits)
+
+
+_FORMULAS: dict[str, SchemeFormulas] = {
+    "vertical": VerticalFormulas(),
+    "quantizable": QuantizableFormulas(),
+}
 
 
 def register_formulas(scheme: str, formulas: SchemeFormulas) -> None:

@@ -29,7 +29,14 @@ from ..passes.module_tree import tensor_at
 from ..passes.quantizers import ActivationQuantizer
 from . import reference
 from .chain import as_array, substitute
-from .formulas import DeclaredFormulas, ReferenceGrid, ReferenceWeight, SchemeFormulas, find_formulas
+from .formulas import (
+    DeclaredFormulas,
+    ReferenceGrid,
+    ReferenceRange,
+    ReferenceWeight,
+    SchemeFormulas,
+    find_formulas,
+)
 from .output_error import OutputError
 from .structure import array_difference
 
@@ -70,7 +77,7 @@ class RealChain:
         self.fold_errors: dict[str, float] = {}
         self._outputs = OutputError()
         self._failures: dict[str, str] = {}
-        self._weights: dict[str, ReferenceWeight] = {}
+        self._weights: dict[str, ReferenceWeight | NDArray[np.float64]] = {}
         self._codes: dict[str, list[fx.Node]] = defaultdict(list)
         for node in expected.graph.nodes:
             if expected.operator_name(node) in ("requantize", "quantize"):
@@ -86,6 +93,9 @@ class RealChain:
                 continue
             path = str(node.meta["layer"])
             weight = self._weight(path)
+            if not isinstance(weight, ReferenceWeight):
+                lines.append(f"layer {path!r}: its weight has codes in a float mode")
+                continue
             codes = as_array(self.expected.constant(node.args[1])).astype(np.int64)
             found = array_difference(weight.codes, codes)
             if found is not None:
@@ -97,7 +107,7 @@ class RealChain:
                 )
         return lines
 
-    def _weight(self, path: str) -> ReferenceWeight:
+    def _weight(self, path: str) -> ReferenceWeight | NDArray[np.float64]:
         if path not in self._weights:
             layer = self.model.get_submodule(path)
             assert isinstance(layer, QuantizedLayer)
@@ -156,11 +166,14 @@ class RealChain:
         self, path: str, call: int, module: ActivationQuantizer, x: Tensor, codes: Mapping[str, Any]
     ) -> Tensor:
         grid = self.formulas.activation(self.model, module, self.mode)
+        if isinstance(grid, ReferenceRange):
+            return x.clamp(grid.low, grid.high)
         nodes = self._codes[path]
         node = nodes[call] if call < len(nodes) else None
         if node is None:  # no quantised layer reads it
             assert grid is not None
-            return (x / grid.step).round().clamp(grid.low, grid.high) * grid.step
+            codes_of_x = np.clip(np.rint(grid.position(x.numpy())), grid.low, grid.high)
+            return torch.from_numpy(codes_of_x * grid.step)
         array = as_array(codes[node.name]).astype(np.float64)
         if grid is None:
             return torch.from_numpy(array * float(node.meta["unit"]))
@@ -179,7 +192,7 @@ class RealChain:
         if codes.shape != x.shape:
             self._failures[node.name] = f"layer {path!r}: codes have shape {codes.shape}, expected {x.shape}"
             return
-        real = x / grid.step
+        real = grid.position(x)
         bound = FOLD_ERROR + FLOAT_ERROR * float(np.abs(real[np.isfinite(real)]).max(initial=0.0))
         clipped = np.clip(np.nan_to_num(real, nan=0.0), grid.low, grid.high)
         beyond = np.abs(clipped - codes) - 0.5
@@ -223,7 +236,8 @@ class RealChain:
         return pytree.tree_map_only(Tensor, _double, result)
 
     def _layer(self, path: str, layer: QuantizedLayer, x: Tensor) -> Tensor:
-        weight, geometry = self._weight(path).real, layer.geometry
+        found, geometry = self._weight(path), layer.geometry
+        weight = found.real if isinstance(found, ReferenceWeight) else found
         bias = 0.0 if layer.bias is None else as_array(layer.bias).astype(np.float64)
         array = as_array(x)
         if geometry.kind == "linear":

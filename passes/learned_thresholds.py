@@ -1,0 +1,193 @@
+"""Activation quantiser with learned thresholds and equidistant values.
+
+Zechun Liu et al., "Nonuniform-to-Uniform Quantization: Towards Accurate Quantization via Generalized
+Straight-Through Estimation", Sec. 3. With intervals a_1 .. a_n, n = 2^b - 1, thresholds are T_1 = start + a_1 / 2
+and T_(i+1) = T_i + (a_i + a_(i+1)) / 2; the code of x counts the thresholds that do not lie above beta1 x and
+stands for beta2 * code * 2 / n.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qcompile.errors import InvalidArgument
+from qcompile.modes import ActiveMode
+
+from .mode_input import picked
+from .quantizers import ActivationQuantizer, ThresholdGrid, scale_gradient
+from .rounding import Again, Bound, Rounding, save_operands, saved_operands, with_note
+from .step_search import least_squares
+
+#: Intervals are held at least this large (Sec. 4.1).
+SMALLEST_INTERVAL = 1e-3
+
+
+def knots_of(intervals: Tensor, start: Tensor) -> Tensor:
+    """(n + 1,) ends of the pieces of the function that gradients are of: d_0 = start, d_i = d_(i-1) + a_i."""
+    return start + torch.cat([intervals.new_zeros(1), intervals.cumsum(0)])
+
+
+def thresholds_of(intervals: Tensor, start: Tensor) -> Tensor:
+    """(n,) thresholds, each in the middle of its interval."""
+    knots = knots_of(intervals, start)
+    return (knots[:-1] + knots[1:]) / 2
+
+
+def counted(x: Tensor, intervals: Tensor, start: Tensor, before: Tensor, after: Tensor, height: Bound) -> Tensor:
+    """after * height * (number of thresholds <= before * x), in the dtype of `x`.
+
+    Args:
+        x: tensor of any shape.
+        intervals: (n,) a, those beyond a mode's own infinite.
+        start, before, after: start, beta1, beta2, shape ().
+        height: distance of the values, 2 / n.
+    """
+    scaled = x.to(intervals.dtype) * before
+    code = torch.bucketize(scaled, thresholds_of(intervals, start), right=True)
+    return (code * (after * height)).to(x.dtype)
+
+
+class _CountThresholds(torch.autograd.Function):
+    """`counted`, with the generalised straight-through estimator (Eq. 13) as its gradient.
+
+    Inside piece j, d_(j-1) <= v < d_j with v = beta1 x, the output is taken to be beta2 h (j - 1 + (v - d_(j-1))
+    / a_j); it is constant outside. beta2 multiplies the codes themselves, so its gradient is exact.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        intervals: Tensor,
+        start: Tensor,
+        before: Tensor,
+        after: Tensor,
+        height: Bound,
+        again: Again,
+    ) -> Tensor:
+        ctx.again = again
+        save_operands(ctx, x, intervals, start, before, after, height)
+        return counted(x, intervals, start, before, after, height)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, intervals, start, before, after, height = saved_operands(ctx)
+        if not torch.compiler.is_compiling():
+            ctx.again.drop()
+        wide = intervals.dtype
+        given, value = gradients[0].to(wide), x.to(wide) * before
+        knots, levels = knots_of(intervals, start), len(intervals)
+        # 0 below the first knot, n + 1 from the last one on
+        piece = torch.bucketize(value, knots, right=True)
+        inside = (piece > 0) & (piece <= levels)
+        index = (piece - 1).clamp_(0, levels - 1)
+        finite = torch.isfinite(intervals)
+        slopes = torch.where(finite, after * height / intervals, 0.0)
+        d_value = torch.where(inside, given * slopes[index], 0.0)
+        # per piece: sum of g, and of g times the way into the piece
+        passed = torch.where(inside, given, 0.0)
+        way = torch.where(inside, value - knots[index], 0.0)
+        flat = index.reshape(-1)
+        sums = torch.zeros_like(intervals).index_add_(0, flat, passed.reshape(-1)) * slopes
+        ways = torch.zeros_like(intervals).index_add_(0, flat, (passed * way).reshape(-1)) * slopes
+        later = sums.sum() - sums.cumsum(0)
+        d_intervals = torch.where(finite, -ways / intervals - later, 0.0)
+        code = torch.bucketize(value, thresholds_of(intervals, start), right=True)
+        d_after = (given * code).sum() * height
+        d_before = (d_value * x.to(wide)).sum()
+        return (d_value * before).to(x.dtype), d_intervals, -sums.sum(), d_before, d_after, None, None
+
+
+class ThresholdActivationQuantizer(ActivationQuantizer):
+    """Learned thresholds, start and scales, all of them per mode.
+
+    Args:
+        bits: activation bits of every mode, by row.
+        from_data: the first batch sets beta1 and beta2 = 1 / beta1 so that its values fit the thresholds, else
+            both start at 1 as in the paper.
+        learned: whether thresholds are trained; if not, they stay at equal distances.
+
+    Attributes:
+        interval: (rows, 2^B - 1) a; those beyond a mode's own 2^b - 1 are infinite and not trained.
+        start, before, after: (rows,) start, beta1, beta2.
+        heights: (rows,) distance of the values, for the rows of policies.
+    """
+
+    heights: Tensor
+
+    def __init__(self, bits: Sequence[int], from_data: bool = False, learned: bool = True) -> None:
+        super().__init__(len(bits))
+        self.bits, self.from_data = tuple(bits), from_data
+        most = 2 ** max(bits) - 1
+        rows = [[2.0 / (2**b - 1)] * (2**b - 1) + [math.inf] * (most - 2**b + 1) for b in bits]
+        self.interval = nn.Parameter(torch.tensor(rows), requires_grad=learned)
+        self.start = nn.Parameter(torch.zeros(len(bits)), requires_grad=learned)
+        self.before = nn.Parameter(torch.ones(len(bits)))
+        self.after = nn.Parameter(torch.ones(len(bits)))
+        heights = torch.tensor([2.0 / (2**b - 1) for b in bits])
+        self.register_buffer("heights", heights, persistent=False)
+        self.initialised.fill_(not from_data)
+
+    def initialise(self, x: Tensor, row: int, agree: Callable[[Tensor], Tensor]) -> None:
+        """beta1 with the least squared error at equal thresholds, beta2 = 1 / beta1; over ranks, the widest.
+
+        Raises:
+            InvalidArgument: if the batch holds NaN or infinity.
+        """
+        largest = float(agree(x.detach().amax().float() if x.numel() else x.new_zeros(())))
+        if not math.isfinite(largest):
+            raise InvalidArgument("cannot set activation scales from a batch that holds NaN or infinity")
+        if self.from_data and largest > 0.0:
+            levels = 2 ** self.bits[row] - 1
+            intervals = torch.full((levels,), 2.0 / levels, device=x.device)
+            zero = intervals.new_zeros(())
+
+            def values(part: Tensor, size: Tensor) -> Tensor:
+                return counted(part, intervals, zero, 2.0 / size, size / 2.0, 2.0 / levels)
+
+            size = float(agree(torch.tensor(least_squares(x, largest, values))))
+            with torch.no_grad():
+                self.before[row], self.after[row] = 2.0 / size, size / 2.0
+        with torch.no_grad():
+            self.initialised[row] = True
+
+    def forget(self) -> None:
+        """Let the next batch set the scales anew, if they come from data."""
+        self.initialised.fill_(not self.from_data)
+
+    def forward(self, x: Tensor, active: ActiveMode) -> Tensor:
+        """Round `x` (any shape) to the values of the active mode; same shape and dtype."""
+        row, own = active.row_of(self.slot), active.own_gradient_scale
+        intervals, start, before, after = (
+            scale_gradient(picked(one, row).float() if one.dtype in _HALVES else picked(one, row), own)
+            for one in (self.interval, self.start, self.before, self.after)
+        )
+        height: Bound
+        if isinstance(row, int):
+            levels = 2 ** self.bits[row] - 1
+            intervals, height = intervals[:levels], 2.0 / levels
+        else:
+            height = picked(self.heights, row).to(intervals.dtype)
+        intervals, again = intervals.clamp_min(SMALLEST_INTERVAL), Again()
+        output = _CountThresholds.apply(x, intervals, start, before, after, height, again)
+        return with_note(output, Rounding(counted, (x, intervals, start, before, after, height), again))
+
+    def grid(self, row: int) -> ThresholdGrid:
+        """The mode's thresholds as they stand, in float64."""
+        levels = 2 ** self.bits[row] - 1
+        intervals = self.interval[row, :levels].detach().double().clamp_min(SMALLEST_INTERVAL)
+        found = thresholds_of(intervals, self.start[row].detach().double())
+        scale = float(self.after[row].detach().double()) * 2.0 / levels
+        return ThresholdGrid(scale, 0, levels, tuple(found.tolist()), float(self.before[row].detach()))
+
+    def extra_repr(self) -> str:
+        """Bits."""
+        return f"bits={self.bits}"
+
+
+_HALVES = (torch.float16, torch.bfloat16)
