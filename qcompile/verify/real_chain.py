@@ -28,7 +28,7 @@ from ..passes.mode_input import MODE_INPUT
 from ..passes.module_tree import tensor_at
 from ..passes.quantizers import ActivationQuantizer
 from . import reference
-from .chain import as_array, substitute
+from .chain import QUANTISERS, as_array, substitute
 from .formulas import DeclaredFormulas, ReferenceGrid, ReferenceWeight, SchemeFormulas, find_formulas
 from .output_error import OutputError
 from .structure import array_difference
@@ -73,7 +73,7 @@ class RealChain:
         self._weights: dict[str, ReferenceWeight] = {}
         self._codes: dict[str, list[fx.Node]] = defaultdict(list)
         for node in expected.graph.nodes:
-            if expected.operator_name(node) in ("requantize", "quantize"):
+            if expected.operator_name(node) in QUANTISERS:
                 self._codes[str(node.meta["layer"])].append(node)
 
     # ---- what holds the weights ---------------------------------------------------------------------------
