@@ -111,11 +111,12 @@ class Executable:
         """How far this target's own arithmetic may be from the normative value of a requantisation.
 
         Args:
-            node: name of the `requantize` or `quantize` node in the integer graph.
-            magnitude: sum of the absolute summands, in output units, element by element.
+            node: name of the `requantize`, `threshold` or `quantize` node in the integer graph.
+            magnitude: sum of the absolute summands, in output units, element by element. Of a `threshold`:
+                magnitude of its input and 1, in units of the input.
 
         Returns:
-            A bound in output units; 0.0 for targets that execute the integers.
+            A bound in the same units; 0.0 for targets that execute the integers.
         """
         return 0.0
 

@@ -65,7 +65,7 @@ def integer_thresholds(
             bounds = _before_clip(bounds, base.low, base.high, rising)
         falls = slopes < 0
         moved = (bounds - offsets) / slopes
-        flat = np.where(rising, _constant(offsets, bounds, True), -_constant(offsets, bounds, False))
+        flat = np.where(rising, _constant(offsets, bounds, True), _constant(offsets, bounds, False))
         # a factor of 0 leaves a constant: reached always or never, whatever the direction
         bounds = np.where(slopes == 0, flat, moved)
         rising = np.where(slopes == 0, True, rising ^ falls)

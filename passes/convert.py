@@ -20,8 +20,8 @@ from qcompile.errors import FoldError, InvalidArgument
 from qcompile.modes import ActiveMode, Mode, Policy
 
 from .aten import aten_name
-from .batchnorm import ModeBatchNorm
 from .convert_emit import Emitter, Value, input_dtype
+from .convert_modules import convert_module
 from .convert_rules import RULES
 from .eval_identities import IDENTITIES_IN_EVAL
 from .fold import Affine
@@ -79,7 +79,7 @@ def _convert_node(emitter: Emitter, node: fx.Node, values: dict[fx.Node, Value])
         return emitter.float_attribute(node)
     if node.op == "call_module":
         module = emitter.model.get_submodule(str(node.target))
-        return emitter.module(node, module, values)
+        return convert_module(emitter, node, module, values)
     source = node.args[0] if node.args else None
     if node.target is operator.getitem and isinstance(source, fx.Node):
         container = values[source]
@@ -138,6 +138,6 @@ class _Shapes(fx.Interpreter):
         module = self.module.get_submodule(target)
         if isinstance(module, QuantizedLayer):
             return module.geometry.apply(args[0], module.weight, module.bias)
-        if isinstance(module, (ActivationQuantizer, ModeBatchNorm, *IDENTITIES_IN_EVAL)):
+        if isinstance(module, (ModeModule, *IDENTITIES_IN_EVAL)):
             return args[0]
         return module(*args, **kwargs)

@@ -4,43 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from qcompile.errors import FoldError
-
 from . import integer_ops  # registers the operators
-from .batchnorm import ModeBatchNorm
-from .eval_identities import IDENTITIES_IN_EVAL
-from .float_layers import float_call, layer_call
-from .fold import (
-    WIDE_BITS,
-    Affine,
-    Epilogue,
-    Term,
-    broadcastable,
-    integer_epilogue,
-    staircase_epilogue,
-    wide_epilogue,
-)
-from .layers import QuantizedLayer
-from .mode_input import MODE_INPUT, ModeModule
+from .bent import Bent
+from .fold import WIDE_BITS, Affine, Epilogue, Term, broadcastable, wide_epilogue
+from .mode_input import ModeModule
 from .module_tree import tensor_at
-from .quantizers import ActivationGrid, ActivationQuantizer, FloatRange, WeightCodes
+from .quantizers import ActivationGrid, ActivationQuantizer, FloatRange, ThresholdGrid
 
 #: What a tensor of the training graph is in the integer graph: an affine map of integers, or a float node
 #: (also sizes and other non-tensors).
 Value: TypeAlias = "Affine | fx.Node"
 
 _OPS = torch.ops.qcompile
-
-#: Significant bits of float32.
-FLOAT32_BITS = 24
-
 
 class Emitter:
     """The graph under construction, for one mode or policy of one model.
@@ -50,6 +31,7 @@ class Emitter:
         row_of: the row of each module that depends on the mode.
         shapes: shape of every node's value in the training graph.
         constants: buffers of the result by name.
+        bent: what else is known of tensors that a PReLU made: their affine map before it.
     """
 
     def __init__(
@@ -63,6 +45,7 @@ class Emitter:
         self.graph = fx.Graph()
         self.constants: dict[str, Tensor] = {}
         self._attributes: dict[str, fx.Node] = {}
+        self.bent: dict[fx.Node, Bent] = {}
         self._plain: dict[int, tuple[Affine, Affine]] = {}
         self._float: dict[int, tuple[Affine, fx.Node]] = {}
 
@@ -90,7 +73,7 @@ class Emitter:
         """A parameter or buffer that a float operator reads directly."""
         found = tensor_at(self.model, str(node.target))
         assert found is not None
-        return self.constant(str(node.target), found, _folded_dtype(found))
+        return self.constant(str(node.target), found, folded_dtype(found))
 
     # ---- integers -----------------------------------------------------------------------------------------
 
@@ -157,132 +140,28 @@ class Emitter:
         if grid is None:
             return None
         limit = 2 ** (WIDE_BITS - 1)
-        reach = 256.0 * math.sqrt(max(grid.high, -grid.low)) * (grid.spacing or grid.scale)
-        return self._rounded(source, value, float(np.float32(reach / limit)), limit)
+        reach = 256.0 * math.sqrt(max(grid.high, -grid.low)) * grid.distance
+        return self.rounded(source, value, float(np.float32(reach / limit)), limit)
 
-    def _rounded(self, source: fx.Node, value: fx.Node, unit: float, limit: int) -> Affine:
+    def rounded(self, source: fx.Node, value: fx.Node, unit: float, limit: int) -> Affine:
+        """A float tensor as multiples of `unit`, up to `limit` of them."""
         name = f"{source.name}.fixed_point"
         node = self.call(_OPS.quantize.default, (value, unit, -limit, limit), name, layer=name, unit=unit)
         term = Term(node, np.float64(unit), np.float64(-limit), np.float64(limit))
         return Affine((term,), np.float64(0.0), len(self.shapes[source]), 1, layers=(source.name,))
 
-    def _next_grid(self, source: fx.Node) -> ActivationGrid | None:
+    def _next_grid(self, source: fx.Node) -> ActivationGrid | ThresholdGrid | None:
         queue, seen = list(source.users), set(source.users)
         for node in queue:  # grows while it is walked: nearest quantiser first
             if node.op == "call_module":
                 module = self.model.get_submodule(str(node.target))
                 if isinstance(module, ActivationQuantizer):
                     grid = module.grid(self.row_of(module))
-                    return grid if isinstance(grid, ActivationGrid) else None
+                    return None if isinstance(grid, FloatRange) else grid
             fresh = [user for user in node.users if user not in seen]
             seen.update(fresh)
             queue.extend(fresh)
         return None
-
-    # ---- modules ------------------------------------------------------------------------------------------
-
-    def module(self, node: fx.Node, module: nn.Module, values: dict[fx.Node, Value]) -> Value:
-        """Convert one module call."""
-        inputs = [
-            values[one] for one in node.args if isinstance(one, fx.Node) and not one.meta.get(MODE_INPUT)
-        ]
-        if isinstance(module, ActivationQuantizer):
-            return self._quantize(node, module, inputs[0])
-        if isinstance(module, QuantizedLayer):
-            return self._accumulate(node, module, inputs[0])
-        if isinstance(module, ModeBatchNorm):
-            return self._normalise(node, module, inputs[0])
-        if isinstance(module, IDENTITIES_IN_EVAL):
-            return inputs[0]
-        return self._float_module(node, module, inputs)
-
-    def _quantize(self, source: fx.Node, module: ActivationQuantizer, value: Value) -> Value:
-        path = str(source.target)
-        grid = module.grid(self.row_of(module))
-        if isinstance(grid, FloatRange):
-            return self._float_range(path, grid, self.to_float(value))
-        if grid.spacing is not None and isinstance(value, fx.Node):
-            # as fine as float32 is over the staircase; a power of two, so that ties stay where they are
-            ends = (grid.start + step * grid.spacing for step in (grid.low, grid.high + 1))
-            exponent = math.ceil(math.log2(max(abs(end) for end in ends)))
-            value = self._rounded(source, value, 2.0 ** (exponent - FLOAT32_BITS), 2 ** (FLOAT32_BITS + 1))
-        if grid.spacing is not None:
-            assert isinstance(value, Affine)
-            return self.epilogue(value, staircase_epilogue(value, grid), path)
-        if isinstance(value, Affine):
-            return self.epilogue(value, integer_epilogue(value, grid.scale, grid.low, grid.high), path)
-        arguments = (value, grid.scale, grid.low, grid.high)
-        node = self.call(_OPS.quantize.default, arguments, path, layer=path, unit=grid.scale)
-        term = Term(node, np.float64(grid.scale), np.float64(grid.low), np.float64(grid.high))
-        return Affine((term,), np.float64(0.0), len(self.shapes[source]), 1)
-
-    def _float_range(self, path: str, bounds: FloatRange, value: fx.Node) -> fx.Node:
-        """An activation quantiser in a float mode."""
-        low = None if bounds.low == -math.inf else bounds.low
-        high = None if bounds.high == math.inf else bounds.high
-        if low is None and high is None:
-            return value
-        return self.call(torch.ops.aten.clamp.default, (value, low, high), path, layer=path)
-
-    def _accumulate(self, node: fx.Node, module: QuantizedLayer, value: Value) -> Value:
-        path, geometry = str(node.target), module.geometry
-        weight = module.weight_quantizer.codes(module.weight, self.row_of(module))
-        if isinstance(weight, Tensor):
-            return self._float_layer(path, module, weight, self.to_float(value))
-        if not (isinstance(value, Affine) and value.is_plain):
-            raise FoldError(f"layer {path!r}: its input is not quantised")
-        term = value.terms[0]
-        low, high, bound = _accumulator_bounds(weight, int(term.low), int(term.high), path)
-        codes = self.constant(f"{path}.weight_codes", weight.codes, torch.int8)
-        offset = (weight.offset_numerator, weight.offset_shift)
-        target: Any
-        arguments: tuple[Any, ...]
-        if geometry.kind == "conv":
-            shape_arguments = (
-                list(geometry.stride),
-                geometry.flat_padding,
-                list(geometry.dilation),
-                geometry.groups,
-            )
-            target, arguments = (
-                _OPS.accumulate_conv.default,
-                (term.node, codes, *offset, *shape_arguments, bound),
-            )
-        else:
-            target, arguments = _OPS.accumulate_linear.default, (term.node, codes, *offset, bound)
-        sums = self.call(
-            target,
-            arguments,
-            f"{path}.accumulate",
-            layer=path,
-            weight_bits=weight.bits,
-            weight_signed=weight.signed,
-            code_low=int(term.low),
-            code_high=int(term.high),
-        )
-        scale = weight.scale.double().cpu().numpy() * float(term.coefficient) * 2.0**-weight.offset_shift
-        rank = len(self.shapes[node])
-        axis = 1 if geometry.kind == "conv" else rank - 1
-        bias = np.float64(0.0) if module.bias is None else module.bias.detach().double().cpu().numpy()
-        accumulator = Term(sums, np.asarray(scale, np.float64), low, high)
-        return Affine((accumulator,), np.asarray(bias, np.float64), rank, axis, layers=(path,))
-
-    def _normalise(self, node: fx.Node, module: ModeBatchNorm, value: Value) -> Value:
-        maps = module.scale_and_shift(self.row_of(module))
-        if maps is None:
-            return self._float_module(node, module, [value])
-        scale, shift = (one.cpu().numpy() for one in maps)
-        if isinstance(value, Affine):
-            value = self.unclipped(value)
-            if value.axis != 1 and not value.is_plain:
-                value = self.plain(value)
-            return replace(value, axis=1).scaled(scale, shift)
-        rank = len(self.shapes[node])
-        name = str(node.target)
-        factors = self.constant(f"{name}.scale", broadcastable(scale, rank, 1), torch.float32)
-        shifts = self.constant(f"{name}.shift", broadcastable(shift, rank, 1), torch.float32)
-        product = self.call(torch.ops.aten.mul.Tensor, (value, factors), f"{name}.scaled", layer=name)
-        return self.call(torch.ops.aten.add.Tensor, (product, shifts), name, layer=name)
 
     # ---- float --------------------------------------------------------------------------------------------
 
@@ -303,26 +182,6 @@ class Emitter:
             node = self.call(_OPS.dequantize.default, (term.node, scale, bias), name, layer=name)
             self._float[id(value)] = (value, node)
         return self._float[id(value)][1]
-
-    def _float_layer(self, path: str, module: QuantizedLayer, weight: Tensor, x: fx.Node) -> fx.Node:
-        """A quantised layer in a float mode."""
-        bias = None if module.bias is None else self.constant(f"{path}.bias", module.bias, torch.float32)
-        made = layer_call(module.geometry, x, self.constant(f"{path}.weight", weight, torch.float32), bias)
-        return self.call(made.target, made.args, path, layer=path)
-
-    def _float_module(self, node: fx.Node, module: nn.Module, inputs: list[Value]) -> fx.Node:
-        """A layer that stays in float, as the aten call that its module makes."""
-        name = str(node.target)
-
-        def constant(part: str, tensor: Tensor) -> fx.Node:
-            return self.constant(f"{name}.{part}", tensor, _folded_dtype(tensor))
-
-        sources = [self.to_float(value) for value in inputs]
-        row = self.row_of(module) if isinstance(module, ModeModule) else 0
-        made = float_call(module, sources, constant, row, name)
-        node_of_layer = self.call(made.target, made.args, name, layer=name)
-        node_of_layer.kwargs = made.kwargs
-        return node_of_layer
 
     def island(self, node: fx.Node, values: dict[fx.Node, Value]) -> fx.Node:
         """Any other operator, in float."""
@@ -353,10 +212,10 @@ class Emitter:
 def input_dtype(placeholder: fx.Node) -> torch.dtype:
     """The dtype of an input of the integer graph: float32 for floats, else that of the capture."""
     value = placeholder.meta.get("val")
-    return _folded_dtype(value) if isinstance(value, Tensor) else torch.float32
+    return folded_dtype(value) if isinstance(value, Tensor) else torch.float32
 
 
-def _folded_dtype(tensor: Tensor) -> torch.dtype:
+def folded_dtype(tensor: Tensor) -> torch.dtype:
     """What is float stays float32 in integer graphs, whatever the model was converted to for training."""
     return torch.float32 if tensor.is_floating_point() else tensor.dtype
 
@@ -364,20 +223,3 @@ def _folded_dtype(tensor: Tensor) -> torch.dtype:
 def aten_is_size(node: fx.Node) -> bool:
     """Whether the node only asks for a size."""
     return "sym_size" in str(node.target) or "sym_numel" in str(node.target)
-
-
-def _accumulator_bounds(
-    weight: WeightCodes, low: int, high: int, path: str
-) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], int]:
-    """Exact bounds of each output channel's accumulator, and of sums of products without the offset."""
-    low, high = min(low, 0), max(high, 0)  # the border holds code 0
-    codes = weight.codes.double().flatten(1).cpu().numpy()
-    effective = codes * 2.0**weight.offset_shift + weight.offset_numerator
-    positive, negative = np.maximum(effective, 0).sum(1), np.minimum(effective, 0).sum(1)
-    largest, smallest = positive * high + negative * low, positive * low + negative * high
-    if max(float(largest.max()), -float(smallest.min())) >= 2**31:
-        raise FoldError(
-            f"layer {path!r}: accumulators exceed 32 bits; pass skip=[{path!r}] to leave it in float"
-        )
-    bound = int(np.abs(codes).sum(1).max()) * max(high, -low)
-    return smallest, largest, bound

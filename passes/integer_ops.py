@@ -5,6 +5,7 @@ a lowered model on every target:
 
     accumulate_conv, accumulate_linear   2^shift * (conv of codes) + numerator * (sum of codes in the window)
     requantize                           clip((sum_i m_i * a_i + c) >> e, low, high)
+    threshold                            low + sum_k [sign * x >= thresholds[k]], see `threshold_op`
     sum_pool, max_pool                   sums and maxima of windows
     quantize                             float -> codes, division and rounding half to even in float32
     dequantize                           integers -> float32
@@ -21,23 +22,27 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .code_types import PIECE, code_dtype
 from .geometry import Geometry
+from .threshold_op import threshold
+
+__all__ = [
+    "accumulate_conv",
+    "accumulate_linear",
+    "code_dtype",
+    "dequantize",
+    "max_pool",
+    "quantize",
+    "requantize",
+    "sum_pool",
+    "threshold",
+]
 
 #: Integers up to here are exact in float32, and sums of them in any order.
 FLOAT32_EXACT = 2**24
 
-#: Elements that `requantize` works on at a time.
-REQUANTIZE_PIECE = 1 << 16
-
 _MAX_POOLS = {1: functional.max_pool1d, 2: functional.max_pool2d, 3: functional.max_pool3d}
 _AVG_POOLS = {1: functional.avg_pool1d, 2: functional.avg_pool2d, 3: functional.avg_pool3d}
-
-
-def code_dtype(low: int, high: int) -> torch.dtype:
-    """The narrowest dtype that integer graphs use for values from low to high."""
-    if low >= 0 and high <= 255:
-        return torch.uint8
-    return torch.int8 if low >= -128 and high <= 127 else torch.int32
 
 
 def _float32_is_exact(x: Tensor) -> bool:
@@ -168,9 +173,8 @@ def requantize(
     """
     if any(value.dim() == 0 for value in inputs) or len({value.shape for value in inputs}) > 1:
         return _requantize(inputs, multipliers, constant, shift, low, high)
-    # in pieces that stay in the cache: this is memory traffic, not arithmetic
     output = inputs[0].new_empty(inputs[0].shape, dtype=code_dtype(low, high))
-    step = max(1, REQUANTIZE_PIECE * len(output) // max(1, output.numel()))
+    step = max(1, PIECE * len(output) // max(1, output.numel()))
     for start in range(0, len(output), step):
         pieces = [value[start : start + step] for value in inputs]
         output[start : start + step] = _requantize(pieces, multipliers, constant, shift, low, high)

@@ -57,6 +57,16 @@ class ActivationGrid:
     spacing: float | None = None
     start: float = 0.0
 
+    @property
+    def distance(self) -> float:
+        """Of the inputs at which neighbouring codes begin."""
+        return self.scale if self.spacing is None else self.spacing
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Inputs between which codes change."""
+        return self.start + self.low * self.distance, self.start + (self.high + 1) * self.distance
+
 
 @dataclass(frozen=True)
 class ThresholdGrid:
@@ -74,6 +84,18 @@ class ThresholdGrid:
     high: int
     thresholds: tuple[float, ...]
     before: float = 1.0
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Inputs between which codes change, and some room."""
+        width = 2.0 * len(self.thresholds) * self.distance
+        return -width, width
+
+    @property
+    def distance(self) -> float:
+        """Mean distance of the inputs at which neighbouring codes begin."""
+        width = max(abs(self.thresholds[0]), abs(self.thresholds[-1])) or 1.0
+        return width / len(self.thresholds) / (abs(self.before) or 1.0)
 
 
 @dataclass(frozen=True)
@@ -117,7 +139,7 @@ class WeightQuantizer(nn.Module):
         raise TypeError(f"{type(self).__name__} does not define forward()")
 
     def codes(self, weight: Tensor, row: int) -> WeightCodes | Tensor:
-        """The weight's integers in the mode of one row, computed in float64; a float tensor in a float mode."""
+        """The weight's integers in the mode of one row, from float64; a float tensor in a float mode."""
         raise TypeError(f"{type(self).__name__} does not define codes()")
 
     def initialise(self, weight: Tensor) -> None:

@@ -23,8 +23,8 @@ class PretendRuntime(Executable):
 
     Args:
         request: what it pretends to have compiled.
-        noise: amplitude of the error of its requantisations, in codes.
-        stated: the rounding error that it admits to, in codes.
+        noise: amplitude of the error of its requantisations, in codes, and of what meets thresholds.
+        stated: the rounding error that it admits to, in the same units.
         exact: requantise with the integers instead.
         hidden: nodes that its trace leaves out, besides those in float.
     """
@@ -88,6 +88,8 @@ class _PretendInterpreter(fx.Interpreter):
         with torch.no_grad():
             if name == "requantize" and not self.runtime.exact:
                 value = self._requantize(n)
+            elif name == "threshold" and not self.runtime.exact:
+                value = self._threshold(n)
             elif name == "aten.conv2d":
                 x, weight, bias, *rest = self.fetch_args_kwargs_from_env(n)[0]
                 bias = None if bias is None else bias.double()
@@ -104,12 +106,20 @@ class _PretendInterpreter(fx.Interpreter):
         total = (constant.double() - 2.0 ** (shift - 1)) * 2.0**-shift
         for value, multiplier in zip(inputs, multipliers, strict=True):
             total = total + value.double() * (multiplier.double() * 2.0**-shift)
-        total = total + self.runtime.noise * (
-            torch.rand(total.shape, generator=self.generator, dtype=torch.float64) * 2 - 1
-        )
+        total = total + self._noise(total.shape)
         if high > 255 or low < -128:
             return total.clamp(low, high)  # kept in float, float64 in units of this node
         return total.round().clamp(low, high).to(torch.uint8 if low >= 0 else torch.int8)
+
+    def _threshold(self, node: fx.Node) -> Tensor:
+        x, sign, thresholds, low = self.fetch_args_kwargs_from_env(node)[0]
+        real = x.double() * sign + self._noise(x.shape)
+        reached = torch.stack([real >= level - 0.5 for level in thresholds])
+        return (low + reached.sum(0)).to(torch.uint8 if low >= 0 else torch.int8)
+
+    def _noise(self, shape: torch.Size) -> Tensor:
+        random = torch.rand(shape, generator=self.generator, dtype=torch.float64)
+        return self.runtime.noise * (random * 2 - 1)
 
 
 class PretendTarget(Target):

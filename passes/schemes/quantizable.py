@@ -30,8 +30,8 @@ class QuantizableConfig:
     """Options of the quantizable scheme; the defaults are the paper's.
 
     Attributes:
-        batch_norm: bit-specific batch normalisation (Sec. 3.4): variant `A` has its own running statistics per
-            mode, `B` its own affine parameters too; `shared` is the ablation of Table 4.
+        batch_norm: bit-specific batch normalisation (Sec. 3.4): variant `A` has its own running statistics
+            per mode, `B` its own affine parameters too; `shared` is the ablation of Table 4.
         loss: what modes below the parent learn from (Sec. 3.3): `consistency` with the parent (Eq. 3), or the
             task's own loss (`task`, Table 5).
         temperature: T of the consistency loss (Sec. 4.1).

@@ -21,6 +21,7 @@ from ..errors import FileFormatError, LoweringError
 from ..modes import Mode
 from ..passes.aten import AVERAGE, LAYOUT, MAX_POOL
 from ..passes.integer_model import IntegerModel
+from .threshold_check import check_thresholds
 
 _SIZE_ARITHMETIC: dict[str, Callable[..., Any]] = {
     name: getattr(operator, name) for name in ("getitem", "add", "sub", "mul", "floordiv", "mod", "neg")
@@ -186,6 +187,7 @@ def decode_graph(nodes: Any, constants: Mapping[str, Tensor], mode: Mode) -> Int
     outputs = [node.op for node in known.values()].count("output")
     if outputs != 1 or next(reversed(known.values())).op != "output":
         raise FileFormatError("the graph must have one output, as its last node")
+    check_thresholds(graph, constants)
     try:
         graph.lint()
         used = {

@@ -27,8 +27,11 @@ Values = Mapping[str, Any]
 Kind = Literal["input", "constant", "integer", "moved", "float", "size", "output"]
 
 INTEGER_OPERATORS = frozenset(
-    ("accumulate_conv", "accumulate_linear", "requantize", "quantize", "sum_pool", "max_pool")
+    ("accumulate_conv", "accumulate_linear", "requantize", "threshold", "quantize", "sum_pool", "max_pool")
 )
+
+#: Operators whose results are codes, or integers at high precision.
+QUANTISERS = frozenset(("requantize", "threshold", "quantize"))
 
 
 def as_array(value: Any) -> Array:
@@ -81,15 +84,19 @@ class ReferenceGraph:
                 self.islands.add(node.name)
 
     def code_range(self, node: fx.Node) -> tuple[int, int]:
-        """(lowest, highest) value of a `requantize` or `quantize` node."""
+        """(lowest, highest) value of a `requantize`, `threshold` or `quantize` node."""
         low, high = node.args[-2:]
+        if self.model.operator_name(node) == "threshold":
+            assert isinstance(node.args[2], fx.Node)
+            assert isinstance(node.args[3], int)
+            return node.args[3], node.args[3] + len(self.constants[node.args[2].name])
         assert isinstance(low, int)
         assert isinstance(high, int)
         return low, high
 
     def holds_codes(self, node: fx.Node) -> bool:
         """Whether the node is a quantiser's output, which a layer reads, and no high-precision tensor."""
-        if self.model.operator_name(node) not in ("requantize", "quantize"):
+        if self.model.operator_name(node) not in QUANTISERS:
             return False
         low, high = self.code_range(node)
         return low >= -128 and high <= 255
@@ -168,8 +175,11 @@ class ReferenceGraph:
         """The value of which a `requantize` or `quantize` node holds the nearest integer, in output units.
 
         Not clipped. A value halfway between two integers goes up in `requantize`, to even in `quantize`.
+        Of a `threshold` node it is what the thresholds are compared with, in units of its input.
         """
         arguments = self.arguments(node, values)
+        if self.model.operator_name(node) == "threshold":
+            return reference.signed_input(*arguments[:2])
         if self.model.operator_name(node) == "quantize":
             return np.asarray(arguments[0].astype(np.float64) / np.float64(np.float32(arguments[1])))
         inputs, multipliers, constant, shift = arguments[:4]
@@ -177,9 +187,27 @@ class ReferenceGraph:
         # the constant holds half a unit; totals stay below 2^52, so float64 is exact here
         return np.asarray(total.astype(np.float64) * 2.0**-shift - 0.5 * (shift > 0))
 
+    def boundary(self, node: fx.Node, codes: Array, values: Values) -> Array:
+        """The `real_value` at which a node's code goes up from `codes`, which must not be the highest.
+
+        Integers that reach a threshold and those that do not lie half a unit on both sides of the boundary.
+        """
+        if self.model.operator_name(node) != "threshold":
+            return np.asarray(codes + 0.5)
+        _, _, thresholds, low = self.arguments(node, values)
+        index = np.clip(codes.astype(np.int64) - low, 0, len(thresholds) - 1)
+        levels = thresholds.reshape(
+            len(thresholds), *(1,) * (codes.ndim + 1 - thresholds.ndim), *thresholds.shape[1:]
+        )
+        spread = np.broadcast_to(levels, (len(thresholds), *codes.shape))
+        return np.asarray(np.take_along_axis(spread, index[None], 0)[0] - 0.5)
+
     def magnitude(self, node: fx.Node, values: Values) -> NDArray[np.float64]:
-        """Sum of the absolute summands of a `requantize` or `quantize` node, in output units."""
+        """Sum of the absolute summands of a node, in the units of its `real_value`."""
         arguments = self.arguments(node, values)
+        if self.model.operator_name(node) == "threshold":
+            # the boundaries, too, have to be represented
+            return np.abs(self.real_value(node, values)).astype(np.float64) + 1.0
         if self.model.operator_name(node) == "quantize":
             return np.abs(self.real_value(node, values))
         return reference.epilogue_magnitude(*arguments[:4])
@@ -207,6 +235,7 @@ _REFERENCE: dict[str, Callable[..., Any]] = {
     "accumulate_conv": _accumulate_conv,
     "accumulate_linear": _accumulate_linear,
     "requantize": _requantize,
+    "threshold": reference.threshold,
     "quantize": reference.quantize,
     "sum_pool": reference.sum_pool,
     "max_pool": reference.max_pool,

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx
 
-from .chain import ReferenceGraph, as_array
+from .chain import QUANTISERS, ReferenceGraph, as_array
 from .report import Flip, LayerCheck
 from .subject import Subject
 
@@ -115,7 +115,7 @@ class NodeCheck:
         equal = bool(np.array_equal(ours, theirs))
         if equal:
             return theirs
-        if self.operator in ("requantize", "quantize"):
+        if self.operator in QUANTISERS:
             self._requantized(ours, theirs, fed, observed, first_sample)
         elif "f" in (ours.dtype.kind, theirs.dtype.kind) and not self.operator.startswith("accumulate_"):
             self.rounds = True
@@ -171,7 +171,7 @@ class NodeCheck:
         real = np.broadcast_to(self.graph.real_value(self.node, fed), ours.shape)
         bound = self._rounding_error(real, fed, observed)
         if self.graph.holds_codes(self.node):
-            self._codes(ours, theirs, real, bound, first_sample)
+            self._codes(ours, theirs, real, bound, fed, first_sample)
             return
         # a high-precision tensor: the value before rounding is as good as the integer
         low, high = self.graph.code_range(self.node)
@@ -182,13 +182,24 @@ class NodeCheck:
         distance = np.where(theirs == ours, 0.0, np.where(bound > 0, np.maximum(distance, 0.0), np.inf))
         self._bounded(ours, theirs, distance, bound, first_sample)
 
-    def _codes(self, ours: Array, theirs: Array, real: Array, bound: Array, first_sample: int) -> None:
+    def _codes(
+        self,
+        ours: Array,
+        theirs: Array,
+        real: Array,
+        bound: Array,
+        fed: Mapping[str, Any],
+        first_sample: int,
+    ) -> None:
         low, high = self.graph.code_range(self.node)
-        boundary = np.minimum(ours, theirs) + 0.5
-        distance = np.abs(real - boundary)
         steps = np.abs(theirs.astype(np.float64) - ours)
         inside = (theirs >= low) & (theirs <= high)
-        allowed = (steps == 1) & inside & (bound > 0) & (distance <= bound)
+        # thresholds may coincide: then no value takes the codes between them, and a flip skips them
+        ends = np.minimum(ours, theirs), np.maximum(np.maximum(ours, theirs) - 1, low)
+        first, last = (np.abs(real - self.graph.boundary(self.node, one, fed)) for one in ends)
+        distance = np.maximum(first, last)
+        near = (steps == 1) | ((steps > 1) & (self.operator == "threshold"))
+        allowed = near & inside & (bound > 0) & (distance <= bound)
         self._unequal(ours, theirs, (steps != 0) & ~allowed, first_sample)
         for index in (tuple(int(i) for i in one) for one in np.argwhere(allowed)):
             place = self._global(index, first_sample)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..model import QuantModel
 from ..modes import Mode
 from ..passes.layers import QuantizedLayer
-from ..passes.quantizers import ActivationQuantizer, FloatRange
+from ..passes.quantizers import ActivationQuantizer, FloatRange, ThresholdGrid
 from .chain import as_array
 
 
@@ -49,7 +49,7 @@ class ReferenceGrid:
     Attributes:
         step: real value of one code.
         low, high: range of codes.
-        spacing: distance of the inputs at which neighbouring codes begin; None where the nearest value counts.
+        spacing: distance of the inputs at which neighbouring codes begin; None: the nearest value counts.
         start: the input at which code 0 begins, with `spacing`.
     """
 
@@ -64,6 +64,25 @@ class ReferenceGrid:
         if self.spacing is None:
             return np.asarray(x / self.step)
         return np.asarray((x - self.start) / self.spacing - 0.5)
+
+
+@dataclass(frozen=True)
+class ReferenceThresholds:
+    """An activation as `step * code`, the code counting the thresholds that `before * x` has reached."""
+
+    step: float
+    low: int
+    high: int
+    thresholds: NDArray[np.float64]
+    before: float
+
+    def position(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
+        """A number whose nearest integer is the code of `x`: thresholds lie at halves, straight between them."""
+        ends, gap = self.thresholds[[0, -1]], 1.0
+        if len(self.thresholds) > 1:
+            gap = float(ends[1] - ends[0]) / (len(self.thresholds) - 1)
+        known = np.concatenate([[ends[0] - gap], self.thresholds, [ends[1] + gap]])
+        return np.interp(self.before * x, known, self.low - 0.5 + np.arange(len(known)))
 
 
 @dataclass(frozen=True)
@@ -84,7 +103,7 @@ class SchemeFormulas(Protocol):
 
     def activation(
         self, model: QuantModel, quantizer: ActivationQuantizer, mode: Mode
-    ) -> ReferenceGrid | ReferenceRange | None:
+    ) -> ReferenceGrid | ReferenceThresholds | ReferenceRange | None:
         """The grid of an activation quantiser in one mode; None if it is not uniform."""
 
 
@@ -104,11 +123,14 @@ class DeclaredFormulas:
 
     def activation(
         self, model: QuantModel, quantizer: ActivationQuantizer, mode: Mode
-    ) -> ReferenceGrid | ReferenceRange | None:
+    ) -> ReferenceGrid | ReferenceThresholds | ReferenceRange | None:
         """The quantiser's grid."""
         grid = quantizer.grid(model.row(mode))
         if isinstance(grid, FloatRange):
             return ReferenceRange(grid.low, grid.high)
+        if isinstance(grid, ThresholdGrid):
+            thresholds = np.asarray(grid.thresholds, np.float64)
+            return ReferenceThresholds(grid.scale, grid.low, grid.high, thresholds, grid.before)
         return ReferenceGrid(grid.scale, grid.low, grid.high, grid.spacing, grid.start)
 
 
@@ -142,12 +164,12 @@ class VerticalFormulas:
 
 
 class QuantizableFormulas:
-    """Quantizable networks: Eq. 7 on tanh-normalised weights and clipped activations; 32 bits do not round."""
+    """Quantizable networks: Eq. 7 on tanh-normalised weights and clipped activations; 32 bits stay float."""
 
     def weight(
         self, model: QuantModel, layer: QuantizedLayer, mode: Mode
     ) -> ReferenceWeight | NDArray[np.float64]:
-        """c = clip(floor(2^b r), 0, 2^b - 1), r = tanh(W) / (2 max|tanh W|) + 1/2, value 2 c / (2^b - 1) - 1."""
+        """c = clip(floor(2^b r), 0, 2^b - 1) for r = tanh(W) / (2 max|tanh W|) + 1/2."""
         squashed = np.tanh(as_array(layer.weight).astype(np.float64))
         ratio = squashed / (2.0 * max(float(np.abs(squashed).max()), 1e-12)) + 0.5
         if mode.is_float:
@@ -159,7 +181,7 @@ class QuantizableFormulas:
 
     def activation(
         self, model: QuantModel, quantizer: ActivationQuantizer, mode: Mode
-    ) -> ReferenceGrid | ReferenceRange | None:
+    ) -> ReferenceGrid | ReferenceThresholds | ReferenceRange | None:
         """Code k begins at s k / 2^b and stands for s k / (2^b - 1)."""
         given: Any = quantizer
         size, bits = float(as_array(given.size)[0]), mode.activation_bits
@@ -168,9 +190,45 @@ class QuantizableFormulas:
         return ReferenceGrid(size / (2**bits - 1), 0, 2**bits - 1, size / 2**bits)
 
 
+class N2UQFormulas:
+    """N2UQ: thresholds in the middle of learned intervals; weights over 2^b levels of [-alpha, alpha]."""
+
+    #: Intervals are held at least this large.
+    smallest_interval = 1e-3
+
+    def weight(self, model: QuantModel, layer: QuantizedLayer, mode: Mode) -> ReferenceWeight:
+        """c = round((clip(W / alpha, -1, 1) + 1) (2^b - 1) / 2), alpha = (2^b - 1) / 2^(b-1) mean|W|."""
+        quantizer: Any = layer.weight_quantizer
+        bits, weight = mode.weight_bits, as_array(layer.weight).astype(np.float64)
+        levels = 2**bits - 1
+        if quantizer.rescale:
+            means = np.maximum(np.abs(weight.reshape(len(weight), -1)).mean(1), 1e-12)
+            alpha = levels / 2.0 ** (bits - 1) * means
+            ratio = weight / alpha.reshape(-1, *[1] * (weight.ndim - 1))
+        else:
+            squashed = np.tanh(weight)
+            alpha, ratio = np.ones(()), squashed / max(float(np.abs(squashed).max()), 1e-12)
+        code = np.rint((np.clip(ratio, -1.0, 1.0) + 1.0) * (levels / 2.0)).astype(np.int64)
+        return ReferenceWeight(code - 2 ** (bits - 1), np.asarray(alpha * 2.0 / levels), 1, 1)
+
+    def activation(
+        self, model: QuantModel, quantizer: ActivationQuantizer, mode: Mode
+    ) -> ReferenceThresholds:
+        """T_1 = start + a_1 / 2, T_(i+1) = T_i + (a_i + a_(i+1)) / 2; values beta2 * code * 2 / (2^b - 1)."""
+        given: Any = quantizer
+        row, levels = model.row(mode), 2**mode.activation_bits - 1
+        intervals = np.maximum(
+            as_array(given.interval).astype(np.float64)[row, :levels], self.smallest_interval
+        )
+        start, before, after = (float(as_array(one)[row]) for one in (given.start, given.before, given.after))
+        steps = np.concatenate([[start + intervals[0] / 2], (intervals[:-1] + intervals[1:]) / 2])
+        return ReferenceThresholds(after * 2.0 / levels, 0, levels, np.cumsum(steps), before)
+
+
 _FORMULAS: dict[str, SchemeFormulas] = {
     "vertical": VerticalFormulas(),
     "quantizable": QuantizableFormulas(),
+    "n2uq": N2UQFormulas(),
 }
 
 

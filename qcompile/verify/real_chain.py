@@ -27,12 +27,14 @@ from ..passes.layers import QuantizedLayer
 from ..passes.mode_input import MODE_INPUT
 from ..passes.module_tree import tensor_at
 from ..passes.quantizers import ActivationQuantizer
+from ..passes.rprelu import ModePReLU
 from . import reference
-from .chain import as_array, substitute
+from .chain import QUANTISERS, as_array, substitute
 from .formulas import (
     DeclaredFormulas,
     ReferenceGrid,
     ReferenceRange,
+    ReferenceThresholds,
     ReferenceWeight,
     SchemeFormulas,
     find_formulas,
@@ -80,7 +82,7 @@ class RealChain:
         self._weights: dict[str, ReferenceWeight | NDArray[np.float64]] = {}
         self._codes: dict[str, list[fx.Node]] = defaultdict(list)
         for node in expected.graph.nodes:
-            if expected.operator_name(node) in ("requantize", "quantize"):
+            if expected.operator_name(node) in QUANTISERS:
                 self._codes[str(node.meta["layer"])].append(node)
 
     # ---- what holds the weights ---------------------------------------------------------------------------
@@ -184,7 +186,7 @@ class RealChain:
         self,
         path: str,
         node: fx.Node,
-        grid: ReferenceGrid,
+        grid: ReferenceGrid | ReferenceThresholds,
         x: NDArray[np.float64],
         codes: NDArray[np.float64],
         values: Mapping[str, Any],
@@ -228,6 +230,8 @@ class RealChain:
             return self._layer(path, module, args[0])
         if isinstance(module, ModeBatchNorm):
             return self._normalised(module, args[0])
+        if isinstance(module, ModePReLU):
+            return self._bent(module, args[0])
         if isinstance(module, IDENTITIES_IN_EVAL):
             return args[0]
         tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
@@ -246,6 +250,15 @@ class RealChain:
             array, weight, geometry.stride, geometry.padding, geometry.dilation, geometry.groups
         )
         return torch.from_numpy(sums + np.reshape(bias, (-1, *[1] * (sums.ndim - 2))))
+
+    def _bent(self, module: ModePReLU, x: Tensor) -> Tensor:
+        shape = (-1, *[1] * (x.dim() - 2))
+        shift_in, slope, shift_out = (
+            _double(one.detach().cpu()[self.row]).reshape(shape)
+            for one in (module.shift_in, module.slope, module.shift_out)
+        )
+        moved = x - shift_in
+        return torch.where(moved >= 0, moved, slope * moved) + shift_out
 
     def _normalised(self, module: ModeBatchNorm, x: Tensor) -> Tensor:
         def row(value: Tensor | None) -> Tensor | None:

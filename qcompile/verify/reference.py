@@ -176,6 +176,21 @@ def requantize(total: Array, shift: int, low: int, high: int) -> Integers:
     return np.clip(total >> shift, low, high)
 
 
+def signed_input(x: Array, sign: Array) -> Array:
+    """sign * x in int64, or in float64 where x is float: what `threshold` compares."""
+    return np.asarray(x.astype(np.float64 if x.dtype.kind == "f" else np.int64) * sign.astype(np.int64))
+
+
+def threshold(x: Array, sign: Array, thresholds: Array, low: int) -> Integers:
+    """low + sum_k [sign * x >= thresholds[k]]; a float x stands for the nearest integer."""
+    signed = signed_input(x, sign)
+    beyond = 0.5 if x.dtype.kind == "f" else 0
+    codes = np.full(x.shape, low, np.int64)
+    for level in thresholds.astype(np.int64):
+        codes += signed >= level - beyond
+    return codes
+
+
 def quantize(x: Array, step: float, low: int, high: int) -> Integers:
     """clip(round(x / step), low, high): float32 division, ties to even, NaN gives code 0."""
     with np.errstate(over="ignore", invalid="ignore"):

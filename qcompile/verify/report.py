@@ -28,13 +28,16 @@ CAUSES = {
 class Flip:
     """One code that differs from the normative one by 1, within the target's rounding error of a tie.
 
+    Codes of a `threshold` may differ by more where every threshold between them is that close.
+
     Attributes:
         layer: module path, or the name of the operator.
         node: node of the integer graph.
         index: position in the tensor; the first entry counts samples over all of `x`.
         expected, actual: the normative code, and the target's.
-        distance: distance of the normative real value to the boundary between the two codes, in codes.
-        bound: the target's stated rounding error there, in codes.
+        distance: distance of the normative real value to the boundary between the two codes, in codes; of a
+            `threshold`, in units of its input.
+        bound: the target's stated rounding error there, in the same unit.
     """
 
     layer: str

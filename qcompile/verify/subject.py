@@ -60,7 +60,7 @@ class Subject:
         raise TypeError(f"{type(self).__name__} does not define differences()")
 
     def rounding_error(self, node: str, magnitude: NDArray[np.float64]) -> NDArray[np.float64] | float:
-        """How far the artefact may be from the real value of a requantisation, in output units."""
+        """How far the artefact may be from the real value of a quantiser, in the units of that value."""
         return 0.0
 
 
