@@ -1,7 +1,7 @@
 """Integer thresholds of a quantiser behind a monotone chain: batch normalisation, PReLU, learned thresholds.
 
-N2UQ (Z. Liu et al., "Nonuniform-to-Uniform Quantization", Sec. 3.5): at deployment, what stands between the sums
-of one layer and the codes of the next is a staircase over integers, one per channel.
+N2UQ (Z. Liu et al., "Nonuniform-to-Uniform Quantization"): at deployment, what stands between the sums of one
+layer and the codes of the next is a staircase over integers, one per channel.
 """
 
 from __future__ import annotations

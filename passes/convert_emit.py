@@ -23,6 +23,7 @@ Value: TypeAlias = "Affine | fx.Node"
 
 _OPS = torch.ops.qcompile
 
+
 class Emitter:
     """The graph under construction, for one mode or policy of one model.
 

@@ -30,9 +30,7 @@ _ATEN = torch.ops.aten
 FLOAT32_BITS = 24
 
 
-def convert_module(
-    emitter: Emitter, node: fx.Node, module: nn.Module, values: dict[fx.Node, Value]
-) -> Value:
+def convert_module(emitter: Emitter, node: fx.Node, module: nn.Module, values: dict[fx.Node, Value]) -> Value:
     """Convert one module call."""
     inputs = [values[one] for one in node.args if isinstance(one, fx.Node) and not one.meta.get(MODE_INPUT)]
     if isinstance(module, ActivationQuantizer):
@@ -90,7 +88,8 @@ def _count_thresholds(emitter: Emitter, source: fx.Node, grid: ThresholdGrid, va
     before = source.args[0]
     assert isinstance(before, fx.Node)
     # several summands have no order of their integers, so they are added up first
-    chain: Affine | Bent = emitter.bent.get(before) or (value if len(value.terms) == 1 else emitter.plain(value))
+    summed = value if len(value.terms) == 1 else emitter.plain(value)
+    chain: Affine | Bent = emitter.bent.get(before, summed)
     base = chain.base if isinstance(chain, Bent) else chain
     sign, thresholds = integer_thresholds(chain, grid)
     levels = [broadcastable(one, rank, base.axis) for one in thresholds]
@@ -169,9 +168,7 @@ def _accumulator_bounds(
     return smallest, largest, bound
 
 
-def _float_layer(
-    emitter: Emitter, path: str, module: QuantizedLayer, weight: Tensor, x: fx.Node
-) -> fx.Node:
+def _float_layer(emitter: Emitter, path: str, module: QuantizedLayer, weight: Tensor, x: fx.Node) -> fx.Node:
     """A quantised layer in a float mode."""
     bias = None if module.bias is None else emitter.constant(f"{path}.bias", module.bias, torch.float32)
     made = layer_call(module.geometry, x, emitter.constant(f"{path}.weight", weight, torch.float32), bias)

@@ -1,7 +1,8 @@
 """Weights spread evenly over their levels, by a scale per output channel.
 
-Zechun Liu et al., "Nonuniform-to-Uniform Quantization", Sec. 3.4: dividing a filter by alpha = (2^b - 1) / 2^(b-1)
-mean|W| makes all levels of a uniform quantiser on [-1, 1] about equally likely, which preserves most entropy.
+Zechun Liu et al., "Nonuniform-to-Uniform Quantization", Sec. 3.4: dividing a filter by alpha, which is
+(2^b - 1) / 2^(b-1) mean|W|, makes all levels of a uniform quantiser on [-1, 1] about equally likely, which
+preserves most entropy.
 """
 
 from __future__ import annotations

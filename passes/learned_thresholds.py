@@ -1,9 +1,9 @@
 """Activation quantiser with learned thresholds and equidistant values.
 
 Zechun Liu et al., "Nonuniform-to-Uniform Quantization: Towards Accurate Quantization via Generalized
-Straight-Through Estimation", Sec. 3. With intervals a_1 .. a_n, n = 2^b - 1, thresholds are T_1 = start + a_1 / 2
-and T_(i+1) = T_i + (a_i + a_(i+1)) / 2; the code of x counts the thresholds that do not lie above beta1 x and
-stands for beta2 * code * 2 / n.
+Straight-Through Estimation", Sec. 3. With intervals a_1 .. a_n, n = 2^b - 1, thresholds are
+T_1 = start + a_1 / 2 and T_(i+1) = T_i + (a_i + a_(i+1)) / 2; the code of x counts the thresholds that do not
+lie above beta1 x and stands for beta2 * code * 2 / n.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def thresholds_of(intervals: Tensor, start: Tensor) -> Tensor:
     return (knots[:-1] + knots[1:]) / 2
 
 
-def counted(x: Tensor, intervals: Tensor, start: Tensor, before: Tensor, after: Tensor, height: Bound) -> Tensor:
+def counted(
+    x: Tensor, intervals: Tensor, start: Tensor, before: Tensor, after: Tensor, height: Bound
+) -> Tensor:
     """after * height * (number of thresholds <= before * x), in the dtype of `x`.
 
     Args:
@@ -55,8 +57,9 @@ def counted(x: Tensor, intervals: Tensor, start: Tensor, before: Tensor, after: 
 class _CountThresholds(torch.autograd.Function):
     """`counted`, with the generalised straight-through estimator (Eq. 13) as its gradient.
 
-    Inside piece j, d_(j-1) <= v < d_j with v = beta1 x, the output is taken to be beta2 h (j - 1 + (v - d_(j-1))
-    / a_j); it is constant outside. beta2 multiplies the codes themselves, so its gradient is exact.
+    Inside piece j, d_(j-1) <= v < d_j with v = beta1 x, the output is taken to be
+    beta2 h (j - 1 + (v - d_(j-1)) / a_j); it is constant outside. beta2 multiplies the codes themselves, so
+    its gradient is exact.
     """
 
     @staticmethod
@@ -108,8 +111,8 @@ class ThresholdActivationQuantizer(ActivationQuantizer):
 
     Args:
         bits: activation bits of every mode, by row.
-        from_data: the first batch sets beta1 and beta2 = 1 / beta1 so that its values fit the thresholds, else
-            both start at 1 as in the paper.
+        from_data: the first batch sets beta1 and beta2 = 1 / beta1 so that its values fit the thresholds;
+            without, both start at 1 as in the paper.
         learned: whether thresholds are trained; if not, they stay at equal distances.
 
     Attributes:

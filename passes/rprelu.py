@@ -1,7 +1,7 @@
 """ReLU with learned shifts and slope per channel, and the rewrite that puts it in.
 
-Z. Liu et al., "ReActNet": RPReLU(x) = PReLU(x - shift_in) + shift_out, each per channel. N2UQ uses it in place of
-ReLU (Sec. 4.1).
+Z. Liu et al., "ReActNet": RPReLU(x) = PReLU(x - shift_in) + shift_out, each per channel. N2UQ uses it in
+place of ReLU (Sec. 4.1).
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from .first_last import data_flow, first_and_last, weighted_nodes
 from .manager import Pass, PassResult
 from .mode_input import ModeModule, mode_placeholder, picked
 from .quantizers import scale_gradient
-
 
 _CONVOLUTIONS = (
     nn.Conv1d,
@@ -75,7 +74,8 @@ class ModePReLU(ModeModule):
         row, own = active.row_of(self.slot), active.own_gradient_scale
         shape = (-1, *([1] * (x.dim() - 2)))
         shift_in, slope, shift_out = (
-            scale_gradient(picked(one, row), own).to(x.dtype) for one in (self.shift_in, self.slope, self.shift_out)
+            scale_gradient(picked(one, row), own).to(x.dtype)
+            for one in (self.shift_in, self.slope, self.shift_out)
         )
         bent = functional.prelu(x - shift_in.reshape(shape), slope)
         return bent + shift_out.reshape(shape)
@@ -88,7 +88,7 @@ class ModePReLU(ModeModule):
 class ReplaceReLU(Pass):
     """Replace ReLU by RPReLU between the first and the last weighted layer.
 
-    A ReLU is replaced where a quantised layer follows and where the layer that it comes from tells the channels.
+    A ReLU is replaced where a quantised layer follows and the layer that it comes from tells the channels.
 
     Args:
         rows: number of modes.
@@ -131,7 +131,7 @@ class ReplaceReLU(Pass):
 
 
 def channels_of(graph_module: fx.GraphModule, node: fx.Node) -> int | None:
-    """Channels of a tensor whose dimension 1 holds them, from the layer that it comes from; None if unknown."""
+    """Channels of a tensor, its dimension 1, from the layer that it comes from; None if unknown."""
     source = node
     while True:
         module = graph_module.get_submodule(str(source.target)) if source.op == "call_module" else None

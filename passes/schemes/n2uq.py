@@ -34,7 +34,7 @@ class N2UQConfig:
             DoReFa-Net (the ablation of Table 3).
         rprelu: replace ReLU by RPReLU where the graph allows (Sec. 4.1).
         rprelu_slope: slope of RPReLU at the start; 0 leaves the float network's function as it is.
-        downsample: quantise the 1x1 convolutions with a stride that residual networks have in their shortcuts.
+        downsample: quantise 1x1 convolutions with a stride, as residual networks have in their shortcuts.
         distillation: `soft` trains on the float teacher's probabilities (Sec. 4.1), the float original if no
             teacher is given; None trains on the task's loss.
         batch_norm: what batch normalisation keeps per mode.

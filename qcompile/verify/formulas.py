@@ -77,7 +77,7 @@ class ReferenceThresholds:
     before: float
 
     def position(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
-        """A number whose nearest integer is the code of `x`: thresholds lie at halves, straight between them."""
+        """A number whose nearest integer is the code of `x`: thresholds lie at halves."""
         ends, gap = self.thresholds[[0, -1]], 1.0
         if len(self.thresholds) > 1:
             gap = float(ends[1] - ends[0]) / (len(self.thresholds) - 1)
