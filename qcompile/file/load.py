@@ -240,6 +240,8 @@ def _codes(sections: list[bytes], mode: Mode, metadata: Metadata) -> dict[str, T
             planes[index].extend(split_planes(view[position : position + length], size, count))
             position += length
     codes: dict[str, Tensor] = {}
+    if mode.is_float:
+        return codes
     for (name, shape), layer in zip(metadata.weights, planes, strict=True):
         if len(layer) != mode.weight_bits:
             raise FileFormatError(

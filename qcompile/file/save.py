@@ -8,13 +8,14 @@ Layout of a prefix-decodable model, modes in increasing order:
       graph:NAME  the integer graph
       mode:NAME   its epilogues and other constants
 
-so that the b-bit model is a prefix of the file. Other schemes store all planes of every mode.
+so that the b-bit model is a prefix of the file. Other schemes store all planes of every mode. A float mode
+has no planes; its weights are constants.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
@@ -22,8 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import FoldError, InvalidInputType
-from ..modes import Mode
+from ..errors import FoldError, InvalidArgument, InvalidInputType
+from ..modes import Mode, find_mode
 from ..multi_mode import MultiModeModel
 from ..pack import pack_planes
 from ..passes.integer_model import IntegerModel
@@ -34,15 +35,19 @@ from .strict_json import canonical_json
 from .tensors import encode_tensors
 
 
-def save(model: nn.Module, path: str | PathLike[str]) -> None:
-    """Write all modes of a model to one file.
+def save(
+    model: nn.Module, path: str | PathLike[str], modes: Sequence[int | str | Mode] | None = None
+) -> None:
+    """Write modes of a model to one file.
 
     Args:
         model: a prepared (trained or calibrated) or loaded model.
         path: where to write; an existing file is replaced only when the new one is complete.
+        modes: which modes to store, one of them with integer weights; default: all but the float parent that
+            some schemes train along.
 
     Raises:
-        InvalidArgument: if the model's input shapes are unknown.
+        InvalidArgument: if the model's input shapes are unknown, or `modes` names none that it has.
         InvalidInputType: if the model was not prepared, or `path` is no path.
         FoldError: if activation steps were never set.
         LoweringError: if an operator of a float island may not stand in a file; names the layer.
@@ -51,7 +56,8 @@ def save(model: nn.Module, path: str | PathLike[str]) -> None:
     checked = as_multi_mode(model)
     if not isinstance(path, (str, PathLike)):
         raise InvalidInputType(f"path must be a path, not {type(path).__name__}")
-    modes = checked.prepared_modes
+    modes = _chosen(checked, modes)
+    highest = [mode for mode in modes if not mode.is_float][-1]
     graphs = {mode: checked.integer_model(mode) for mode in modes}
     weights = {mode: _weight_codes(graph) for mode, graph in graphs.items()}
     shared = _shared_constants(list(graphs.values()), set().union(*weights.values()))
@@ -61,8 +67,8 @@ def save(model: nn.Module, path: str | PathLike[str]) -> None:
     stored = 0
     for mode in modes:
         first = stored if prefix else 0
-        if mode.weight_bits > first or not prefix:
-            data = _planes(weights[mode], weights[modes[-1]] if prefix else weights[mode], mode, first)
+        if not mode.is_float and (mode.weight_bits > first or not prefix):
+            data = _planes(weights[mode], weights[highest] if prefix else weights[mode], mode, first)
             sections.append(Section(f"planes:{mode.name}", "planes", data))
             stored = mode.weight_bits
         own = {
@@ -77,7 +83,19 @@ def save(model: nn.Module, path: str | PathLike[str]) -> None:
         if not prefix:
             names = tuple(name for name in names if name == "shared" or name.endswith(f":{mode.name}"))
         entries.append(ModeEntry(mode.name, mode.weight_bits, mode.activation_bits, names))
-    write_container(path, sections, entries, _metadata(checked, weights[modes[-1]]), prefix=prefix)
+    write_container(path, sections, entries, _metadata(checked, weights[highest]), prefix=prefix)
+
+
+def _chosen(model: MultiModeModel, wanted: Sequence[int | str | Mode] | None) -> tuple[Mode, ...]:
+    """The modes to store, in increasing order."""
+    if wanted is None:
+        return tuple(mode for mode in model.prepared_modes if not mode.is_float)
+    if isinstance(wanted, str) or not isinstance(wanted, Iterable):
+        raise InvalidInputType(f"modes is a sequence, for example modes=(2, 4), not {wanted!r}")
+    found = {find_mode(one, model.prepared_modes) for one in wanted}
+    if all(mode.is_float for mode in found):
+        raise InvalidArgument("a file needs at least one mode with integer weights, for example modes=(2, 4)")
+    return tuple(sorted(found))
 
 
 def _weight_codes(graph: IntegerModel) -> dict[str, Tensor]:
