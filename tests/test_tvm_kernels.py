@@ -24,7 +24,7 @@ from qcompile.backends.tvm.library import Library  # noqa: E402
 from qcompile.backends.tvm.maps import Map, from_memory, to_memory  # noqa: E402
 from qcompile.backends.tvm.packing import arrange, pack, parts_of, runs_of  # noqa: E402
 from qcompile.backends.tvm.processors import ARM, X86, Architecture, Processor  # noqa: E402
-from qcompile.backends.tvm.specs import ACCUMULATOR, Layer, Output  # noqa: E402
+from qcompile.backends.tvm.specs import ACCUMULATOR, Layer, Output, Steps  # noqa: E402
 
 #: What runs a family that needs a feature: architecture, LLVM's attributes, flag of /proc/cpuinfo.
 PROCESSORS: dict[str, tuple[Architecture, dict[str, Any], str]] = {
@@ -140,10 +140,13 @@ def test_layers_with_epilogues_are_exact(seed: int, family: Family, tmp_path: Pa
     sums = convolution(codes, effective, case["stride"], (top, left), case["dilation"], groups)
     out = Map(n, *sums.shape[2:], case["outputs"], "uint8", 3, (1, 0, 2, 1))
     plain = Map(n, *sums.shape[2:], case["outputs"], "int32")
+    levels, low_code = [(1, 0), (3, 2), (15, -8), (40, 0)][seed % 4]
+    counted = Map(n, *sums.shape[2:], case["outputs"], "uint8", max(0, -low_code), (0, 1, 1, 0))
     runs = runs_of(shape, source.padded, case["dilation"], groups)
     outputs = (
         Output(out, (ACCUMULATOR, 0), -3, 15),
         Output(plain, (ACCUMULATOR,), -(2**31), 2**31 - 1),
+        Steps(counted, ACCUMULATOR, levels, low_code),
     )
     layer = Layer(
         source, runs, case["stride"], case["dilation"], (top, left), *sums.shape[2:], case["highest"],
@@ -163,14 +166,27 @@ def test_layers_with_epilogues_are_exact(seed: int, family: Family, tmp_path: Pa
     epilogue[1:, : case["outputs"]] = factors
     epilogue *= 2.0**-20
     raw[0, : case["outputs"]], raw[1] = -correction, 1.0
+    sign = rng.choice([-1, 1], (1, case["outputs"]))
+    thresholds = np.sort(rng.choice(sums.reshape(-1), (levels, case["outputs"])) * sign, 0)
+    steps = np.full(outputs[2].constants, 2**31 - 1)
+    steps[0], steps[1 : 1 - low_code] = 1, -(2**31)
+    steps[:, : case["outputs"]] = np.concatenate([sign, thresholds + sign * correction])
+    reached = (sums * sign[0][per_channel] >= thresholds[:, None, :, None, None]).sum(0)
     if family.time(layer) is None:
         pytest.skip("the family has no such layers")
-    results = [np.zeros(out.shape, np.uint8), np.zeros(plain.shape, np.int32)]
+    results = [
+        np.zeros(out.shape, np.uint8),
+        np.zeros(plain.shape, np.int32),
+        np.zeros(counted.shape, np.uint8),
+    ]
     arrays = [to_memory(codes, source), family.pack(vectors, layer)]
-    arrays += [to_memory(stream, plain), epilogue, raw, *results]
-    coded, summed = run_kernel(family.build("layer", layer), arrays, 2, family, tmp_path)
+    arrays += [to_memory(stream, plain), epilogue, raw, steps.astype(np.int32), *results]
+    coded, summed, stepped = run_kernel(family.build("layer", layer), arrays, 3, family, tmp_path)
     np.testing.assert_array_equal(from_memory(summed, plain), sums)
     np.testing.assert_array_equal(from_memory(coded, out), np.clip(total >> 20, -3, 15))
+    np.testing.assert_array_equal(from_memory(stepped, counted), low_code + reached)
+    assert (stepped[:, :, 0] == counted.zero_point).all()
+    assert (stepped[..., case["outputs"] :] == counted.zero_point).all()  # channels that pad hold code 0
     inside = np.zeros(out.shape, bool)
     inside[:, 1:, 2:-1] = True
     assert (coded[~inside] == 3).all()  # the border holds code 0

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import fx
+from torch import fx, nn
 
+import qcompile
+from qcompile.backends.target import LoweringRequest
 from qcompile.model import QuantModel
 from qcompile.modes import Mode
 from qcompile.passes.integer_model import IntegerModel
@@ -89,6 +91,55 @@ def nonuniform(model: QuantModel, change: Change | None = None) -> QuantModel:
 
     model.converted = converted  # type: ignore[method-assign]
     return model
+
+
+def request_of_corners(levels: int) -> tuple[LoweringRequest, torch.Tensor]:
+    """Thresholds of codes, of wide integers, of sums of windows and of rows; and inputs."""
+    rng, x = np.random.default_rng(levels), torch.randn(3, 6, 6, 6)
+    ops, graph, constants = torch.ops.qcompile, fx.Graph(), dict[str, torch.Tensor]()
+
+    def call(target: Any, arguments: tuple[Any, ...], name: str, **meta: Any) -> fx.Node:
+        node = graph.create_node("call_function", target, arguments, {}, name=name)
+        node.meta.update(layer=name, unit=1.0, **meta)
+        return node
+
+    def constant(name: str, value: Any, dtype: torch.dtype) -> fx.Node:
+        constants[name] = torch.as_tensor(np.asarray(value)).to(dtype)
+        return graph.get_attr(name)
+
+    def threshold(source: fx.Node, name: str, shape: tuple[int, ...], reach: int, low: int) -> fx.Node:
+        low = low if levels <= 120 else 0  # 8 bits
+        sign = constant(f"{name}.sign", rng.choice([-1, 1], shape), torch.int8)
+        values = np.sort(rng.integers(-reach, reach, (levels, *shape)), 0)
+        return call(
+            ops.threshold.default, (source, sign, constant(f"{name}.levels", values, torch.int32), low), name
+        )
+
+    given = graph.placeholder("x")
+    given.meta = {"dtype": torch.float32}
+    codes = call(ops.quantize.default, (given, 0.3, -8, 7), "codes")
+    wide = call(ops.quantize.default, (given, 2.0**-20, -(2**28), 2**28), "wide")
+    pooled = call(ops.sum_pool.default, (wide, [2, 2], [2, 2], [0, 0]), "pooled")
+    flat = call(torch.ops.aten.flatten.using_ints, (codes, 2), "flat")
+    weight = constant("rows.weight", rng.integers(-2, 2, (8, 36)), torch.int8)
+    meta = {"weight_bits": 2, "weight_signed": True, "code_low": -8, "code_high": 7}
+    rows = call(ops.accumulate_linear.default, (flat, weight, 0, 0, 36 * 16), "rows", **meta)
+    found = [
+        threshold(codes, "of_codes", (6, 1, 1), 8, -2),
+        threshold(wide, "of_wide", (), 2**20, 0),
+        threshold(wide, "of_wide_channels", (6, 1, 1), 2**20, 1),
+        threshold(pooled, "of_sums", (6, 1, 1), 2**21, 0),
+        threshold(rows, "of_rows", (8,), 60, 0),
+        threshold(rows, "of_rows_again", (), 60, -1),
+    ]
+    one, none = (constant(name, value, torch.float32) for name, value in (("one", 1.0), ("zero", 0.0)))
+    outputs = [call(ops.dequantize.default, (node, one, none), f"output_of_{node.name}") for node in found]
+    for node in outputs:
+        del node.meta["unit"]
+    graph.output(tuple(outputs))
+    model = IntegerModel(constants, graph, Mode(2, 4))
+    signature = qcompile.prepare(nn.Sequential(*(nn.Conv2d(6, 6, 1) for _ in range(3))), x).signature
+    return LoweringRequest(model, signature, (tuple(x.shape),), len(x), threads=1), x
 
 
 class NonuniformFormulas(VerticalFormulas):

@@ -12,6 +12,7 @@ from .emit import Emitter, Rule
 from .epilogue import dequantize, quantize, requantize
 from .float_operators import WRITERS, island
 from .layout import MOVES, identity, moved, pick, split
+from .threshold import threshold
 from .torch_operator import torch_operator
 from .values import Accumulators, Codes, Real, Value
 from .windows import concatenate, integer_sum, max_pool, sum_pool
@@ -31,6 +32,7 @@ RULES: Mapping[str, Rule] = {
     "accumulate_conv": accumulate,
     "accumulate_linear": accumulate,
     "requantize": requantize,
+    "threshold": threshold,
     "quantize": quantize,
     "dequantize": dequantize,
     "max_pool": max_pool,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from .maps import Map
 from .packing import Runs
@@ -30,10 +31,46 @@ class Output:
     low: int
     high: int
 
+    #: Element type of the constants.
+    dtype: ClassVar[str] = "float64"
+
     @property
     def constants(self) -> tuple[int, int]:
         """Shape of the array of constants."""
         return 1 + len(self.terms), self.map.padded
+
+
+@dataclass(frozen=True)
+class Steps:
+    """One tensor of codes that an epilogue writes: low + number of thresholds that sign * term reaches.
+
+    The constants are int32: (1 + levels, channels), first the signs, then the ascending thresholds. What the
+    term differs by from the tensor that it stands for is part of them.
+
+    Attributes:
+        map: where it goes.
+        term: `ACCUMULATOR`, or the position of another input.
+        levels: thresholds per channel.
+        low: code when none is reached.
+    """
+
+    map: Map
+    term: int
+    levels: int
+    low: int
+
+    #: Element type of the constants.
+    dtype: ClassVar[str] = "int32"
+
+    @property
+    def high(self) -> int:
+        """Code when all thresholds are reached."""
+        return self.low + self.levels
+
+    @property
+    def constants(self) -> tuple[int, int]:
+        """Shape of the array of constants."""
+        return 1 + self.levels, self.map.padded
 
 
 @dataclass(frozen=True)
@@ -67,7 +104,7 @@ class Layer:
     numerator: int
     shift: int
     is_depthwise: bool
-    outputs: tuple[Output, ...]
+    outputs: tuple[Output | Steps, ...]
     others: tuple[Map, ...]
 
     @property

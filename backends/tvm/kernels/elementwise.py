@@ -1,4 +1,4 @@
-"""Kernels without sums over channels: requantisation, quantisation, pooling, changes of layout."""
+"""Kernels without sums over channels: epilogues of their own, quantisation, pooling, changes of layout."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from typing import Any
 
 from .. import api
 from ..maps import LANES, Map
-from ..specs import Output
+from ..specs import Output, Steps
 from .epilogue import clear_border, write_output
 
 
-def requantize_kernel(name: str, output: Output, others: tuple[Map, ...]) -> Any:
+def epilogue_kernel(name: str, output: Output | Steps, others: tuple[Map, ...]) -> Any:
     """An epilogue that no layer takes in."""
     map = output.map
     buffers: list[api.Argument] = [(f"other_{i}", one.shape, one.dtype) for i, one in enumerate(others)]
-    buffers += [("constants", output.constants, "float64"), ("output", map.shape, map.dtype)]
+    buffers += [("constants", output.constants, output.dtype), ("output", map.shape, map.dtype)]
     function = api.Function(name, buffers)
     with function.body():
         target, constants = function.flat("output"), function.flat("constants")

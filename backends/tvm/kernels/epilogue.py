@@ -1,4 +1,7 @@
-"""Epilogues: from accumulators and other integers to the next codes, in float64, which is exact here."""
+"""Epilogues: from accumulators and other integers to the next codes.
+
+Requantisations are computed in float64, which is exact here, thresholds are compared in integers.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,14 @@ from typing import Any
 
 from .. import api
 from ..maps import LANES, Map
-from ..specs import ACCUMULATOR, Output
+from ..specs import ACCUMULATOR, Output, Steps
+
+#: Comparisons with thresholds that are written out; more are a loop.
+MOST_COMPARISONS = 16
 
 
 def write_output(
-    output: Output,
+    output: Output | Steps,
     target: Any,
     constants: Any,
     others: Sequence[tuple[Map, Any]],
@@ -31,14 +37,31 @@ def write_output(
         channel: first channel of the vector.
         lanes: channels of the vector.
     """
+
+    def value(term: int) -> tuple[Any, str]:
+        if term == ACCUMULATOR:
+            return accumulator, "int32"
+        map, buffer = others[term]
+        return api.load(buffer, place(map) + channel, lanes), map.dtype
+
+    if isinstance(output, Steps):
+        integer = _counted(output, constants, *value(output.term), channel, lanes)
+    else:
+        integer = _requantised(output, constants, [value(one)[0] for one in output.terms], channel, lanes)
+    if output.map.channels < output.map.padded and not output.low <= 0 <= output.high:
+        # the clip moved the channels that pad away from code 0, which readers count on
+        zero = api.constant(output.map.zero_point, "int32", lanes)
+        exists = api.indices(channel, lanes) < api.constant(output.map.channels, "int32", lanes)
+        integer = api.select(exists, integer, zero)
+    stored = integer if output.map.dtype == "int32" else api.cast(integer, output.map.dtype, lanes)
+    api.store(target, stored, place(output.map) + channel, lanes)
+
+
+def _requantised(output: Output, constants: Any, values: Sequence[Any], channel: Any, lanes: int) -> Any:
+    """clip(floor(constant + sum of multiplier * value), low, high), as it is stored, int32."""
     channels = output.map.padded
     total = api.load(constants, channel, lanes)
-    for row, term in enumerate(output.terms, start=1):
-        if term == ACCUMULATOR:
-            value = accumulator
-        else:
-            map, buffer = others[term]
-            value = api.load(buffer, place(map) + channel, lanes)
+    for row, value in enumerate(values, start=1):
         multiplier = api.load(constants, row * channels + channel, lanes)
         total = total + api.cast(value, "float64", lanes) * multiplier
     real = api.floor(total)
@@ -46,13 +69,32 @@ def write_output(
     integer = api.cast(api.maximum(api.minimum(real, high), low), "int32", lanes)
     if output.map.zero_point:
         integer = integer + api.constant(output.map.zero_point, "int32", lanes)
-    if output.map.channels < channels and not output.low <= 0 <= output.high:
-        # the clip moved the channels that pad away from code 0, which readers count on
-        zero = api.constant(output.map.zero_point, "int32", lanes)
-        exists = api.indices(channel, lanes) < api.constant(output.map.channels, "int32", lanes)
-        integer = api.select(exists, integer, zero)
-    stored = integer if output.map.dtype == "int32" else api.cast(integer, output.map.dtype, lanes)
-    api.store(target, stored, place(output.map) + channel, lanes)
+    return integer
+
+
+def _counted(output: Steps, constants: Any, value: Any, dtype: str, channel: Any, lanes: int) -> Any:
+    """low + number of thresholds that are reached, as it is stored, int32."""
+    wide = "int64" if dtype == "int64" else "int32"
+
+    def row(index: Any) -> Any:
+        return api.cast(api.load(constants, index * output.map.padded + channel, lanes), wide, lanes)
+
+    # in registers, because an expression is evaluated again wherever it stands
+    signed, count = api.registers(1, lanes, wide), api.registers(1, lanes, "int32")
+    api.store(signed, api.cast(value, wide, lanes) * row(0), 0, lanes)
+    api.store(count, api.constant(output.low + output.map.zero_point, "int32", lanes), 0, lanes)
+    one, none = (api.constant(number, "int32", lanes) for number in (1, 0))
+
+    def more(level: Any) -> Any:
+        return api.select(api.load(signed, 0, lanes) >= row(1 + level), one, none)
+
+    if output.levels <= MOST_COMPARISONS:
+        for level in range(output.levels):
+            api.store(count, api.load(count, 0, lanes) + more(level), 0, lanes)
+    else:
+        with api.serial(0, output.levels) as level:
+            api.store(count, api.load(count, 0, lanes) + more(level), 0, lanes)
+    return api.load(count, 0, lanes)
 
 
 def clear_border(map: Map, target: Any) -> None:

@@ -83,7 +83,7 @@ class Frame:
             ("weights", (weights,), "uint8"),
         ]
         inputs += [(f"other_{i}", other.shape, other.dtype) for i, other in enumerate(layer.others)]
-        inputs += [(f"constants_{i}", one.constants, "float64") for i, one in enumerate(layer.outputs)]
+        inputs += [(f"constants_{i}", one.constants, one.dtype) for i, one in enumerate(layer.outputs)]
         outputs: list[api.Argument] = [
             (f"output_{i}", one.map.shape, one.map.dtype) for i, one in enumerate(layer.outputs)
         ]

@@ -8,6 +8,7 @@ from .layers import accumulate, requantize
 from .norms import group_norm, instance_norm, layer_norm
 from .pools import float_max_pool, integer_sum, pool
 from .quantisers import dequantize, quantize
+from .thresholds import threshold
 
 #: Float operators that work element by element.
 _ELEMENTWISE = (
@@ -26,6 +27,7 @@ RULES: dict[str, Rule] = {
     "accumulate_conv": accumulate,
     "accumulate_linear": accumulate,
     "requantize": requantize,
+    "threshold": threshold,
     "quantize": quantize,
     "dequantize": dequantize,
     "max_pool": pool(True),

@@ -32,7 +32,14 @@ def by_channel(
     builder: Builder, node: fx.Node, constant: fx.Node, rows: bool, count: int
 ) -> NDArray[np.float64]:
     """A scalar or per-channel constant as (channels,) float64."""
-    array = builder.array(constant).astype(np.float64)
+    return spread(builder, node, builder.array(constant), rows, count)
+
+
+def spread(
+    builder: Builder, node: fx.Node, constant: NDArray[Any], rows: bool, count: int
+) -> NDArray[np.float64]:
+    """A scalar, or what varies along the channels of a node's tensor, as (channels,) float64."""
+    array = constant.astype(np.float64)
     if array.size == 1:
         return np.full(count, float(array.reshape(())))
     rank = len(builder.shape(node))
@@ -43,10 +50,28 @@ def by_channel(
     return array.reshape(-1)
 
 
-def along_last(builder: Builder, constants: Sequence[fx.Node]) -> bool | None:
+def along_last(constants: Sequence[NDArray[Any]]) -> bool | None:
     """Whether constants vary along the last dimension, not dimension 1; None if they are all numbers."""
-    for constant in constants:
-        array = builder.array(constant)
+    for array in constants:
         if array.size > 1:
             return bool(array.shape[-1] == array.size)
     return None
+
+
+def channels_last(
+    builder: Builder, node: fx.Node, inputs: Sequence[fx.Node], constants: Sequence[NDArray[Any]]
+) -> bool:
+    """Whether an epilogue of its own has its channels in the last dimension, not dimension 1.
+
+    Args:
+        builder: the graph under construction.
+        node: the epilogue.
+        inputs: the integers that it reads.
+        constants: what broadcasts against its tensor.
+    """
+    last = along_last(constants)
+    if last is not None:
+        return last
+    rank = len(builder.shape(node))
+    known = [builder.maps[one].rows for one in inputs if one in builder.maps]
+    return rank == 2 or (known[0] if known else rank != 4)

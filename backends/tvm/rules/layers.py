@@ -11,15 +11,16 @@ from torch import fx
 from qcompile.errors import LoweringError
 
 from ..kernel_graph import Builder, Mapped, extents, padding_of
-from ..kernels.elementwise import requantize_kernel
+from ..kernels.elementwise import epilogue_kernel
 from ..maps import Map
 from ..packing import arrange, runs_of
-from ..specs import ACCUMULATOR, Layer, Output
-from .arguments import along_last, by_channel, layer_of, spatial
+from ..specs import ACCUMULATOR, Layer, Output, Steps
+from .arguments import by_channel, channels_last, layer_of, spatial
+from .thresholds import steps
 
 
 def accumulate(builder: Builder, node: fx.Node) -> None:
-    """A layer, with every requantisation that can be computed where its sums are."""
+    """A layer, with every requantisation and threshold that can be computed where its sums are."""
     is_conv = builder.model.operator_name(node) == "accumulate_conv"
     weight = builder.array(node.args[1]).astype(np.int64)
     numerator, shift = int(node.args[2]), int(node.args[3])
@@ -63,19 +64,24 @@ def accumulate(builder: Builder, node: fx.Node) -> None:
     )
     family = builder.choose(layer)
     effective = vectors.astype(np.int64) * 2**shift + numerator
-    if int(np.abs(effective).sum((1, 3)).max(initial=0)) * layer.highest >= 2**31:
+    if int(np.abs(effective).sum((1, 3)).max(initial=0)) * layer.highest >= 2**31 - 1:
         raise LoweringError("sums of its products may exceed 32 bits; lower to onnx-qdq")
     correction = (source.map.zero_point - family.bias(layer)) * effective.sum((1, 3)).reshape(-1)
-    outputs: list[Output] = []
+    outputs: list[Output | Steps] = []
     constants: list[fx.Node] = []
     others: list[Mapped] = []
     nodes: list[tuple[fx.Node, Map]] = []
     for user in fused:
-        output, table, more = _output(builder, user, not is_conv, node, correction, len(others))
-        others += more
-        outputs.append(output)
-        constants.append(builder.constant(f"{user.name}_constants", table))
-        nodes.append((user, output.map))
+        if builder.model.operator_name(user) == "threshold":
+            counted, levels = steps(builder, user, not is_conv, ACCUMULATOR, correction)
+            outputs.append(counted)
+            constants.append(builder.constant(f"{user.name}_constants", levels))
+        else:
+            output, table, more = _output(builder, user, not is_conv, node, correction, len(others))
+            others += more
+            outputs.append(output)
+            constants.append(builder.constant(f"{user.name}_constants", table))
+        nodes.append((user, outputs[-1].map))
     if raw:
         map = builder.map_of(node, not is_conv, "int32")
         outputs.append(Output(map, (ACCUMULATOR,), -(2**31), 2**31 - 1))
@@ -99,10 +105,11 @@ def accumulate(builder: Builder, node: fx.Node) -> None:
 
 
 def _fuses(builder: Builder, node: fx.Node, user: fx.Node) -> bool:
-    """Whether a requantisation can be computed where this layer's sums are: its other inputs come first."""
-    if builder.model.operator_name(user) != "requantize":
+    """Whether an epilogue can be computed where this layer's sums are: its other inputs come first."""
+    name = builder.model.operator_name(user)
+    if name not in ("requantize", "threshold"):
         return False
-    inputs = list(user.args[0])
+    inputs = list(user.args[0]) if name == "requantize" else [user.args[0]]
     if inputs.count(node) != 1 or any(builder.shape(one) != builder.shape(user) for one in inputs):
         return False
     return builder.ensure([one for one in inputs if one is not node])
@@ -143,7 +150,9 @@ def _output(
 
 def requantize(builder: Builder, node: fx.Node) -> None:
     """An epilogue of its own."""
-    rows = _channels_last(builder, node)
+    rows = channels_last(
+        builder, node, node.args[0], [builder.array(one) for one in (*node.args[1], node.args[2])]
+    )
     for one in node.args[0]:
         if builder.shape(one) != builder.shape(node):
             raise LoweringError("sums of tensors of different shapes have no kernel here; lower to onnx-qdq")
@@ -155,16 +164,6 @@ def requantize(builder: Builder, node: fx.Node) -> None:
         "requantize",
         [*(one.node for one in others), constants],
         [(output.map.shape, output.map.dtype)],
-        lambda name: requantize_kernel(name, output, maps),
+        lambda name: epilogue_kernel(name, output, maps),
     )
     builder.set_map(node, Mapped(made, output.map, rows))
-
-
-def _channels_last(builder: Builder, node: fx.Node) -> bool:
-    """Whether a requantisation's constants vary along the last dimension, not dimension 1."""
-    last = along_last(builder, (*node.args[1], node.args[2]))
-    if last is not None:
-        return last
-    rank = len(builder.shape(node))
-    known = [builder.maps[one].rows for one in node.args[0] if one in builder.maps]
-    return rank == 2 or (known[0] if known else rank != 4)

@@ -43,7 +43,7 @@ def dequantize(builder: Builder, node: fx.Node) -> None:
     """Floats of integers."""
     source, scale, bias = node.args
     have = builder.maps.get(source)
-    last = along_last(builder, (scale, bias))
+    last = along_last([builder.array(one) for one in (scale, bias)])
     rows = last if last is not None else have.rows if have is not None else len(builder.shape(node)) != 4
     given = builder.mapped(source, rows)
     map = builder.map_of(node, rows, "float32")
