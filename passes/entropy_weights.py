@@ -33,15 +33,16 @@ def tanh_ratio(weight: Tensor) -> Tensor:
 
 
 class _RoundLevels(torch.autograd.Function):
-    """Uniform levels on [-1, 1] of clip(ratio, -1, 1), half to even; the gradient passes unmasked."""
+    """alpha times the uniform levels on [-1, 1] of clip(W / alpha, -1, 1), half to even; dW = g, unmasked."""
 
     @staticmethod
-    def forward(ctx: Any, ratio: Tensor, levels: Any) -> Tensor:
-        return ((ratio.clamp(-1.0, 1.0) + 1.0) * (levels / 2.0)).round_() * (2.0 / levels) - 1.0
+    def forward(ctx: Any, weight: Tensor, alpha: Any, levels: Any) -> Tensor:
+        code = (((weight / alpha).clamp_(-1.0, 1.0) + 1.0) * (levels / 2.0)).round_()
+        return (code * (2.0 / levels) - 1.0) * alpha
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return gradients[0], None, None
 
 
 class EntropyWeightQuantizer(WeightQuantizer):
@@ -75,9 +76,8 @@ class EntropyWeightQuantizer(WeightQuantizer):
         wide = weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight
         levels: Any = 2.0 ** self.bits[row] - 1.0 if isinstance(row, int) else picked(self.levels, row)
         if not self.rescale:
-            return _RoundLevels.apply(tanh_ratio(wide), levels).to(weight.dtype)
-        alpha = self._alpha(wide, levels)
-        return (_RoundLevels.apply(wide / alpha, levels) * alpha).to(weight.dtype)
+            return _RoundLevels.apply(tanh_ratio(wide), 1.0, levels).to(weight.dtype)
+        return _RoundLevels.apply(wide, self._alpha(wide, levels), levels).to(weight.dtype)
 
     def codes(self, weight: Tensor, row: int) -> WeightCodes:
         """The mode's integers, from W in float64, in two's complement as those of `aligned`."""

@@ -1,0 +1,289 @@
+"""N2UQ's quantisers, loss, RPReLU and folding against the independent float64 reference."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nets import example
+from reference import n2uq as reference
+from torch import nn
+
+import qcompile
+from qcompile.errors import InvalidArgument
+from qcompile.modes import ActiveMode
+from qcompile.passes.entropy_weights import EntropyWeightQuantizer
+from qcompile.passes.learned_thresholds import ThresholdActivationQuantizer
+from qcompile.passes.rprelu import ModePReLU
+from qcompile.passes.schemes.n2uq import N2UQConfig, soft_cross_entropy
+
+WIDTHS = (1, 2, 3, 4, 8)
+seeds = st.integers(0, 2**32 - 1)
+rows = st.integers(0, len(WIDTHS) - 1)
+signs = st.sampled_from([-1.0, 1.0])
+
+
+def _quantizer(row: int, seed: int, before: float, after: float) -> ThresholdActivationQuantizer:
+    """Random intervals, some below the smallest."""
+    generator = np.random.default_rng(seed)
+    quantizer = ThresholdActivationQuantizer(WIDTHS).double()
+    levels = 2 ** WIDTHS[row] - 1
+    intervals = generator.uniform(0.0, 4.0, levels) / levels
+    intervals[generator.random(levels) < 0.1] = -0.01
+    with torch.no_grad():
+        quantizer.interval[row, :levels] = torch.from_numpy(intervals)
+        quantizer.start[row], quantizer.before[row] = float(generator.normal()), before
+        quantizer.after[row] = after
+    return quantizer
+
+
+@given(rows, seeds, st.floats(0.2, 3.0), signs, st.floats(0.2, 3.0))
+@settings(max_examples=80, deadline=None)
+def test_activations_and_all_their_gradients(row, seed, before, sign, after):
+    quantizer = _quantizer(row, seed, sign * before, after)
+    generator = np.random.default_rng(seed + 1)
+    x, upstream = generator.normal(0.5, 2.0, (4, 50)), generator.normal(size=(4, 50))
+    given_x = torch.from_numpy(x).requires_grad_()
+    value = quantizer(given_x, ActiveMode(row))
+    value.backward(torch.from_numpy(upstream))
+    bits, levels = WIDTHS[row], 2 ** WIDTHS[row] - 1
+    a = quantizer.interval[row, :levels].detach().numpy()
+    scalars = (quantizer.start, quantizer.before, quantizer.after)
+    start, beta1, beta2 = (float(one[row].detach()) for one in scalars)
+    code = reference.activation_code(x, start, a, beta1)
+    expected = reference.activation_value(code, beta2, bits)
+    np.testing.assert_allclose(value.detach().numpy(), expected, rtol=1e-12, atol=1e-12)
+    found = reference.activation_gradients(x, start, a, beta1, beta2, upstream)
+    close = {"rtol": 1e-8, "atol": 1e-9}
+    np.testing.assert_allclose(given_x.grad.numpy(), found.x, **close)
+    np.testing.assert_allclose(quantizer.interval.grad[row, :levels].numpy(), found.a, **close)
+    assert float(quantizer.start.grad[row]) == pytest.approx(found.start, rel=1e-8, abs=1e-9)
+    assert float(quantizer.before.grad[row]) == pytest.approx(found.beta1, rel=1e-8, abs=1e-9)
+    assert float(quantizer.after.grad[row]) == pytest.approx(found.beta2, rel=1e-8, abs=1e-9)
+    others = [index for index in range(len(WIDTHS)) if index != row]
+    for one in (quantizer.interval, quantizer.start, quantizer.before, quantizer.after):
+        assert not one.grad[others].any()
+
+
+@given(rows, seeds)
+@settings(max_examples=30, deadline=None)
+def test_with_equal_intervals_it_is_the_plain_straight_through_estimator(row, seed):
+    quantizer, levels = ThresholdActivationQuantizer(WIDTHS).double(), 2 ** WIDTHS[row] - 1
+    with torch.no_grad():
+        quantizer.interval[row, :levels] = 2.0 / torch.tensor(levels, dtype=torch.float64)
+    x = torch.from_numpy(np.random.default_rng(seed).uniform(-1.0, 3.0, 200)).requires_grad_()
+    value = quantizer(x, ActiveMode(row))
+    nearest = (x.detach() * levels / 2).round().clamp(0, levels) * 2 / levels
+    ties = ((x.detach() * levels / 2) % 1 - 0.5).abs() < 1e-9
+    torch.testing.assert_close(value.detach()[~ties], nearest[~ties], rtol=0, atol=1e-12)
+    value.backward(torch.ones(200, dtype=torch.float64))
+    plain = ((x.detach() >= 0) & (x.detach() < 2)).double()
+    torch.testing.assert_close(x.grad, plain, rtol=0, atol=1e-9)
+
+
+@given(rows, seeds, st.floats(1e-2, 10.0))
+@settings(max_examples=60, deadline=None)
+def test_weights_are_spread_by_filter(row, seed, scale):
+    bits = WIDTHS[row]
+    weight = np.random.default_rng(seed).normal(0.0, scale, (5, 3, 2))
+    upstream = np.random.default_rng(seed + 1).normal(size=weight.shape)
+    parameter, quantizer = torch.from_numpy(weight).requires_grad_(), EntropyWeightQuantizer(WIDTHS).double()
+    value = quantizer(parameter, row)
+    value.backward(torch.from_numpy(upstream))
+    alpha = reference.weight_alpha(weight, bits)
+    code = reference.weight_code(weight, alpha, bits)
+    expected = reference.weight_value(code, alpha, bits)
+    np.testing.assert_allclose(value.detach().numpy(), expected, rtol=1e-9, atol=1e-12)
+    np.testing.assert_array_equal(parameter.grad.numpy(), reference.weight_gradient(upstream))
+    stored = quantizer.codes(parameter, row)
+    np.testing.assert_array_equal(stored.codes.numpy() + 2 ** (bits - 1), code)
+    real = stored.scale.reshape(-1, 1, 1) * (stored.codes + stored.offset_numerator * 2.0**-stored.offset_shift)
+    np.testing.assert_allclose(real.detach().numpy(), expected, rtol=1e-9, atol=1e-12)
+
+
+@given(rows, seeds)
+@settings(max_examples=40, deadline=None)
+def test_weights_without_rescaling_are_those_of_dorefa(row, seed):
+    bits = WIDTHS[row]
+    weight = np.random.default_rng(seed).normal(size=(5, 6))
+    upstream = np.random.default_rng(seed + 1).normal(size=weight.shape)
+    parameter = torch.from_numpy(weight).requires_grad_()
+    quantizer = EntropyWeightQuantizer(WIDTHS, rescale=False).double()
+    value = quantizer(parameter, row)
+    value.backward(torch.from_numpy(upstream))
+    code = reference.baseline_weight_code(weight, bits)
+    expected = reference.baseline_weight_value(code, bits)
+    np.testing.assert_allclose(value.detach().numpy(), expected, rtol=0, atol=1e-12)
+    gradient = reference.baseline_weight_gradient(weight, upstream)
+    np.testing.assert_allclose(parameter.grad.numpy(), gradient, rtol=1e-9, atol=1e-12)
+
+
+def test_distillation_loss_and_its_gradient():
+    generator = np.random.default_rng(0)
+    teacher, student = generator.normal(0, 3, (4, 6)), generator.normal(0, 3, (4, 6))
+    logits = torch.from_numpy(student).requires_grad_()
+    loss = soft_cross_entropy(torch.from_numpy(teacher), logits)
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(reference.distillation_loss(teacher, student), abs=1e-12)
+    gradient = reference.distillation_loss_gradient(teacher, student)
+    np.testing.assert_allclose(logits.grad.numpy(), gradient, atol=1e-12)
+
+
+def test_the_float_original_teaches_unless_another_does():
+    net, x = example("residual")
+    net.eval()
+    model = qcompile.prepare(net, x, scheme="n2uq").train()
+    joint = qcompile.JointLoss(model, nn.CrossEntropyLoss())
+    joint.backward(x, torch.arange(len(x)) % 3)
+    with torch.no_grad():
+        outputs = {bits: None for bits in (2, 3, 4)}
+        state = model.state_dict()
+        teacher = net(x).numpy()
+        for bits in (4, 3, 2):
+            outputs[bits] = qcompile.at(model, bits)(x).numpy()
+        model.load_state_dict(state)
+    for bits, logits in outputs.items():
+        expected = reference.distillation_loss(teacher, logits)
+        assert float(joint.losses[bits]) == pytest.approx(expected, rel=1e-3)
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(x[0].numel(), outputs[2].shape[1]))
+    other = qcompile.JointLoss(model, nn.CrossEntropyLoss(), teacher=flat)
+    other.backward(x, torch.arange(len(x)) % 3)
+    assert abs(float(other.losses[2]) - float(joint.losses[2])) > 1e-3
+    assert all(one.grad is None for one in (*net.parameters(), *flat.parameters()))
+
+
+def test_thresholds_and_scales_learn_at_one_tenth():
+    net, x = example("residual")
+    model = qcompile.prepare(net, x, scheme="n2uq")
+    groups = {group["name"]: group for group in qcompile.param_groups(model, lr=0.5, weight_decay=0.1)}
+    assert groups["quantizers"]["lr"] == pytest.approx(0.05)
+    assert groups["quantizers"]["weight_decay"] == groups["batch_norm"]["weight_decay"] == 0.0
+    slopes = {id(one.slope) for one in model.modules() if isinstance(one, ModePReLU)}
+    assert slopes <= {id(one) for one in groups["batch_norm"]["params"]}
+
+
+def test_relu_is_replaced_where_a_quantised_layer_follows():
+    net, x = example("residual")
+    model = qcompile.prepare(net, x, scheme="n2uq")
+    bent = [one for one in model.modules() if isinstance(one, ModePReLU)]
+    assert [tuple(one.slope.shape) for one in bent] == [(3, 8), (3, 16), (3, 16)]
+    assert sum("ReLU became RPReLU" in line for line in model.rewritten) == 3
+    (kept,) = [line for line in model.rewritten if "kept" in line]
+    assert "no quantised layer follows" in kept
+    assert "nets.py" in kept
+    plain = qcompile.prepare(net, x, scheme="n2uq", config=N2UQConfig(rprelu=False))
+    assert not any(isinstance(one, ModePReLU) for one in plain.modules())
+
+
+def test_a_slope_of_zero_keeps_the_float_function():
+    net, x = example("residual")
+    config = N2UQConfig(rprelu_slope=0.0)
+    model = qcompile.prepare(net, x, scheme="n2uq", config=config)
+    for module in model.modules():
+        if isinstance(module, ModePReLU):
+            y = torch.randn(2, module.slope.shape[1], 3, 3)
+            assert torch.equal(module(y, ActiveMode(0)), y.relu())
+
+
+def test_the_float_state_loads_and_resets_what_was_added():
+    net, x = example("residual")
+    model = qcompile.prepare(net, x, scheme="n2uq")
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, ModePReLU):
+                module.slope.fill_(0.7)
+                module.shift_in.fill_(0.1)
+    model.load_state_dict(net.state_dict())
+    for module in model.modules():
+        if isinstance(module, ModePReLU):
+            assert bool((module.slope == 0.25).all())
+            assert not module.shift_in.any()
+    back = qcompile.float_state_dict(model)
+    assert back.keys() == net.state_dict().keys()
+    net.load_state_dict(back)
+
+
+def test_downsampling_convolutions_can_stay_in_float():
+    net, x = example("residual")
+    model = qcompile.prepare(net, x, scheme="n2uq", config=N2UQConfig(downsample=False))
+    records = {one.name: one for one in model.records}
+    assert "downsample=False" in records["down"].reason
+    assert not records["down"].quantized
+    assert records["conv1"].quantized
+
+
+def test_fixed_thresholds_are_not_trained():
+    net, x = example("residual")
+    model = qcompile.prepare(net, x, scheme="n2uq", config=N2UQConfig(learned_thresholds=False)).train()
+    qcompile.JointLoss(model, nn.CrossEntropyLoss()).backward(x, torch.arange(len(x)) % 3)
+    for module in model.modules():
+        if isinstance(module, ThresholdActivationQuantizer):
+            assert module.interval.grad is None
+            assert module.before.grad is not None
+
+
+@pytest.mark.parametrize(
+    "options", [{"distillation": "hard"}, {"rprelu_slope": -1.0}, {"activation_scale": "max"}, {"rprelu": 2}]
+)
+def test_options_are_checked(options):
+    with pytest.raises(InvalidArgument, match=next(iter(options))):
+        N2UQConfig(**options)
+
+
+# ---- folding ----------------------------------------------------------------------------------------------
+
+
+def _shaken(name: str, bits=(2, 3, 4)) -> tuple:
+    """A prepared network with negative scales, slopes per channel, uneven thresholds and a negative beta1."""
+    torch.manual_seed(0)
+    net, x = example(name)
+    model = qcompile.prepare(net, x, scheme="n2uq", bits=bits).train()
+    joint = qcompile.JointLoss(model, nn.CrossEntropyLoss())
+    joint.backward(x, torch.arange(len(x)) % 3)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, ModePReLU):
+                module.slope.copy_(torch.rand_like(module.slope))
+                module.slope[0, ::3] = 0.0
+                module.slope[1, 1::3] = 1.7
+                for shift in (module.shift_in, module.shift_out):
+                    shift.copy_(0.3 * torch.randn_like(shift))
+            if isinstance(module, ThresholdActivationQuantizer):
+                module.interval.mul_(torch.rand_like(module.interval) * 2)
+                module.start.copy_(0.2 * torch.randn_like(module.start))
+                module.before[-1] *= -1.0
+            if isinstance(module, qcompile.passes.batchnorm.ModeBatchNorm):
+                module.weight.mul_(torch.randn_like(module.weight).sign())
+    return model.eval(), x
+
+
+def test_chains_between_two_layers_become_thresholds_on_the_accumulator():
+    model, _ = _shaken("residual")
+    for mode in model.prepared_modes:
+        nodes = list(model.integer_model(mode).graph.nodes)
+        thresholds = [node for node in nodes if node.target is torch.ops.qcompile.threshold.default]
+        sources = [str(node.args[0].target) for node in thresholds]
+        # conv1 -> norm -> RPReLU -> conv2 is one step; the others read the stem or residual sums
+        assert sum("accumulate_conv" in source for source in sources) == 1
+        assert len(thresholds) == 3
+
+
+@pytest.mark.parametrize("name", ["residual", "plain", "mobile", "dense", "signal"])
+def test_folded_thresholds_are_exact(name):
+    model, x = _shaken(name)
+    for bits in qcompile.modes(model):
+        report = qcompile.verify(model, x, bits=bits)
+        assert report.exact, report.failures
+
+
+def test_negative_slopes_do_not_fold_but_are_exact():
+    model, x = _shaken("residual")
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, ModePReLU):
+                module.slope[:, ::2] = -0.4
+    for bits in qcompile.modes(model):
+        report = qcompile.verify(model, x, bits=bits)
+        assert report.exact, report.failures
