@@ -16,7 +16,7 @@ import qcompile
 from qcompile.backends.onnx import matrix
 from qcompile.backends.onnx.executable import OnnxExecutable
 from qcompile.model import QuantModel
-from qcompile.verify import formulas, verify
+from qcompile.verify import formulas, reference, verify
 
 NETWORKS: dict[str, tuple[Any, Any]] = {
     "residual": (Residual, images()),
@@ -86,6 +86,23 @@ def test_all_kinds_of_integers_are_exact_in_both_runtimes(levels: int, packed: b
     copy.opset_import[0].version = max(21, copy.opset_import[0].version)
     for found, wanted in zip(ReferenceEvaluator(copy).run(None, {"x": x.numpy()}), expected, strict=True):
         np.testing.assert_array_equal(found, wanted)
+
+
+def test_high_precision_streams_flip_only_within_the_stated_error() -> None:
+    request, x = request_of_corners(15)
+    node = next(one for one in request.model.graph.nodes if one.name == "of_stream")
+    stream = request.model.run_with_values((x,))[1]["stream"]
+    sign, levels = (request.model.constant(one) for one in node.args[1:3])
+    # thresholds where values are, so that every one of these lies half a unit beside a boundary
+    levels.copy_((stream.flatten(0, 1)[:15] * sign).sort(0).values)
+    compiled = OnnxExecutable(request)
+    trace = compiled.trace([x.numpy()])
+    held, codes = trace.values["stream"], trace.values["of_stream"]
+    expected = reference.threshold(held, sign.numpy(), levels.numpy(), 0)
+    bound = compiled.rounding_error("of_stream", np.abs(held) + 1)
+    distance = np.abs(held * sign.numpy() - (levels.numpy()[:, None, None] - 0.5)).min(0)
+    assert np.all((codes == expected) | ((distance <= bound) & (np.abs(codes - expected) == 1)))
+    assert float(np.max(bound)) < 8
 
 
 @pytest.mark.parametrize(("levels", "most"), [(3, 14), (15, 24), (255, 50)])

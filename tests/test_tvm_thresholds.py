@@ -99,7 +99,7 @@ def test_thresholds_of_all_kinds_of_integers_are_exact(levels: int) -> None:
         if request.model.operator_name(node) == "threshold":
             np.testing.assert_array_equal(trace.values[node.name], values[node.name].numpy())
     kernels = [one["kernel"] for one in compiled.kernels()]
-    assert kernels.count("threshold") == 4  # those of the rows joined their layer
+    assert kernels.count("threshold") == 5  # those of the rows joined their layer
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,13 @@ def request_of_corners(levels: int) -> tuple[LoweringRequest, torch.Tensor]:
     weight = constant("rows.weight", rng.integers(-2, 2, (8, 36)), torch.int8)
     meta = {"weight_bits": 2, "weight_signed": True, "code_low": -8, "code_high": 7}
     rows = call(ops.accumulate_linear.default, (flat, weight, 0, 0, 36 * 16), "rows", **meta)
+    numbers = (
+        constant(name, value, torch.int64) for name, value in (("slope", 699_051), ("offset", 2**20 + 1))
+    )
+    slope, offset = numbers
+    stream = call(ops.requantize.default, ([rows], [slope], offset, 1, -(2**28), 2**28), "stream")
     found = [
+        threshold(stream, "of_stream", (8,), 2**24, 0),
         threshold(codes, "of_codes", (6, 1, 1), 8, -2),
         threshold(wide, "of_wide", (), 2**20, 0),
         threshold(wide, "of_wide_channels", (6, 1, 1), 2**20, 1),

@@ -149,17 +149,20 @@ class OnnxExecutable(Executable):
         convolution that a runtime adds to a residual, round with 2^-24 of the largest partial sum, known
         from the weights. High-precision summands stand for the nearest integer: half a step each.
 
+        A `threshold` compares accumulators and codes exactly. High-precision tensors meet boundaries that
+        were rounded to float32: 3 * 2^-24 of the magnitude of the input, in its units.
+
         Sums of windows round once per element, with 2^-24 of the largest sum that the bounds allow.
 
         A `quantize` divides and rounds exactly as the contract does and adds no error to that of the float
         operators before it.
 
         Args:
-            node: name of a `requantize`, `quantize` or `sum_pool` node, or of a sum.
-            magnitude: sum of the absolute summands, in output units.
+            node: name of a `requantize`, `threshold`, `quantize` or `sum_pool` node, or of a sum.
+            magnitude: sum of the absolute summands, in output units; see `Executable`.
 
         Returns:
-            The bound in output units.
+            The bound in the same units.
         """
         known = self.lowered.deviations.get(node)
         return 0.0 if known is None else known.relative * np.asarray(magnitude, np.float64) + known.absolute
