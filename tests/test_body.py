@@ -36,7 +36,7 @@ ENDS = {
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_body_lies_between_stem_and_classifier(network: str) -> None:
-    body = body_of(*example(network))
+    body = body_of(example(network)[0])
     assert (name(body.entry), name(body.exit), [node.target for node in body.layers]) == ENDS[network]
 
 
