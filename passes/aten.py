@@ -63,6 +63,14 @@ AVERAGE = frozenset(
     + ("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d")
 )
 
+#: Operators that work on every element by itself; `prelu` has a slope per channel.
+ELEMENTWISE = frozenset(
+    ("relu", "relu6", "hardtanh", "leaky_relu", "rrelu", "prelu", "elu", "selu", "celu", "silu", "gelu")
+    + ("mish", "softplus", "softsign", "sigmoid", "hardsigmoid", "hardswish", "log_sigmoid", "tanh")
+    + ("clamp", "clamp_min", "clamp_max", "abs", "neg", "exp", "sqrt", "rsqrt", "square", "hardshrink")
+    + ("softshrink", "tanhshrink", "threshold")
+)
+
 
 def is_zero_pad(node: fx.Node) -> bool:
     """Whether the node pads with the constant 0."""
