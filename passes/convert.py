@@ -54,7 +54,8 @@ def convert_graph(
     Raises:
         FoldError: if activation steps were never set, or values exceed the contract's integers.
     """
-    for path, module in model.named_modules():
+    for path in dict.fromkeys(str(node.target) for node in graph.nodes if node.op == "call_module"):
+        module = model.get_submodule(path)
         if isinstance(module, ActivationQuantizer) and not bool(module.initialised[row_of(module)]):
             raise FoldError(
                 f"layer {path!r}: its activation step for mode {mode.label} was never set; "

@@ -132,7 +132,9 @@ class QuantizeLayers(Pass):
         self, graph_module: fx.GraphModule, node: fx.Node, first: Collection[str], last: Collection[str]
     ) -> str | None:
         path = str(node.target)
-        if any(path == name or path.startswith(f"{name}.") for name in self.skip):
+        copies = graph_module.meta.get("copies", {})
+        users_path = copies[path].source if path in copies else path
+        if any(users_path == name or users_path.startswith(f"{name}.") for name in self.skip):
             return "float: listed in skip"
         if path in first:
             return "float: first weighted layer"

@@ -64,5 +64,6 @@ def checkpoint_segments(model: nn.Module, segments: int) -> nn.Module:
     prepared = as_prepared(model)
     if isinstance(segments, bool) or not isinstance(segments, int) or segments < 1:
         raise InvalidArgument(f"segments must be a whole number from 1 on, not {segments!r}")
-    prepared.checkpoint_pieces = cut(prepared.graph, segments) if segments > 1 else ()
+    pieces = {id(graph): cut(graph, segments) for graph in prepared.row_graphs} if segments > 1 else {}
+    prepared.checkpoint_pieces = tuple(pieces[id(graph)] for graph in prepared.row_graphs) if pieces else ()
     return model

@@ -37,7 +37,7 @@ def set_first_steps(model: QuantModel, active: ActiveMode, inputs: Sequence[Any]
     Raises:
         InvalidArgument: if the batch holds NaN or infinity, or the parameters are sharded already.
     """
-    quantizers = [one for one in model.modules() if isinstance(one, ActivationQuantizer)]
+    quantizers = model.quantizers_of(active.row)
     rows = {one: int(active.row_of(one.slot)) for one in quantizers}
     waiting = [one for one in quantizers if not bool(one.initialised[rows[one]])]
     if waiting:

@@ -34,6 +34,11 @@ def load_float_state(module: nn.Module, state_dict: dict[str, Any], prefix: str,
     quantizers = tuple(prefix + one for one in _quantizer_prefixes(module))
     if not quantizers or any(key.startswith(quantizers) for key in state_dict):
         return
+    for path, copied in getattr(module, "copies", {}).items():
+        for name in _names_of(module.get_submodule(path)):
+            source = state_dict.get(f"{prefix}{copied.source}.{name}")
+            if source is not None:
+                state_dict[f"{prefix}{path}.{name}"] = copied.tensor(name, source.detach())
     for path, child in module.named_modules():
         child_prefix = f"{prefix}{path}." if path else prefix
         if isinstance(child, ModeBatchNorm):
@@ -46,6 +51,13 @@ def load_float_state(module: nn.Module, state_dict: dict[str, Any], prefix: str,
         if isinstance(child, (ModeModule, WeightQuantizer)) and child.is_added:
             for name, value in child.state_dict().items():
                 state_dict[f"{prefix}{path}.{name}"] = value.clone()
+
+
+def _names_of(module: nn.Module) -> list[str]:
+    """Names of a module's own parameters and buffers that a state dict holds."""
+    hidden = module._non_persistent_buffers_set
+    held = {**module._parameters, **module._buffers}
+    return [name for name, value in held.items() if value is not None and name not in hidden]
 
 
 def note_loaded_steps(module: nn.Module, incompatible_keys: Any) -> None:
@@ -70,7 +82,8 @@ def float_state_dict(model: nn.Module, mode: int | str | Mode | None = None) -> 
     """
     prepared: QuantModel = as_prepared(model)
     row = prepared.row(prepared.uniform(mode))
-    quantizers = _quantizer_prefixes(prepared)
+    copies = tuple(f"{path}." for path in prepared.copies)
+    quantizers = (*_quantizer_prefixes(prepared), *copies)
     stacked = {
         f"{path}.{name}" if path else name: module.rows_of(row)[name not in ("weight", "bias")]
         for path, module in prepared.named_modules()

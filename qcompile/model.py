@@ -15,6 +15,7 @@ from .first_batch import set_first_steps
 from .folded import FoldedModes, handle_of, run_integers
 from .modes import ActiveMode, Mode, Policy
 from .multi_mode import MultiModeModel, example_shapes
+from .passes.branches import row_graph
 from .passes.convert import convert_graph
 from .passes.integer_model import IntegerModel
 from .passes.mode_input import ModeModule
@@ -28,6 +29,20 @@ from .ranks import is_sharded
 from .recompute import run_segments
 
 
+#: Attributes that a deep copy does not copy: what belongs to neither, or is made anew.
+_SHARED_BY_COPIES = frozenset(
+    ("_training_chains", "row_graphs", "copies", "scheme", "_users", "forward", "float_original")
+)
+
+
+def _function(graph: fx.Graph) -> Any:
+    """A graph as a function of the owner of its modules, its inputs and the active mode."""
+    code = graph.python_code("self")
+    namespace = dict(code.globals)
+    exec(compile(code.src, f"<qcompile training graph {id(graph)}>", "exec"), namespace)
+    return namespace["forward"]
+
+
 class QuantModel(MultiModeModel):
     """A trainable model with several precisions, as `prepare` returns it.
 
@@ -37,6 +52,8 @@ class QuantModel(MultiModeModel):
 
     Attributes:
         graph: the training graph; its last input is the active mode.
+        row_graphs: what of it each mode runs, by row; the graph itself unless the scheme has branches.
+        copies: where modules that the user's model has not come from, by path.
         scheme: the scheme that rewrote it.
         method: `export` or `fx`, how the model was captured.
         float_original: the model that was prepared.
@@ -73,13 +90,13 @@ class QuantModel(MultiModeModel):
         self._buffers.update(graph_module._buffers)
         self._non_persistent_buffers_set.update(graph_module._non_persistent_buffers_set)
         self._link_users_modules()
-        code = self.graph.python_code("self")
-        namespace = dict(code.globals)
-        exec(compile(code.src, f"<qcompile training graph {id(self)}>", "exec"), namespace)
-        self._training_chain = namespace["forward"]
+        self.row_graphs = tuple(row_graph(self.graph, row) for row in range(len(scheme.modes)))
+        self.copies = graph_module.meta.get("copies", {})
+        functions = {id(graph): _function(graph) for graph in self.row_graphs}
+        self._training_chains = tuple(functions[id(graph)] for graph in self.row_graphs)
         self._folded = FoldedModes()
         self._become_itself()
-        self.checkpoint_pieces: tuple[Segment, ...] = ()
+        self.checkpoint_pieces: tuple[tuple[Segment, ...], ...] = ()
         self.steps_set = [False] * len(scheme.modes)
         self.last_shapes = example_shapes(signature)
 
@@ -94,6 +111,8 @@ class QuantModel(MultiModeModel):
             "steps_set",
             "float_original",
             "rewritten",
+            "row_graphs",
+            "copies",
             "model_handle",
             "checkpoint_pieces",
         }
@@ -200,14 +219,22 @@ class QuantModel(MultiModeModel):
 
     def note_steps(self) -> None:
         """Read off the quantisers which modes have all their activation steps."""
-        flags = [one.initialised for one in self.modules() if isinstance(one, ActivationQuantizer)]
-        self.steps_set = torch.stack(flags).all(0).tolist() if flags else [True] * len(self.prepared_modes)
+        self.steps_set = [
+            all(bool(one.initialised[row]) for one in self.quantizers_of(row))
+            for row in range(len(self.prepared_modes))
+        ]
+
+    def quantizers_of(self, row: int) -> list[ActivationQuantizer]:
+        """The activation quantisers that a mode runs."""
+        targets = {str(node.target) for node in self.row_graphs[row].nodes if node.op == "call_module"}
+        modules = [self.get_submodule(target) for target in sorted(targets)]
+        return [one for one in modules if isinstance(one, ActivationQuantizer)]
 
     def float_chain(self, active: ActiveMode, inputs: Sequence[Any]) -> Any:
         """Run the training graph on flat inputs, whatever the training flag says; returns flat outputs."""
         if self.checkpoint_pieces and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return run_segments(self, inputs, active)
-        return self._training_chain(self._users, *inputs, active)
+        return self._training_chains[active.row](self._users, *inputs, active)
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantModel:
         super()._apply(fn, recurse)
@@ -240,7 +267,7 @@ class QuantModel(MultiModeModel):
         def row_of(module: ModeModule) -> int:
             return rows.row if numbers is None else numbers[module.slot]
 
-        return convert_graph(self._users, self.graph, mode, row_of, shapes)
+        return convert_graph(self._users, self.row_graphs[rows.row], mode, row_of, shapes)
 
     def __getstate__(self) -> dict[str, Any]:
         raise InvalidInputType(
@@ -255,7 +282,7 @@ class QuantModel(MultiModeModel):
         copied = QuantModel.__new__(QuantModel)
         memo[id(self)] = copied
         for name, value in self.__dict__.items():
-            shared = name in ("_training_chain", "scheme", "_users", "forward", "float_original")
+            shared = name in _SHARED_BY_COPIES
             copied.__dict__[name] = value if shared else deepcopy(value, memo)
         copied._link_users_modules()
         copied._become_itself()

@@ -23,6 +23,10 @@ def check_policy(model: QuantModel, policy: Policy) -> Policy:
     Raises:
         InvalidArgument: naming the layer and the choices, otherwise.
     """
+    if len({id(graph) for graph in model.row_graphs}) > 1:
+        raise InvalidArgument(
+            f"scheme {model.scheme_name!r} runs other layers in every mode, so it has no policies"
+        )
     quantised = [record.name for record in model.records if record.quantized]
     given = policy.layers
     unknown = [name for name in given if name not in quantised]

@@ -31,9 +31,10 @@ def batches_counted_already(model: nn.Module) -> Iterator[None]:
 
 def run_segments(model: QuantModel, inputs: Sequence[Any], active: ActiveMode) -> tuple[Any, ...]:
     """The training graph on flat inputs, piece by piece, each recomputed in its backward."""
-    placeholders = [node.name for node in model.graph.nodes if node.op == "placeholder"]
+    graph = model.row_graphs[active.row]
+    placeholders = [node.name for node in graph.nodes if node.op == "placeholder"]
     values: dict[str, Any] = dict(zip(placeholders, (*inputs, active), strict=True))
-    for segment in model.checkpoint_pieces:
+    for segment in model.checkpoint_pieces[active.row]:
         found = checkpoint(
             segment.function,
             model._users,
@@ -42,4 +43,4 @@ def run_segments(model: QuantModel, inputs: Sequence[Any], active: ActiveMode) -
             context_fn=lambda: (nullcontext(), batches_counted_already(model)),
         )
         values.update(zip(segment.outputs, found, strict=True))
-    return fx.node.map_arg(model.graph.output_node().args[0], lambda node: values[node.name])
+    return fx.node.map_arg(graph.output_node().args[0], lambda node: values[node.name])

@@ -131,7 +131,7 @@ class RealChain:
         """
         values: dict[fx.Node, Any] = {}
         remaining, calls = iter(inputs), defaultdict[str, int](int)
-        for node in self.model.graph.nodes:
+        for node in self.model.row_graphs[self.row].nodes:
             if node.op == "placeholder":
                 values[node] = None if node.meta.get(MODE_INPUT) else _double(next(remaining).cpu())
             elif node.op == "output":

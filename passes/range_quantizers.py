@@ -1,0 +1,180 @@
+"""Quantisers with learned lower and upper bounds, for weights and activations.
+
+MBQuant, Eq. 1: r = clip((x - l) / (u - l), 0, 1) is rounded to 2^b - 1 equal parts; weights stand for
+2 r - 1, activations for r. The gradient of the rounding is 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qcompile.errors import InvalidArgument
+from qcompile.modes import ActiveMode
+
+from .mode_input import Row, picked
+from .quantizers import (
+    ActivationGrid,
+    ActivationQuantizer,
+    WeightCodes,
+    WeightQuantizer,
+    scale_gradient,
+)
+from .rounding import Again, Bound, Rounding, save_operands, saved_operands, with_note
+
+#: Bounds are held at least this far apart.
+SMALLEST_WIDTH = 1e-6
+
+
+def in_parts(x: Tensor, lower: Tensor, upper: Tensor, parts: Bound, low: float, width: float) -> Tensor:
+    """low + width * round(parts * clip((x - l) / (u - l), 0, 1)) / parts, in the dtype of `x`.
+
+    Args:
+        x: tensor of any shape.
+        lower, upper: l and u, shape ().
+        parts: 2^b - 1.
+        low, width: the values that r = 0 and the whole range stand for.
+    """
+    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    lower = lower.to(wide.dtype)
+    ratio = ((wide - lower) / (upper.to(wide.dtype) - lower)).clamp_(0.0, 1.0)
+    return (ratio.mul_(parts).round_().mul_(width / parts) + low).to(x.dtype)
+
+
+class _InParts(torch.autograd.Function):
+    """`in_parts`; inside the bounds dr/dx = 1 / (u - l), dr/dl = (r - 1) / (u - l), dr/du = -r / (u - l)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, lower: Tensor, upper: Tensor, parts: Bound, low: float, width: float, again: Again
+    ) -> Tensor:
+        ctx.again, ctx.width = again, width
+        save_operands(ctx, x, lower, upper)
+        return in_parts(x, lower, upper, parts, low, width)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, lower, upper = saved_operands(ctx)
+        if not torch.compiler.is_compiling():
+            ctx.again.drop()
+        wide = torch.promote_types(x.dtype, torch.float32)
+        distance = (upper - lower).to(wide)
+        ratio = (x.to(wide) - lower.to(wide)) / distance
+        inside = (ratio >= 0) & (ratio <= 1)
+        scaled = torch.where(inside, gradients[0].to(wide), 0.0) * (ctx.width / distance)
+        along = (scaled * ratio).sum()
+        d_lower, d_upper = along - scaled.sum(), -along
+        return scaled.to(x.dtype), d_lower.to(lower.dtype), d_upper.to(upper.dtype), None, None, None, None
+
+
+def held_apart(lower: Tensor, upper: Tensor) -> Tensor:
+    """u, at least `SMALLEST_WIDTH` above l; gradients pass, so that bounds can part again."""
+    return upper + (lower + SMALLEST_WIDTH - upper).detach().clamp_min(0.0)
+
+
+class RangeWeightQuantizer(WeightQuantizer):
+    """Equal parts between two learned bounds, the same codes in every mode.
+
+    Args:
+        bits: of the codes.
+
+    Attributes:
+        lower, upper: (1,) float parameters.
+    """
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        self.bits = bits
+        self.lower, self.upper = nn.Parameter(-torch.ones(1)), nn.Parameter(torch.ones(1))
+
+    def initialise(self, weight: Tensor) -> None:
+        """Three standard deviations to both sides of zero."""
+        reach = 3.0 * weight.detach().float().std(correction=0).clamp_min(SMALLEST_WIDTH)
+        with torch.no_grad():
+            self.lower.data = -reach.to(weight.dtype).reshape(1)
+            self.upper.data = reach.to(weight.dtype).reshape(1)
+
+    def forward(self, weight: Tensor, row: Row) -> Tensor:
+        """2 c / (2^b - 1) - 1, the shape of `weight`."""
+        lower = self.lower.squeeze(0)
+        upper = held_apart(lower, self.upper.squeeze(0))
+        return _InParts.apply(weight, lower, upper, 2.0**self.bits - 1.0, -1.0, 2.0, Again())
+
+    def codes(self, weight: Tensor, row: int) -> WeightCodes:
+        """The integers, from W, l and u in float64, in two's complement as those of `aligned`."""
+        parts = 2**self.bits - 1
+        lower = self.lower.detach().double().squeeze(0)
+        upper = held_apart(lower, self.upper.detach().double().squeeze(0))
+        ratio = ((weight.detach().double() - lower) / (upper - lower)).clamp_(0.0, 1.0)
+        code = (ratio * parts).round_() - 2 ** (self.bits - 1)
+        return WeightCodes(code.to(torch.int16), self.bits, True, ratio.new_tensor(2.0 / parts), 1, 1)
+
+    def extra_repr(self) -> str:
+        """Bits."""
+        return f"bits={self.bits}"
+
+
+class RangeActivationQuantizer(ActivationQuantizer):
+    """Equal parts between two learned bounds per mode, values from 0 to 1.
+
+    Args:
+        bits: activation bits of every mode, by row.
+
+    Attributes:
+        lower, upper: (rows,) float parameters.
+        parts: (rows,) 2^b - 1, for the rows of policies.
+    """
+
+    parts: Tensor
+
+    def __init__(self, bits: Sequence[int]) -> None:
+        super().__init__(len(bits))
+        self.bits = tuple(bits)
+        self.lower = nn.Parameter(torch.zeros(len(bits)))
+        self.upper = nn.Parameter(torch.ones(len(bits)))
+        self.register_buffer("parts", torch.tensor([2.0**b - 1.0 for b in bits]), persistent=False)
+
+    def initialise(self, x: Tensor, row: int, agree: Callable[[Tensor], Tensor]) -> None:
+        """l = min x, u = 3 sigma / sqrt(1 - 2 / pi); the widest of all ranks.
+
+        The standard deviation of a rectified normal variable's absolute value is sqrt(1 - 2 / pi) of that of
+        the variable.
+
+        Raises:
+            InvalidArgument: if the batch holds NaN or infinity.
+        """
+        wide = x.detach().float()
+        if not x.numel():
+            wide = wide.new_zeros(1)
+        lower = -float(agree(-wide.amin()))
+        upper = 3.0 / math.sqrt(1.0 - 2.0 / math.pi) * float(agree(wide.std(correction=0)))
+        if not (math.isfinite(lower) and math.isfinite(upper)):
+            raise InvalidArgument("cannot set activation bounds from a batch that holds NaN or infinity")
+        with torch.no_grad():
+            self.lower[row], self.upper[row] = lower, max(upper, lower + SMALLEST_WIDTH)
+            self.initialised[row] = True
+
+    def forward(self, x: Tensor, active: ActiveMode) -> Tensor:
+        """Round `x` (any shape) to the parts of the active mode; same shape and dtype."""
+        row, own = active.row_of(self.slot), active.own_gradient_scale
+        lower, upper = (scale_gradient(picked(one, row), own) for one in (self.lower, self.upper))
+        upper = held_apart(lower, upper)
+        parts: Bound = 2.0 ** self.bits[row] - 1.0 if isinstance(row, int) else picked(self.parts, row)
+        again = Again()
+        output = _InParts.apply(x, lower, upper, parts, 0.0, 1.0, again)
+        return with_note(output, Rounding(in_parts, (x, lower, upper, parts, 0.0, 1.0), again))
+
+    def grid(self, row: int) -> ActivationGrid:
+        """The mode's grid: code k from l + (k - 1/2) (u - l) / (2^b - 1) on, for k / (2^b - 1)."""
+        parts = 2 ** self.bits[row] - 1
+        lower = self.lower[row].detach().double()
+        spacing = float(held_apart(lower, self.upper[row].detach().double()) - lower) / parts
+        return ActivationGrid(1.0 / parts, 0, parts, spacing, float(lower) - spacing / 2)
+
+    def extra_repr(self) -> str:
+        """Bits."""
+        return f"bits={self.bits}"
