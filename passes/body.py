@@ -200,24 +200,27 @@ class _Search:
         return tuple(node for node in graph.nodes if node.name in chosen)
 
     def _check_not_shared(self, nodes: tuple[fx.Node, ...]) -> None:
-        owner: dict[int, str] = {}
         inside = set(nodes)
-        for node in nodes:
-            owner.update((id(tensor), str(node.target)) for tensor in self._tensors(node))
+        owner = {id(tensor): node for node in nodes for tensor in self._state(node)}
         for node in self._nodes.values():
-            shared = [owner[id(t)] for t in self._tensors(node) if node not in inside and id(t) in owner]
+            shared = (
+                [] if node in inside else [owner[id(one)] for one in self._state(node) if id(one) in owner]
+            )
             if shared:
                 raise InvalidArgument(
-                    f"{shared[0]!r} in the body shares its parameters with {str(node.target)!r} outside; "
+                    f"{_path(shared[0])} in the body shares its parameters with {_path(node)} outside; "
                     "branches need parameters of their own"
                 )
 
-    def _tensors(self, node: fx.Node) -> Iterable[Tensor]:
+    def _state(self, node: fx.Node) -> list[Tensor]:
+        """Parameters and statistics that a call uses."""
+        state: list[Tensor] = []
         if node.op == "call_module":
             module = self._graph_module.get_submodule(str(node.target))
-            return (*module.parameters(), *module.buffers())
-        tensor = tensor_at(self._graph_module, str(node.target)) if node.op == "get_attr" else None
-        return () if tensor is None else (tensor,)
+            state += [*module.parameters(), *module.buffers()]
+        constants = (one for one in node.all_input_nodes if one.op == "get_attr")
+        tensors = (tensor_at(self._graph_module, str(one.target)) for one in constants)
+        return state + [one for one in tensors if isinstance(one, nn.Parameter)]
 
     def _read_again(self, first: fx.Node) -> InvalidArgument:
         """The inputs reach the output around the first layer; says where."""
@@ -268,7 +271,7 @@ class _Search:
 
 
 def _path(node: fx.Node) -> str:
-    return repr(str(node.target))
+    return repr(str(node.target) if node.op == "call_module" else node.name)
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -8,6 +8,7 @@ follows hands on, unites or lists variables, and what is not understood keeps al
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from torch import fx, nn
 
 from .aten import arguments_of, aten_name
 from .body import DROPOUTS, Body, is_size
-from .channel_rules import RULES, Channels, Moved, Path, Shape
+from .channel_rules import RULES, Channels, Moved, Path, Shape, Use
 from .channel_variables import Segment, Variables
 from .exit_joins import exit_joins, operands
 from .first_last import WEIGHTED
@@ -25,9 +26,6 @@ from .tensor_shapes import tensor_shapes
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _BROADCAST = frozenset(("add", "sub", "mul", "div", "maximum", "minimum", "prelu", "expand_as"))
-
-#: A use of a tensor, or another argument: the call, and the path into its arguments.
-Use = tuple[fx.Node, Path]
 
 
 @dataclass(frozen=True)
@@ -81,10 +79,10 @@ class _Walk:
         self._graph_module = graph_module
         self._body, self._entry = body, body.entry
         self._joins = exit_joins(graph_module.graph, body, shapes)
-        self._measured: dict[fx.Node, tuple[Segment, ...]] = {}  # what a number counts
+        self._measured: dict[fx.Node, tuple[Segment, ...]] = {}
         self._calls: dict[str, tuple[Channels, Channels]] = {}
         stem = body.entry
-        while not (stem.op == "call_module" and isinstance(self._module(stem), WEIGHTED)):
+        while not self._is_layer(stem):
             stem = next(one for one in stem.all_input_nodes if one.op != "get_attr")
         ndim = len(shapes[body.entry])
         dim = ndim - 1 if isinstance(self._module(stem), nn.Linear) else 1
@@ -112,17 +110,17 @@ class _Walk:
         self.narrowed.update({(node, path): self.channels[self._entry] for path in read})
         inputs = [one for one in node.all_input_nodes if one in self.channels]
         moved = self._moved(node, inputs) if inputs or self._is_layer(node) else Moved(None)
-        if moved is None:
+        counts = {} if moved is None else moved.counts
+        self.counts.update({(node, path): segments for path, segments in counts.items()})
+        replaced = [one for path, one in operands(node) if path in counts]
+        for one in node.all_input_nodes:
+            if one not in replaced:  # may be a number of channels, which the plan does not know
+                self.variables.fix(self._measured.get(one, ()))
+        if moved is None:  # not understood
             for one in inputs:
                 self.variables.fix(self.channels[one].segments)
-            return
-        if moved.channels is not None:
+        elif moved.channels is not None:
             self.channels[node] = moved.channels
-        self.counts.update({(node, path): segments for path, segments in moved.counts.items()})
-        replaced = {path for path, _ in operands(node) if path in moved.counts}
-        for path, one in operands(node):
-            if one in self._measured and path not in replaced:
-                self.variables.fix(self._measured[one])
 
     def _module(self, node: fx.Node) -> nn.Module:
         return self._graph_module.get_submodule(str(node.target))
@@ -131,16 +129,18 @@ class _Walk:
         return node.op == "call_module" and isinstance(self._module(node), WEIGHTED)
 
     def _is_number(self, node: fx.Node) -> bool:
-        return bool(node.all_input_nodes) and all(
-            is_size(one) or one in self._measured for one in node.all_input_nodes
-        )
+        read = node.all_input_nodes
+        return bool(read) and all(is_size(one) or one in self._measured for one in read)
 
     def _measure(self, node: fx.Node) -> None:
+        """Note whose channels a size, or a number made of sizes, counts."""
         counted: list[Segment] = []
         for one in node.all_input_nodes:
             counted += self._measured.get(one, ())
             whole = self.channels.get(one) if is_size(node) else None
-            if whole is not None and (len(node.args) < 2 or node.args[1] == whole.dim):
+            if whole is not None and (
+                len(node.args) < 2 or int(node.args[1]) % len(self.shapes[one]) == whole.dim
+            ):
                 counted += whole.segments
         if counted:
             self._measured[node] = tuple(counted)
@@ -149,6 +149,8 @@ class _Walk:
         if node.op == "call_module":
             return self._called(node, self._module(node))
         name = aten_name(node)
+        if any(isinstance(one, fx.Node) for one in node.kwargs.values()):
+            return None  # the canonical form passes tensors by position
         if name == "cat":
             return self._concatenated(node)
         if name == "batch_norm":
@@ -159,7 +161,7 @@ class _Walk:
         source = inputs[0]
         if len(inputs) > 1 or not node.args or node.args[0] is not source:
             return None
-        if "getitem" in getattr(node.target, "__name__", "") and "max_pool" in aten_name(source):
+        if node.target is operator.getitem and source not in self.shapes and "max_pool" in aten_name(source):
             return Moved(self.channels[source])  # values and indices
         rule = RULES.get(name)
         after = self.shapes.get(node, self.shapes.get(source))
@@ -173,15 +175,14 @@ class _Walk:
             return self._layer(node, module, given)
         if given is None or len(node.all_input_nodes) > 1:
             return None
-        ndim = len(self.shapes[node])
         if isinstance(module, (*DROPOUTS, StochasticDepth, nn.LocalResponseNorm)):
             return Moved(given)
         if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-            if len(module.normalized_shape) > 1 or given.dim != ndim - 1:
+            if len(module.normalized_shape) > 1 or given.dim != len(self.shapes[node]) - 1:
                 return None
         elif isinstance(module, nn.GroupNorm) and given.dim == 1:
             self.variables.align(given.segments, module.num_groups)
-        elif not isinstance(module, (nn.modules.batchnorm._NormBase)) or given.dim != 1:
+        elif not isinstance(module, nn.modules.batchnorm._NormBase) or given.dim != 1:
             return None
         first, _ = self._calls.setdefault(str(node.target), (given, given))
         self.variables.unite(first.segments, given.segments)
@@ -189,7 +190,6 @@ class _Walk:
 
     def _layer(self, node: fx.Node, module: Any, given: Channels | None) -> Moved | None:
         is_linear = isinstance(module, nn.Linear)
-        transposed = isinstance(module, _TRANSPOSED)
         dim = len(self.shapes[node]) - 1 if is_linear else 1
         if given is not None and given.dim != dim:
             self.variables.fix(given.segments)
@@ -199,7 +199,7 @@ class _Walk:
         groups = 1 if is_linear else module.groups
         if given is None:
             given = Channels(dim, (self.variables.new(inputs, fixed=True),))
-        if transposed and groups > 1:
+        if isinstance(module, _TRANSPOSED) and groups > 1:
             self.variables.fix(given.segments)
             result = Channels(dim, (self.variables.new(outputs, fixed=True),))
         elif groups > 1 and groups == inputs:
@@ -212,7 +212,7 @@ class _Walk:
                 self.variables.align(given.segments, groups)
                 self.variables.align(result.segments, groups)
         first = self._calls.setdefault(str(node.target), (given, result))
-        if first[0] is not given:  # another call of the same weight
+        if first[1] is not result:  # another call of the same weight
             self.variables.unite(first[0].segments, given.segments)
             self.variables.unite(first[1].segments, result.segments)
         self.weights[node] = (result.segments, given.segments)
@@ -224,9 +224,8 @@ class _Walk:
         known = [self.channels[one].dim for _, one in given if one in self.channels]
         if not known:
             return  # at full width anyway
-        dim = (
-            int(arguments_of(node)["dim"]) % len(self.shapes[node]) if aten_name(node) == "cat" else known[0]
-        )
+        concatenates = aten_name(node) == "cat"
+        dim = int(arguments_of(node)["dim"]) % len(self.shapes[node]) if concatenates else known[0]
         parts: list[Segment] = []
         for path, one in given:
             part = (self.variables.new(self.shapes[one][dim], fixed=True),)
@@ -240,7 +239,7 @@ class _Walk:
                 self.padded[node, path] = channels
             else:
                 self.variables.unite(part, channels.segments)
-        self.channels[node] = Channels(dim, tuple(parts) if aten_name(node) == "cat" else (parts[0],))
+        self.channels[node] = Channels(dim, tuple(parts) if concatenates else (parts[0],))
 
     def _concatenated(self, node: fx.Node) -> Moved | None:
         dim = int(arguments_of(node)["dim"]) % len(self.shapes[node])
@@ -262,7 +261,7 @@ class _Walk:
 
     def _frozen_norm(self, node: fx.Node) -> Moved | None:
         given = self.channels.get(node.args[0])
-        parameters = [(path, one) for path, one in operands(node)[1:]]
+        parameters = operands(node)[1:]
         if given is None or given.dim != 1 or any(one.op != "get_attr" for _, one in parameters):
             return None
         self.narrowed.update({(node, path): Channels(0, given.segments) for path, _ in parameters})
@@ -273,8 +272,8 @@ class _Walk:
         given = [(path, one) for path, one in operands(node) if one in self.shapes]
         if aten_name(node) == "prelu":
             return self._sloped(node, given)
-        wide = {one: self.channels[one] for _, one in given if one in self.channels}
-        wide = {one: channels for one, channels in wide.items() if channels.features > 1}
+        known = {one: self.channels[one] for _, one in given if one in self.channels}
+        wide = {one: channels for one, channels in known.items() if channels.features > 1}
         axes = {channels.dim - len(self.shapes[one]) for one, channels in wide.items()}
         if len(axes) > 1:
             return None

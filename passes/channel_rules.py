@@ -15,6 +15,9 @@ from .channel_variables import Segment, Variables, features
 Shape = tuple[int, ...]
 Path = tuple[int, ...]
 
+#: An argument, most often a tensor: the call, and the path into its args.
+Use = tuple[fx.Node, Path]
+
 
 @dataclass(frozen=True)
 class Channels:

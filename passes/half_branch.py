@@ -18,7 +18,8 @@ from torch import fx, nn
 from qcompile.errors import InvalidArgument
 
 from .body import NORMS, Body
-from .channel_groups import ChannelGroups, Use, channel_groups
+from .channel_groups import ChannelGroups, channel_groups
+from .channel_rules import Use
 from .channel_variables import features
 
 _BISECTIONS = 24  # widths have far fewer steps than 2^24
@@ -181,5 +182,6 @@ def _layer(module: Any, node: fx.Node, groups: ChannelGroups, ratio: float) -> L
 
 def _pixels(groups: ChannelGroups, node: fx.Node, size: int) -> int:
     """Positions per sample of a tensor of `size` features."""
-    batch = groups.shapes[next(iter(node.graph.find_nodes(op="placeholder")))][0]
+    inputs = (groups.shapes.get(one) for one in node.graph.find_nodes(op="placeholder"))
+    batch = next(shape[0] for shape in inputs if shape)
     return math.prod(groups.shapes[node]) // (size * batch)

@@ -23,12 +23,14 @@ def tensor_shapes(
         input_shapes: shapes of its inputs, batch included; None: those of the example inputs, at batch 2.
 
     Raises:
-        InvalidArgument: if the graph was captured without examples and no shapes are given, or does not run
-            on inputs of these shapes.
+        InvalidArgument: if the graph was captured without examples and no shapes are given, if there are too
+            few or too many, or if the graph does not run on them.
     """
     inputs = list(graph_module.graph.find_nodes(op="placeholder"))
     if input_shapes is None:
         input_shapes = [_example_shape(node) for node in inputs]
+    if len(input_shapes) != len(inputs):
+        raise InvalidArgument(f"{len(input_shapes)} input shapes given for {len(inputs)} inputs of the model")
     like = next((one for one in graph_module.parameters() if one.is_floating_point()), torch.empty(0))
     shapes = _Shapes(graph_module)
     with _evaluating(graph_module), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():

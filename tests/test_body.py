@@ -161,6 +161,11 @@ class SharedStem(Trunk):
         return self.head(self.stem(functional.relu(self.conv1(self.stem(x)))).mean((2, 3)))
 
 
+class SharedParameter(Trunk):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x).mean((2, 3))) * self.conv1.weight.sum()
+
+
 @pytest.mark.parametrize(
     ("network", "count", "message"),
     [
@@ -174,6 +179,7 @@ class SharedStem(Trunk):
         ),
         (NoMiddle, 1, r"nothing lies between first layer 'stem' and last layer 'head'"),
         (Weightless, 1, r"no convolution or linear layer"),
+        (SharedParameter, 1, r"'conv1' in the body shares its parameters with 'sum_1' outside"),
         (SharedStem, 1, r"'stem' in the body shares its parameters with 'stem' outside"),
     ],
 )

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
+import itertools
 from functools import cache
 from typing import Any
 
 import pytest
+import tied_networks
 import torch
 import trunk_networks
+from hypothesis import given
+from hypothesis import strategies as st
 from nets import NETWORKS, example
+from sliced_run import SlicedRun
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
@@ -17,76 +21,8 @@ from qcompile.errors import InvalidArgument
 from qcompile.passes.body import Body, find_body
 from qcompile.passes.capture import capture
 from qcompile.passes.channel_groups import channel_groups
+from qcompile.passes.channel_variables import Variables
 from qcompile.passes.half_branch import HalfPlan, Narrow, ZeroPad, half_branch, plan_at_ratio
-
-
-class SlicedRun(fx.Interpreter):
-    """Runs a graph with the body's parameters sliced on the fly; counts multiply-accumulates by itself."""
-
-    def __init__(self, graph_module: fx.GraphModule, plan: HalfPlan) -> None:
-        super().__init__(graph_module)
-        self.plan, self.macs, self.values = plan, 0, {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        args, kwargs = self.fetch_args_kwargs_from_env(n)
-        args = [list(one) if isinstance(one, (list, tuple)) else one for one in args]
-        for (call, path), number in self.plan.arguments.items():
-            if call is n:
-                _place(args, path, number)
-        for (call, path), edge in self.plan.edges.items():
-            if call is n:
-                _place(
-                    args, path, _applied(edge, args[path[0]] if len(path) == 1 else args[path[0]][path[1]])
-                )
-        if n in self.plan.layers or n in self.plan.norms:
-            module = self._sliced(n, self.fetch_attr(n.target))
-            result = module(*args)
-            if n in self.plan.layers:
-                transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
-                pixels = args[0] if transposed else result
-                batch = len(next(iter(self.values.values())))
-                self.macs += pixels.numel() * module.weight[0].numel() // batch
-        else:
-            result = getattr(self, n.op)(n.target, tuple(args), kwargs)
-        if isinstance(result, Tensor) and n.op != "get_attr":
-            self.values[n] = result  # the first of them is the input
-        return result
-
-    def _sliced(self, node: fx.Node, module: Any) -> nn.Module:
-        module = deepcopy(module)
-        if node in self.plan.norms:
-            kept = list(self.plan.norms[node])
-            for tensors in (module._parameters, module._buffers):
-                for name, tensor in tensors.items():
-                    if tensor is not None and tensor.ndim:
-                        tensors[name] = tensor.data[kept]
-            module.num_features = module.num_channels = len(kept)
-            if isinstance(module, nn.LayerNorm):
-                module.normalized_shape = (len(kept),)
-            return module
-        plan = self.plan.layers[node]
-        dims = [list(plan.weight_outputs), list(plan.weight_inputs)]
-        if isinstance(module, nn.modules.conv._ConvTransposeNd):
-            dims.reverse()
-        module.weight = nn.Parameter(module.weight.data[dims[0]][:, dims[1]])
-        module.bias = None if module.bias is None else nn.Parameter(module.bias.data[list(plan.outputs)])
-        module.groups = plan.groups
-        return module
-
-
-def _place(args: list[Any], path: tuple[int, ...], value: Any) -> None:
-    if len(path) == 1:
-        args[path[0]] = value
-    else:
-        args[path[0]][path[1]] = value
-
-
-def _applied(edge: Any, x: Tensor) -> Tensor:
-    if isinstance(edge, Narrow):
-        return x.index_select(edge.dim, torch.tensor(edge.kept))
-    shape = list(x.shape)
-    shape[edge.dim] = edge.size
-    return x.new_zeros(shape).index_copy(edge.dim, torch.tensor(edge.positions), x)
 
 
 @cache
@@ -125,15 +61,32 @@ def test_half_branch_has_half_of_the_multiply_accumulates_and_runs(network: str)
     check_runs(graph_module, body, plan_at_ratio(graph_module, groups, 1.0), x)
 
 
+@given(
+    cuts=st.tuples(*(st.lists(st.integers(1, 9), unique=True, max_size=4) for _ in range(2))),
+    ratio=st.floats(0, 1),
+)
+def test_united_parts_keep_the_same_features(cuts: tuple[list[int], list[int]], ratio: float) -> None:
+    variables = Variables()
+    lists = []
+    for inner in cuts:
+        bounds = [0, *sorted(inner), 10]
+        lists.append([variables.new(end - start) for start, end in itertools.pairwise(bounds)])
+    variables.unite(*lists)
+    assert variables.kept(lists[0], ratio) == variables.kept(lists[1], ratio) != ()
+    variables.align(lists[0], 5)
+    variables.unite(lists[0], lists[1][::-1])
+    assert len({variables.kept(one, ratio) for one in (*lists, lists[1][::-1])}) == 1
+
+
 @pytest.mark.parametrize("network", NETWORKS)
 def test_small_networks_run_at_every_ratio(network: str) -> None:
     model, x = example(network)
     check_every_ratio(capture(model.eval()).graph_module, x)
 
 
-@pytest.mark.parametrize("network", trunk_networks.PECULIAR)
+@pytest.mark.parametrize("network", tied_networks.TIED)
 def test_operators_that_tie_channels_in_other_ways(network: str) -> None:
-    build, shape = trunk_networks.PECULIAR[network]
+    build, shape = tied_networks.TIED[network]
     x = torch.randn(2, *shape)
     check_every_ratio(capture(build().eval(), x).graph_module, x)
 
@@ -240,8 +193,42 @@ def test_half_branch_equals_slices_by_hand() -> None:
     torch.testing.assert_close(found, expected)
 
 
+def test_both_layers_of_a_sum_at_the_exit_are_full_and_nothing_is_padded() -> None:
+    build, shape = tied_networks.TIED["frozen norm"]
+    torch.manual_seed(0)
+    model = build().train()
+    graph_module = capture(model).graph_module
+    body = find_body(graph_module)
+    plan = plan_at_ratio(graph_module, channel_groups(graph_module, body, [(2, *shape)]), 0.5)
+    kept = nodes_by_path(plan)
+    widths = [(len(kept[path].outputs), len(kept[path].inputs)) for path in ("first", "second", "down")]
+    assert widths == [(12, 8), (24, 12), (24, 8)]
+    assert {type(edge) for edge in plan.edges.values()} == {Narrow}
+    constants = [edge for (_, path), edge in plan.edges.items() if path[0] > 0]
+    assert constants == [Narrow(0, tuple(range(12)))] * 4
+
+
+def test_calls_of_one_layer_keep_the_same_channels() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.again = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+            self.last, self.head = nn.Conv2d(8, 8, 3), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = functional.relu(self.stem(x))
+            y = torch.cat([self.again(x), self.again(x)], 1).chunk(2, 1)[0]
+            return self.head(self.last(y * self.again(x)).mean((2, 3)))
+
+    graph_module = capture(Twice()).graph_module
+    body = find_body(graph_module)
+    plan = plan_at_ratio(graph_module, channel_groups(graph_module, body, [(2, 3, 8, 8)]), 0.5)
+    calls = {(one.outputs, one.inputs) for node, one in plan.layers.items() if node.target == "again"}
+    assert calls == {(tuple(range(8)), tuple(range(4)))}
+
+
 def test_what_is_not_understood_keeps_its_channels() -> None:
-    build, shape = trunk_networks.PECULIAR["shuffle"]
+    build, shape = tied_networks.TIED["shuffle"]
     graph_module = capture(build()).graph_module
     body = find_body(graph_module)
     plan = plan_at_ratio(graph_module, channel_groups(graph_module, body, [(2, *shape)]), 0.5)
@@ -267,5 +254,7 @@ def test_shares_and_shapes_are_checked() -> None:
         half_branch(graph_module, body, shapes, share=0)
     with pytest.raises(InvalidArgument, match=r"has no known shape; pass input_shapes"):
         half_branch(graph_module, body)
+    with pytest.raises(InvalidArgument, match=r"2 input shapes given for 1 inputs"):
+        half_branch(graph_module, body, shapes * 2)
     with pytest.raises(InvalidArgument, match=r"does not run on inputs of shape \(2, 5, 32, 32\)"):
         half_branch(graph_module, body, [(2, 5, 32, 32)])
