@@ -1,7 +1,7 @@
 """Copy the body of a network into branches, of which each mode runs some.
 
-MBQuant, Sec. 3.3: several low-bit copies of the body read the output of one stem, and one classifier reads what
-they give together. The graph holds all branches; `row_graph` is what one mode runs.
+MBQuant, Sec. 3.3: several low-bit copies of the body read the output of one stem, and one classifier reads
+what they give together. The graph holds all branches; `row_graph` is what one mode runs.
 """
 
 from __future__ import annotations
@@ -76,7 +76,9 @@ class Copied:
             for name, value in tensors.items():
                 if value is not None:
                     found = self.tensor(name, value.detach())
-                    tensors[name] = nn.Parameter(found, value.requires_grad) if name in copied._parameters else found
+                    tensors[name] = (
+                        nn.Parameter(found, value.requires_grad) if name in copied._parameters else found
+                    )
         sizes: dict[str, int] = {}
         if self.kept is not None:
             sizes = dict.fromkeys(("num_features", "num_channels"), len(self.kept))
@@ -92,7 +94,9 @@ class Copied:
         return copied
 
 
-def branches_combined(outputs: Sequence[Tensor], selections: Sequence[tuple[int, ...]], factor: str) -> Tensor:
+def branches_combined(
+    outputs: Sequence[Tensor], selections: Sequence[tuple[int, ...]], factor: str
+) -> Tensor:
     """Stands in the graph of all branches for what `row_graph` makes of it; not to be called."""
     raise AssertionError("a graph of all branches is run by rows, see row_graph")
 
@@ -174,7 +178,8 @@ class SplitBranches(Pass):
         for reader in readers:
             reader.replace_input_with(body.exit, combined)
         graph_module.meta["branches"] = self.selections
-        notes = [f"body from {body.entry.name!r} to {body.exit.name!r}, {len(body.layers)} layers, {count} branches"]
+        where = f"from {body.entry.name!r} to {body.exit.name!r}"
+        notes = [f"body {where}, {len(body.layers)} layers, {count} branches"]
         if plan is not None:
             notes.append(f"a half branch has {plan.macs / plan.full_macs:.3f} of a branch's multiplications")
         graph_module.meta["rewritten"] = (*graph_module.meta.get("rewritten", ()), *notes)

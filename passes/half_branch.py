@@ -73,6 +73,7 @@ class HalfPlan:
         norms: by normalisation node, the kept channels of its parameters and statistics.
         edges: by use (the call, and the path into its args), how the tensor is narrowed or padded on the way.
         arguments: by use, the number that replaces one that counts channels (of reshape, expand, pad).
+        ranks: dimensions of the tensors of the body and of its surroundings.
         ratio: the share of its channels that every width keeps, before rounding.
         macs, full_macs: multiply-accumulates per sample in the weighted layers of the slice and the body.
     """
@@ -81,6 +82,7 @@ class HalfPlan:
     norms: Mapping[fx.Node, tuple[int, ...]]
     edges: Mapping[Use, Narrow | ZeroPad]
     arguments: Mapping[Use, int]
+    ranks: Mapping[fx.Node, int]
     ratio: float
     macs: int
     full_macs: int
@@ -144,7 +146,8 @@ def plan_at_ratio(graph_module: fx.GraphModule, groups: ChannelGroups, ratio: fl
                 edges[use] = kind(channels.dim, kept, channels.features)
     arguments = {use: len(groups.variables.kept(segments, ratio)) for use, segments in groups.counts.items()}
     macs = sum(one.macs for one in layers.values())
-    return HalfPlan(layers, norms, edges, arguments, ratio, macs, full)
+    ranks = {node: len(shape) for node, shape in groups.shapes.items()}
+    return HalfPlan(layers, norms, edges, arguments, ranks, ratio, macs, full)
 
 
 def _narrow(dim: int, kept: tuple[int, ...], size: int) -> Narrow | ZeroPad:

@@ -126,15 +126,18 @@ class ThresholdActivationQuantizer(ActivationQuantizer):
     def __init__(self, bits: Sequence[int], from_data: bool = False, learned: bool = True) -> None:
         super().__init__(len(bits))
         self.bits, self.from_data = tuple(bits), from_data
-        most = 2 ** max(bits) - 1
-        rows = [[2.0 / (2**b - 1)] * (2**b - 1) + [math.inf] * (most - 2**b + 1) for b in bits]
-        self.interval = nn.Parameter(torch.tensor(rows), requires_grad=learned)
+        self.interval = nn.Parameter(self._equal_intervals(), requires_grad=learned)
         self.start = nn.Parameter(torch.zeros(len(bits)), requires_grad=learned)
         self.before = nn.Parameter(torch.ones(len(bits)))
         self.after = nn.Parameter(torch.ones(len(bits)))
         heights = torch.tensor([2.0 / (2**b - 1) for b in bits])
         self.register_buffer("heights", heights, persistent=False)
         self.initialised.fill_(not from_data)
+
+    def _equal_intervals(self) -> Tensor:
+        most = 2 ** max(self.bits) - 1
+        levels = [2**bits - 1 for bits in self.bits]
+        return torch.tensor([[2.0 / n] * n + [math.inf] * (most - n) for n in levels])
 
     def initialise(self, x: Tensor, row: int, agree: Callable[[Tensor], Tensor]) -> None:
         """beta1 with the least squared error at equal thresholds, beta2 = 1 / beta1; over ranks, the widest.
@@ -160,8 +163,13 @@ class ThresholdActivationQuantizer(ActivationQuantizer):
             self.initialised[row] = True
 
     def forget(self) -> None:
-        """Let the next batch set the scales anew, if they come from data."""
+        """Equal intervals and scales of 1, which the next batch sets anew if they come from data."""
         self.initialised.fill_(not self.from_data)
+        with torch.no_grad():
+            self.interval.copy_(self._equal_intervals())
+            self.start.zero_()
+            self.before.fill_(1.0)
+            self.after.fill_(1.0)
 
     def forward(self, x: Tensor, active: ActiveMode) -> Tensor:
         """Round `x` (any shape) to the values of the active mode; same shape and dtype."""

@@ -158,6 +158,12 @@ class LsqActivationQuantizer(ActivationQuantizer):
         """The step with the least squared rounding error, among fractions of the one that covers max|x|."""
         self.set_step(row, least_squares_step(x, *self.code_range(row)))
 
+    def forget(self) -> None:
+        """Let the next batch set all steps anew."""
+        super().forget()
+        with torch.no_grad():
+            self.step.fill_(1.0)
+
     def set_step(self, row: int, value: float) -> None:
         """Write one mode's step and mark it as initialised."""
         with torch.no_grad():

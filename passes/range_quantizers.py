@@ -50,7 +50,14 @@ class _InParts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, lower: Tensor, upper: Tensor, parts: Bound, low: float, width: float, again: Again
+        ctx: Any,
+        x: Tensor,
+        lower: Tensor,
+        upper: Tensor,
+        parts: Bound,
+        low: float,
+        width: float,
+        again: Again,
     ) -> Tensor:
         ctx.again, ctx.width = again, width
         save_operands(ctx, x, lower, upper)
@@ -157,6 +164,13 @@ class RangeActivationQuantizer(ActivationQuantizer):
         with torch.no_grad():
             self.lower[row], self.upper[row] = lower, max(upper, lower + SMALLEST_WIDTH)
             self.initialised[row] = True
+
+    def forget(self) -> None:
+        """Let the next batch set the bounds anew."""
+        super().forget()
+        with torch.no_grad():
+            self.lower.zero_()
+            self.upper.fill_(1.0)
 
     def forward(self, x: Tensor, active: ActiveMode) -> Tensor:
         """Round `x` (any shape) to the parts of the active mode; same shape and dtype."""

@@ -32,13 +32,12 @@ def applied_edges(
         if call is node:
             source = args[path[0]] if len(path) == 1 else args[path[0]][path[1]]
             copied = values.get(source, source)
-            _place(args, path, narrowed(graph, copied, edge) if isinstance(edge, Narrow) else padded(graph, copied, edge, _rank(node, source)))
+            if isinstance(edge, Narrow):
+                copied = narrowed(graph, copied, edge)
+            else:
+                copied = padded(graph, copied, edge, plan.ranks[source])
+            _place(args, path, copied)
     return tuple(args)
-
-
-def _rank(node: fx.Node, source: fx.Node) -> int:
-    value = source.meta.get("val")
-    return value.dim() if isinstance(value, torch.Tensor) else 4
 
 
 def _place(args: list[Any], path: tuple[int, ...], value: Any) -> None:

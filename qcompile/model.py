@@ -28,7 +28,6 @@ from .policy_rows import check_policy, policy_rows
 from .ranks import is_sharded
 from .recompute import run_segments
 
-
 #: Attributes that a deep copy does not copy: what belongs to neither, or is made anew.
 _SHARED_BY_COPIES = frozenset(
     ("_training_chains", "row_graphs", "copies", "scheme", "_users", "forward", "float_original")

@@ -264,8 +264,11 @@ def test_graphs_that_cannot_run_or_not_in_memory_are_refused(saved, tmp_path, ch
         {"input_shapes": [[2**30, 1, 2**30, 6]]},
         {"input_shapes": [[2**20, 3, 100, 6]]},
         {"input_shapes": 3},
-        {"weights": [{"name": "a", "shape": [2**31 - 1] * 20_000}]},
-        {"weights": [{"name": "a", "shape": [2**30, 2**30]}]},
+        {"planes": {"planes:w2a2": [{"name": "a", "shape": [2**31 - 1] * 20_000, "planes": 2}]}},
+        {"planes": {"planes:w2a2": [{"name": "a", "shape": [2**30, 2**30], "planes": 2}]}},
+        {"planes": {"planes:w2a2": [{"name": "a", "shape": [8], "planes": 2**40}]}},
+        {"planes": {"planes:w2a2": [{"name": "a", "shape": [8]}]}},
+        {"planes": [1]},
         {"signature": {}},
     ],
 )

@@ -99,7 +99,9 @@ def test_weights_are_spread_by_filter(row, seed, scale):
     np.testing.assert_array_equal(parameter.grad.numpy(), reference.weight_gradient(upstream))
     stored = quantizer.codes(parameter, row)
     np.testing.assert_array_equal(stored.codes.numpy() + 2 ** (bits - 1), code)
-    real = stored.scale.reshape(-1, 1, 1) * (stored.codes + stored.offset_numerator * 2.0**-stored.offset_shift)
+    real = stored.scale.reshape(-1, 1, 1) * (
+        stored.codes + stored.offset_numerator * 2.0**-stored.offset_shift
+    )
     np.testing.assert_allclose(real.detach().numpy(), expected, rtol=1e-9, atol=1e-12)
 
 
@@ -138,7 +140,7 @@ def test_the_float_original_teaches_unless_another_does():
     joint = qcompile.JointLoss(model, nn.CrossEntropyLoss())
     joint.backward(x, torch.arange(len(x)) % 3)
     with torch.no_grad():
-        outputs = {bits: None for bits in (2, 3, 4)}
+        outputs = dict.fromkeys((2, 3, 4))
         state = model.state_dict()
         teacher = net(x).numpy()
         for bits in (4, 3, 2):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import reprlib
 import zlib
 from collections.abc import Sequence
 from os import PathLike
@@ -15,13 +13,13 @@ from torch import Tensor
 from ..errors import FileFormatError, InvalidArgument, QCompileError
 from ..modes import Mode, Policy, find_mode
 from ..multi_mode import MultiModeModel
-from ..pack import plane_bytes, split_planes, unpack_planes
 from ..passes.integer_model import IntegerModel
 from ..passes.quantize_layers import LayerRecord
 from ..passes.signature import CallSignature
 from ..passes.static_values import static_values
 from .container import Container
 from .graph_json import decode_graph
+from .plane_sections import listed_shape, listed_weights, unpack_sections
 from .strict_json import parse_json
 from .tensors import decode_tensors
 
@@ -30,9 +28,6 @@ MAX_GRAPH_BYTES = 64 << 20
 
 #: No tensor of a stored graph may be larger at the stored input shapes.
 MAX_TENSOR_BYTES = 8 << 30
-
-#: Weights have no more dimensions.
-MAX_DIMENSIONS = 8
 
 
 class DeployedModel(MultiModeModel):
@@ -102,28 +97,13 @@ class Metadata:
         try:
             self.scheme = str(data["scheme"])
             self.signature = CallSignature.from_json(data["signature"])
-            self.shapes = tuple(_shape(shape) for shape in data["input_shapes"])
-            self.weights = [(str(one["name"]), _shape(one["shape"])) for one in data["weights"]]
+            self.shapes = tuple(listed_shape(shape) for shape in data["input_shapes"])
+            self.planes = listed_weights(data["planes"])
             self.layers = tuple(LayerRecord(str(n), bool(q), str(r)) for n, q, r in data["layers"])
         except (KeyError, TypeError, ValueError) as cause:
             raise FileFormatError(f"its model description is malformed ({cause})") from cause
         if len(self.shapes) != len(self.signature.inputs) or not all(self.shapes):
             raise FileFormatError("its input shapes do not match its inputs")
-
-
-def _shape(value: Any) -> tuple[int, ...]:
-    if not isinstance(value, list) or len(value) > MAX_DIMENSIONS:
-        raise ValueError(f"{reprlib.repr(value)} is no shape")
-    shape = tuple(_size(size) for size in value)
-    if math.prod(shape) >= 2**36:
-        raise ValueError(f"a tensor of shape {shape} is too large")
-    return shape
-
-
-def _size(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
-        raise ValueError(f"{reprlib.repr(value)} is no size")
-    return value
 
 
 def load(source: str | PathLike[str] | BinaryIO, bits: int | str | Mode | None = None) -> DeployedModel:
@@ -188,7 +168,8 @@ def _read_mode(container: Container, mode: Mode, metadata: Metadata, cache: dict
     constants: dict[str, Tensor] = {}
     for name in ("shared", f"mode:{mode.name}"):
         constants.update({key: torch.from_numpy(value) for key, value in decode_tensors(read(name)).items()})
-    constants.update(_codes([read(name) for name in planes], mode, metadata))
+    if not mode.is_float:
+        constants.update(unpack_sections({name: read(name) for name in planes}, metadata.planes))
     inflater = zlib.decompressobj()
     try:
         text = inflater.decompress(read(f"graph:{mode.name}"), MAX_GRAPH_BYTES)
@@ -199,8 +180,29 @@ def _read_mode(container: Container, mode: Mode, metadata: Metadata, cache: dict
             f"the graph of mode {mode.name!r} is incomplete or larger than {MAX_GRAPH_BYTES} bytes"
         )
     graph = decode_graph(parse_json(text), constants, mode)
+    _check_bits(graph, metadata, planes)
     _check_sizes(graph, metadata)
     return graph
+
+
+def _check_bits(graph: IntegerModel, metadata: Metadata, sections: Sequence[str]) -> None:
+    """Every layer's codes must have as many bits as its graph says.
+
+    Raises:
+        FileFormatError: if they have not.
+    """
+    found: dict[str, int] = {}
+    for section in sections:
+        for one in metadata.planes[section]:
+            found[one.name] = found.get(one.name, 0) + one.planes
+    for node in graph.graph.nodes:
+        if graph.operator_name(node).startswith("accumulate"):
+            name, wanted = str(node.args[1].target), node.meta.get("weight_bits")
+            if found.get(name) != wanted:
+                raise FileFormatError(
+                    f"mode {graph.mode.name!r} needs {wanted} bit-planes of {name!r}, "
+                    f"the file has {found.get(name, 0)}"
+                )
 
 
 def _check_sizes(graph: IntegerModel, metadata: Metadata) -> None:
@@ -221,31 +223,3 @@ def _check_sizes(graph: IntegerModel, metadata: Metadata) -> None:
                     f"node {node.name!r} of mode {graph.mode.name!r} needs {size} bytes; "
                     f"at most {MAX_TENSOR_BYTES} are allowed"
                 )
-
-
-def _codes(sections: list[bytes], mode: Mode, metadata: Metadata) -> dict[str, Tensor]:
-    """Put the bit-planes of all sections together, layer by layer."""
-    sizes = [math.prod(shape) for _, shape in metadata.weights]
-    per_plane = sum(plane_bytes(size) for size in sizes)
-    planes: list[list[memoryview]] = [[] for _ in sizes]
-    for data in sections:
-        if per_plane == 0 or len(data) % per_plane:
-            raise FileFormatError(
-                f"a section of bit-planes has {len(data)} bytes, no multiple of {per_plane}"
-            )
-        count, position = len(data) // per_plane, 0
-        view = memoryview(data)
-        for index, size in enumerate(sizes):
-            length = count * plane_bytes(size)
-            planes[index].extend(split_planes(view[position : position + length], size, count))
-            position += length
-    codes: dict[str, Tensor] = {}
-    if mode.is_float:
-        return codes
-    for (name, shape), layer in zip(metadata.weights, planes, strict=True):
-        if len(layer) != mode.weight_bits:
-            raise FileFormatError(
-                f"mode {mode.name!r} needs {mode.weight_bits} bit-planes, the file has {len(layer)}"
-            )
-        codes[name] = torch.from_numpy(unpack_planes(layer, shape, True))
-    return codes
