@@ -19,25 +19,60 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import cifar10
 import torch
 from torch import Tensor, nn
 
 import qcompile
+from qcompile.passes.schemes.multibranch import MultiBranchConfig
+from qcompile.passes.schemes.n2uq import N2UQConfig
+from qcompile.passes.schemes.quantizable import QuantizableConfig
 from qcompile.passes.schemes.vertical import VerticalConfig
 
 DATA = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"
-BITS = (2, 3, 4)
 
-#: What the ablations leave out or exchange, against the default config.
-VARIANTS = {
-    "default": VerticalConfig(),
-    "no compensation": VerticalConfig(compensation=False),
-    "BatchNorm stats": VerticalConfig(batch_norm="stats"),
-    "BatchNorm shared": VerticalConfig(batch_norm="shared"),
-    "no self-distillation": VerticalConfig(distillation=None),
-    "MGD": VerticalConfig(moo="mgd"),
+#: Modes of each scheme.
+BITS: dict[str, tuple[int, ...]] = {
+    "vertical": (2, 3, 4),
+    "quantizable": (2, 3, 4, 32),
+    "n2uq": (2, 3, 4),
+    "multibranch": (2, 4, 6, 8),
+}
+
+#: Configs by scheme: the default of this script, and what the ablations leave out or exchange. All start from a
+#: pretrained float network, so ranges come from data and RPReLU from ReLU.
+_Q, _N, _M = (
+    QuantizableConfig(activation_range="data"),
+    N2UQConfig(rprelu_slope=0.0, activation_scale="data"),
+    MultiBranchConfig(),
+)
+VARIANTS: dict[str, dict[str, Any]] = {
+    "vertical": {
+        "default": VerticalConfig(),
+        "no compensation": VerticalConfig(compensation=False),
+        "BatchNorm stats": VerticalConfig(batch_norm="stats"),
+        "BatchNorm shared": VerticalConfig(batch_norm="shared"),
+        "no self-distillation": VerticalConfig(distillation=None),
+        "MGD": VerticalConfig(moo="mgd"),
+    },
+    "quantizable": {
+        "default": _Q,
+        "task loss": replace(_Q, loss="task"),
+        "BatchNorm A": replace(_Q, batch_norm="A"),
+        "BatchNorm shared": replace(_Q, batch_norm="shared"),
+    },
+    "n2uq": {
+        "default": _N,
+        "fixed thresholds": replace(_N, learned_thresholds=False),
+        "no weight rescaling": replace(_N, rescale_weights=False),
+    },
+    "multibranch": {
+        "default": _M,
+        "serial": replace(_M, selection="serial"),
+        "no distillation": replace(_M, distillation=False),
+    },
 }
 
 
@@ -50,7 +85,8 @@ class Recipe:
     learning_rate: float = 0.02
     weight_decay: float = 1e-4
     seed: int = 0
-    bits: tuple[int, ...] = BITS
+    scheme: str = "vertical"
+    bits: tuple[int, ...] = BITS["vertical"]
     variant: str = "default"
     teacher: bool = True
     autocast: bool = False
@@ -65,9 +101,9 @@ def train(recipe: Recipe, data: Path) -> tuple[nn.Module, float]:
     model = qcompile.prepare(
         cifar10.pretrained(data),
         images[:2],
-        scheme="vertical",
+        scheme=recipe.scheme,
         bits=recipe.bits,
-        config=VARIANTS[recipe.variant],
+        config=VARIANTS[recipe.scheme][recipe.variant],
     )
     model = model.to(memory_format=torch.channels_last).train()
     called = torch.compile(model) if recipe.compiled else model

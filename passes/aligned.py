@@ -8,7 +8,7 @@ bits are among those of more, hence c_b = c_K >> (K - b). Rounding half to even 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from qcompile.errors import InvalidArgument
 from qcompile.modes import ActiveMode
 
+from .agreement import Agreement
 from .mode_input import Row, picked
 from .quantizers import ActivationGrid, ActivationQuantizer, FloatRange, WeightCodes, WeightQuantizer
 from .rounding import Again, Bound, Rounding, save_operands, saved_operands, with_note
@@ -192,21 +193,23 @@ class AlignedActivationQuantizer(ActivationQuantizer):
         bits = self.bits[row]
         return (1.0, 1.0) if bits == FLOAT_BITS else (2.0**bits, 2.0**bits - 1.0)
 
-    def initialise(self, x: Tensor, row: int, agree: Callable[[Tensor], Tensor]) -> None:
-        """The range with the least squared error at the fewest bits; the largest of all ranks.
+    def initialise(self, x: Tensor, row: int, agreement: Agreement) -> None:
+        """The range with the least squared error at the fewest bits.
 
         Raises:
             InvalidArgument: if the batch holds NaN or infinity.
         """
         fewest = min(self.bits)
-        largest = float(agree(x.detach().amax().clamp_min(0.0).float() if x.numel() else x.new_zeros(())))
+        highest = x.detach().amax().clamp_min(0.0).float() if x.numel() else x.new_zeros(())
+        largest = float(agreement.largest(highest))
         if not math.isfinite(largest):
             raise InvalidArgument("cannot set an activation range from a batch that holds NaN or infinity")
         found = 1.0
         if largest > 0.0:
             cells, levels = self._numbers(self.bits.index(fewest))
-            best = least_squares(x, largest, lambda part, size: floored(part, size, cells, levels))
-            found = float(agree(torch.tensor(best)))
+            found = least_squares(
+                x, largest, lambda part, size: floored(part, size, cells, levels), agreement
+            )
         with torch.no_grad():
             self.size.fill_(found)
             self.initialised.fill_(True)

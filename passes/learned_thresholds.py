@@ -9,7 +9,7 @@ lie above beta1 x and stands for beta2 * code * 2 / n.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from qcompile.errors import InvalidArgument
 from qcompile.modes import ActiveMode
 
+from .agreement import Agreement
 from .mode_input import picked
-from .quantizers import ActivationQuantizer, ThresholdGrid, scale_gradient
+from .quantizers import ActivationQuantizer, ThresholdGrid, scale_gradient, write_row
 from .rounding import Again, Bound, Rounding, save_operands, saved_operands, with_note
 from .step_search import least_squares
 
@@ -139,13 +140,13 @@ class ThresholdActivationQuantizer(ActivationQuantizer):
         levels = [2**bits - 1 for bits in self.bits]
         return torch.tensor([[2.0 / n] * n + [math.inf] * (most - n) for n in levels])
 
-    def initialise(self, x: Tensor, row: int, agree: Callable[[Tensor], Tensor]) -> None:
-        """beta1 with the least squared error at equal thresholds, beta2 = 1 / beta1; over ranks, the widest.
+    def initialise(self, x: Tensor, row: int, agreement: Agreement) -> None:
+        """beta1 with the least squared error at equal thresholds, beta2 = 1 / beta1.
 
         Raises:
             InvalidArgument: if the batch holds NaN or infinity.
         """
-        largest = float(agree(x.detach().amax().float() if x.numel() else x.new_zeros(())))
+        largest = float(agreement.largest(x.detach().amax().float() if x.numel() else x.new_zeros(())))
         if not math.isfinite(largest):
             raise InvalidArgument("cannot set activation scales from a batch that holds NaN or infinity")
         if self.from_data and largest > 0.0:
@@ -156,11 +157,10 @@ class ThresholdActivationQuantizer(ActivationQuantizer):
             def values(part: Tensor, size: Tensor) -> Tensor:
                 return counted(part, intervals, zero, 2.0 / size, size / 2.0, 2.0 / levels)
 
-            size = float(agree(torch.tensor(least_squares(x, largest, values))))
-            with torch.no_grad():
-                self.before[row], self.after[row] = 2.0 / size, size / 2.0
-        with torch.no_grad():
-            self.initialised[row] = True
+            size = least_squares(x, largest, values, agreement)
+            write_row(self.before, row, 2.0 / size)
+            write_row(self.after, row, size / 2.0)
+        self.initialised[row] = True
 
     def forget(self) -> None:
         """Equal intervals and scales of 1, which the next batch sets anew if they come from data."""

@@ -7,7 +7,7 @@ S. K. Esser et al., "Learned Step Size Quantization": the step is a parameter; i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from qcompile.errors import InvalidArgument
 from qcompile.modes import ActiveMode
 
+from .agreement import Agreement
 from .mode_input import picked
-from .quantizers import ActivationGrid, ActivationQuantizer
+from .quantizers import ActivationGrid, ActivationQuantizer, write_row
 from .rounding import Again, Bound, Rounding, rounded, save_operands, saved_operands, with_note
 from .step_search import least_squares
 
@@ -110,7 +111,9 @@ def least_squares_step(x: Tensor, low: int, high: int) -> float:
     largest = float(x.detach().abs().max()) if x.numel() else 0.0
     if largest == 0.0:
         return SMALLEST_STEP
-    found = least_squares(x, largest / max(1, high), lambda part, step: rounded(part, step, low, high))
+    found = least_squares(
+        x, largest / max(1, high), lambda part, step: rounded(part, step, low, high), Agreement()
+    )
     return max(found, SMALLEST_STEP)
 
 
@@ -142,14 +145,14 @@ class LsqActivationQuantizer(ActivationQuantizer):
         bits = self.bits[row]
         return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if self.signed else (0, 2**bits - 1)
 
-    def initialise(self, x: Tensor, row: int, agree: Callable[[Tensor], Tensor]) -> None:
+    def initialise(self, x: Tensor, row: int, agreement: Agreement) -> None:
         """step = max|x| / highest code, from one batch (vertical layering, Sec. 6.1).
 
         Raises:
             InvalidArgument: if the batch holds NaN or infinity.
         """
         # amax passes NaN on
-        largest = float(agree(x.detach().abs().amax().float() if x.numel() else x.new_zeros(())))
+        largest = float(agreement.largest(x.detach().abs().amax().float() if x.numel() else x.new_zeros(())))
         if not math.isfinite(largest):
             raise InvalidArgument("cannot set an activation step from a batch that holds NaN or infinity")
         self.set_step(row, max(largest, SMALLEST_STEP) / max(1, self.code_range(row)[1]))
@@ -166,9 +169,8 @@ class LsqActivationQuantizer(ActivationQuantizer):
 
     def set_step(self, row: int, value: float) -> None:
         """Write one mode's step and mark it as initialised."""
-        with torch.no_grad():
-            self.step[row] = value
-            self.initialised[row] = True
+        write_row(self.step, row, value)
+        self.initialised[row] = True
 
     def forward(self, x: Tensor, active: ActiveMode) -> Tensor:
         """Round `x` (any shape) to the grid of the active mode; same shape and dtype."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from qcompile.modes import ActiveMode
 
+from .agreement import Agreement
 from .mode_input import ModeModule, Row
 
 
@@ -167,19 +168,19 @@ class ActivationQuantizer(ModeModule):
         """Dequantised activation for training."""
         raise TypeError(f"{type(self).__name__} does not define forward()")
 
-    def initialise(self, x: Tensor, row: int, agree: Callable[[Tensor], Tensor]) -> None:
+    def initialise(self, x: Tensor, row: int, agreement: Agreement) -> None:
         """Set the parameters of one mode from a batch.
 
         Args:
             x: the tensor that will be quantised.
             row: the mode.
-            agree: takes a statistic of this batch, returns its maximum over all ranks.
+            agreement: with the other ranks, on statistics of the batch.
         """
         raise TypeError(f"{type(self).__name__} does not define initialise()")
 
     def search(self, x: Tensor, row: int) -> None:
         """Set the parameters of one mode from a calibration batch, with care; by default as `initialise`."""
-        self.initialise(x, row, lambda value: value)
+        self.initialise(x, row, Agreement())
 
     def forget(self) -> None:
         """Let the next batch set all parameters anew."""
@@ -192,6 +193,11 @@ class ActivationQuantizer(ModeModule):
     def grid(self, row: int) -> ActivationGrid | ThresholdGrid | FloatRange:
         """The integer grid of one mode; the range it is clipped to in a float mode."""
         raise TypeError(f"{type(self).__name__} does not define grid()")
+
+
+def write_row(parameter: Tensor, row: int, value: float) -> None:
+    """Set one mode's entry, which no graph holds yet; graphs of other modes may hold theirs."""
+    parameter.data[row] = value  # a write that autograd counts would spoil those
 
 
 class _ScaleGradient(torch.autograd.Function):

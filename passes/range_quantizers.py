@@ -7,7 +7,7 @@ MBQuant, Eq. 1: r = clip((x - l) / (u - l), 0, 1) is rounded to 2^b - 1 equal pa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from qcompile.errors import InvalidArgument
 from qcompile.modes import ActiveMode
 
+from .agreement import Agreement
 from .mode_input import Row, picked
 from .quantizers import (
     ActivationGrid,
@@ -23,6 +24,7 @@ from .quantizers import (
     WeightCodes,
     WeightQuantizer,
     scale_gradient,
+    write_row,
 )
 from .rounding import Again, Bound, Rounding, save_operands, saved_operands, with_note
 
@@ -145,8 +147,8 @@ class RangeActivationQuantizer(ActivationQuantizer):
         self.upper = nn.Parameter(torch.ones(len(bits)))
         self.register_buffer("parts", torch.tensor([2.0**b - 1.0 for b in bits]), persistent=False)
 
-    def initialise(self, x: Tensor, row: int, agree: Callable[[Tensor], Tensor]) -> None:
-        """l = min x, u = 3 sigma / sqrt(1 - 2 / pi); the widest of all ranks.
+    def initialise(self, x: Tensor, row: int, agreement: Agreement) -> None:
+        """l = min x, u = 3 sigma / sqrt(1 - 2 / pi).
 
         The standard deviation of a rectified normal variable's absolute value is sqrt(1 - 2 / pi) of that of
         the variable.
@@ -154,16 +156,14 @@ class RangeActivationQuantizer(ActivationQuantizer):
         Raises:
             InvalidArgument: if the batch holds NaN or infinity.
         """
-        wide = x.detach().float()
-        if not x.numel():
-            wide = wide.new_zeros(1)
-        lower = -float(agree(-wide.amin()))
-        upper = 3.0 / math.sqrt(1.0 - 2.0 / math.pi) * float(agree(wide.std(correction=0)))
+        wide = x.detach().float() if x.numel() else x.new_zeros(1, dtype=torch.float32)
+        lower = -float(agreement.largest(-wide.amin()))
+        upper = 3.0 / math.sqrt(1.0 - 2.0 / math.pi) * float(agreement.deviation(x))
         if not (math.isfinite(lower) and math.isfinite(upper)):
             raise InvalidArgument("cannot set activation bounds from a batch that holds NaN or infinity")
-        with torch.no_grad():
-            self.lower[row], self.upper[row] = lower, max(upper, lower + SMALLEST_WIDTH)
-            self.initialised[row] = True
+        write_row(self.lower, row, lower)
+        write_row(self.upper, row, max(upper, lower + SMALLEST_WIDTH))
+        self.initialised[row] = True
 
     def forget(self) -> None:
         """Let the next batch set the bounds anew."""

@@ -17,7 +17,7 @@ from .errors import InvalidArgument
 from .modes import ActiveMode
 from .passes.batchnorm import ModeBatchNorm
 from .passes.quantizers import ActivationQuantizer
-from .ranks import is_sharded, largest_of_all_ranks
+from .ranks import AgreementOfRanks, is_sharded
 
 if TYPE_CHECKING:
     from .model import QuantModel
@@ -50,7 +50,7 @@ def set_first_steps(model: QuantModel, active: ActiveMode, inputs: Sequence[Any]
         def look(module: nn.Module, args: tuple[Any, ...]) -> None:
             assert isinstance(module, ActivationQuantizer)
             if not bool(module.initialised[rows[module]]):
-                module.initialise(args[0], rows[module], largest_of_all_ranks)
+                module.initialise(args[0], rows[module], AgreementOfRanks())
 
         hooks = [one.register_forward_pre_hook(look) for one in waiting]
         devices = {one.device for one in inputs if isinstance(one, Tensor) and one.device.type != "cpu"}

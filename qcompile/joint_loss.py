@@ -159,10 +159,12 @@ class JointLoss(nn.Module):
         guide = self._teacher_logits(batch)
         earlier: dict[int, Tensor] = {}
         order = scheme.training_order()
+        reduces = find_ddp(called) is not None and len({id(graph) for graph in model.row_graphs}) > 1
         with self._step():
             for row in order:
                 label = self._labels[row]
-                active = ActiveMode(row, None, 1.0 / weights[row] if weights[row] > 0 else 1.0)
+                own = 1.0 / weights[row] if weights[row] > 0 else 1.0
+                active = ActiveMode(row, None, own, reaches_all=reduces and row == order[-1])
                 with self._mode(called, active, is_last=row == order[-1]):
                     task, logits = self._run(batch, partial(_call_mode, model, called, active))
                     if logits is None and scheme.needs_logits:

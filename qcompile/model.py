@@ -26,6 +26,7 @@ from .passes.segments import Segment
 from .passes.signature import CallSignature
 from .policy_rows import check_policy, policy_rows
 from .ranks import is_sharded
+from .reach import reaching
 from .recompute import run_segments
 
 #: Attributes that a deep copy does not copy: what belongs to neither, or is made anew.
@@ -161,6 +162,8 @@ class QuantModel(MultiModeModel):
         if self.training:
             self._require_steps(active, inputs)
             outputs = self.float_chain(active, inputs)
+            if active.reaches_all:
+                outputs = reaching(outputs, [one for one in self.parameters() if one.requires_grad])
         else:
             outputs = run_integers(self, active, inputs)
         return self.signature.restore(outputs)

@@ -132,6 +132,8 @@ class ActiveMode:
             1 / alpha here.
         policy: where the rows come from.
         number: () int64, the row as data, for compiled code that serves all modes with one graph.
+        reaches_all: whether the outputs depend on every parameter, if only with a gradient of 0: data
+            parallel wrappers leave alone what the graph of the last mode does not reach.
     """
 
     row: int = 0
@@ -139,6 +141,7 @@ class ActiveMode:
     own_gradient_scale: float = 1.0
     policy: Policy | None = None
     number: Tensor | None = None
+    reaches_all: bool = False
 
     @property
     def mark(self) -> int:

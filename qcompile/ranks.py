@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from .passes.agreement import Agreement
+
 
 def rank_count() -> int:
     """Processes that train together; 1 without torch.distributed."""
@@ -23,12 +25,22 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
-def largest_of_all_ranks(value: Tensor) -> Tensor:
-    """The maximum over all ranks; infinity on all of them if it is not a number on one."""
-    if rank_count() > 1:
-        value = value.nan_to_num(nan=torch.inf, posinf=torch.inf)
-        dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return value
+class AgreementOfRanks(Agreement):
+    """Statistics over all ranks."""
+
+    def largest(self, value: Tensor) -> Tensor:
+        """The maximum over all ranks; infinity on all of them if it is not a number on one."""
+        if rank_count() > 1:
+            value = value.nan_to_num(nan=torch.inf, posinf=torch.inf)
+            dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return value
+
+    def total(self, value: Tensor) -> Tensor:
+        """The sum over all ranks."""
+        if rank_count() > 1:
+            value = value.clone()
+            dist.all_reduce(value)
+        return value
 
 
 def average_over_ranks(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -53,12 +53,15 @@ def batches(steps: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-def prepared(dtype: torch.dtype, config: VerticalConfig) -> nn.Module:
+def prepared(dtype: torch.dtype, config: Any, scheme: str = "vertical") -> nn.Module:
     """The same model for everyone."""
     torch.manual_seed(0)
     model = Residual().to(dtype)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):  # a constant channel would else lie on the corner of ReLU
+            nn.init.normal_(module.bias, 0.0, 0.3)
     return qcompile.prepare(
-        model, torch.zeros(2, 3, 8, 8, dtype=dtype), bits=(2, 3, 4), config=config
+        model, torch.zeros(2, 3, 8, 8, dtype=dtype), scheme=scheme, bits=(2, 3, 4), config=config
     ).train()
 
 
@@ -71,14 +74,14 @@ def train(
     micro: int = 1,
     moo: str = "us",
     calibrated: bool = False,
+    scheme: str = "vertical",
 ) -> tuple[list[Tensor], dict[str, Tensor], dict[str, Tensor]]:
     """Losses of every step, averaged over the ranks; gradients of the first step; the final state.
 
     Recipes: `alone` (no wrapper), `model` and `per mode` (data parallel around the model), `joint` (around
     the joint loss), `sharded` (fully_shard).
     """
-    config = VerticalConfig(moo=moo)
-    model = prepared(dtype, config)
+    model = prepared(dtype, VerticalConfig(moo=moo) if scheme == "vertical" else None, scheme)
     if calibrated:
         qcompile.calibrate(model, [x for x, _ in batches(1, dtype)])
     if count > 1:

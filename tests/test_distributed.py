@@ -8,6 +8,8 @@ import pytest
 import rank_jobs
 import torch
 
+import qcompile
+
 RECIPES = ("model", "per mode", "joint")
 DOUBLE = {"dtype": torch.float64}
 
@@ -20,6 +22,10 @@ _JOBS: dict[str, tuple[Any, dict[str, Any]]] = {
     **{
         f"{recipe}, float32": (rank_jobs.train, {"recipe": recipe, "dtype": torch.float32, "steps": 1})
         for recipe in RECIPES
+    },
+    **{
+        scheme: (rank_jobs.train, {"recipe": "model", "micro": 2, "scheme": scheme, **DOUBLE})
+        for scheme in qcompile.schemes()
     },
     "mgd": (rank_jobs.train, {"recipe": "model", "moo": "mgd", **DOUBLE}),
     "calibrated": (rank_jobs.train, {"recipe": "model", "calibrated": True, "micro": 2, **DOUBLE}),
@@ -51,6 +57,15 @@ def test_twenty_steps_give_the_losses_of_one_rank(on_two, recipe, micro):
         torch.testing.assert_close(losses, expected, rtol=0, atol=1e-9)
         torch.testing.assert_close(found, gradients, rtol=0, atol=1e-9)
         torch.testing.assert_close(end, state, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("scheme", qcompile.schemes())
+def test_every_scheme_gives_the_losses_of_one_rank(on_two, scheme):
+    expected, gradients, _ = rank_jobs.train(0, 1, "alone", torch.float64, micro=2, scheme=scheme)
+    assert abs(float(expected[0]) - float(expected[-1])) > 1e-3  # it trains
+    for losses, found, _ in on_two[scheme]:
+        torch.testing.assert_close(losses, expected, rtol=0, atol=1e-9)
+        torch.testing.assert_close(found, gradients, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -13,6 +13,7 @@ from reference import vertical as reference
 
 from qcompile.errors import InvalidArgument
 from qcompile.modes import ActiveMode
+from qcompile.passes.agreement import Agreement
 from qcompile.passes.lsq import LsqActivationQuantizer
 
 
@@ -66,7 +67,7 @@ def test_channels_last_gives_the_same_gradients():
 def test_first_batch_sets_only_its_mode():
     quantizer = LsqActivationQuantizer([2, 4], False)
     x = torch.rand(5, 7) * 3
-    quantizer.initialise(x, 1, lambda value: value)
+    quantizer.initialise(x, 1, Agreement())
     assert quantizer.initialised.tolist() == [False, True]
     expected = reference.activation_step_init(x.numpy().astype(float), 4)
     assert float(quantizer.step[1]) == pytest.approx(expected, rel=1e-6)
@@ -75,5 +76,5 @@ def test_first_batch_sets_only_its_mode():
 def test_a_batch_with_nan_is_refused():
     quantizer = LsqActivationQuantizer([2], False)
     with pytest.raises(InvalidArgument, match="NaN"):
-        quantizer.initialise(torch.tensor([float("nan")]), 0, lambda value: value)
+        quantizer.initialise(torch.tensor([float("nan")]), 0, Agreement())
     assert not bool(quantizer.initialised.any())

@@ -18,6 +18,7 @@ import qcompile
 from qcompile.costs import layer_costs
 from qcompile.errors import InvalidArgument
 from qcompile.modes import ActiveMode
+from qcompile.passes.agreement import Agreement
 from qcompile.passes.half_layers import SlicedLayer
 from qcompile.passes.layers import QuantizedLayer
 from qcompile.passes.range_quantizers import RangeActivationQuantizer, RangeWeightQuantizer
@@ -79,7 +80,7 @@ def test_weights_and_their_gradients(bits, seed, scale):
 def test_activation_bounds_come_from_the_first_batch():
     x = torch.randn(64, 8).abs() - 0.1
     quantizer = RangeActivationQuantizer([2])
-    quantizer.initialise(x, 0, lambda value: value)
+    quantizer.initialise(x, 0, Agreement())
     expected = reference.initial_activation_bounds(x.numpy())
     found = float(quantizer.lower[0].detach()), float(quantizer.upper[0].detach())
     assert found == pytest.approx(expected, rel=1e-5)
@@ -164,7 +165,9 @@ def test_a_mode_runs_its_own_branches_only():
     mode = model.prepared_modes[1]
     model.train()(x)
     qcompile.at(model, 4)(x)
-    layers = {node.meta["layer"] for node in model.eval().integer_model(mode).graph.nodes if "layer" in node.meta}
+    layers = {
+        node.meta["layer"] for node in model.eval().integer_model(mode).graph.nodes if "layer" in node.meta
+    }
     assert not any(str(layer).startswith(("branch4", "conv1")) for layer in layers)
 
 
