@@ -59,6 +59,7 @@ def test_each_mode_compiles_once_without_breaks(scheme):
     assert counter.frame_count == len(qcompile.modes(model)) + bool(policies)
 
 
+@pytest.mark.slow
 @every_scheme
 def test_the_whole_joint_loss_compiles_once(scheme):
     model, x, y = _of(scheme)
@@ -69,6 +70,7 @@ def test_the_whole_joint_loss_compiles_once(scheme):
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 @every_scheme
 def test_compiled_gradients_are_the_eager_ones(scheme):
     model, x, _ = _of(scheme)
