@@ -39,6 +39,20 @@ def thresholds_of(intervals: Tensor, start: Tensor) -> Tensor:
     return (knots[:-1] + knots[1:]) / 2
 
 
+#: From so many levels on, a binary search is faster than comparisons.
+MOST_COMPARISONS = 40
+
+
+def reached(values: Tensor, levels: Tensor) -> Tensor:
+    """How many of `levels` do not lie above each value: (n,) levels, uint8 of the shape of `values`."""
+    if len(levels) > MOST_COMPARISONS:
+        return torch.bucketize(values.contiguous(), levels, right=True).to(torch.uint8)
+    count = torch.zeros_like(values, dtype=torch.uint8)
+    for level in levels:
+        count += (values >= level).view(torch.uint8)
+    return count
+
+
 def counted(
     x: Tensor, intervals: Tensor, start: Tensor, before: Tensor, after: Tensor, height: Bound
 ) -> Tensor:
@@ -50,9 +64,16 @@ def counted(
         start, before, after: start, beta1, beta2, shape ().
         height: distance of the values, 2 / n.
     """
-    scaled = x.to(intervals.dtype) * before
-    code = torch.bucketize(scaled, thresholds_of(intervals, start), right=True)
-    return (code * (after * height)).to(x.dtype)
+    code = reached(x.to(intervals.dtype) * before, thresholds_of(intervals, start))
+    return (code.to(intervals.dtype) * (after * height)).to(x.dtype)
+
+
+def _sums_by(index: Tensor, values: Tensor, count: int) -> Tensor:
+    """(count,) sums of the values with each index."""
+    flat, weights = index.reshape(-1), values.reshape(-1)
+    if torch.compiler.is_compiling():  # bincount has no fixed size there
+        return torch.zeros(count, dtype=values.dtype, device=values.device).index_add_(0, flat, weights)
+    return torch.bincount(flat, weights=weights, minlength=count).to(values.dtype)  # added in float64
 
 
 class _CountThresholds(torch.autograd.Function):
@@ -80,31 +101,47 @@ class _CountThresholds(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, intervals, start, before, after, height = saved_operands(ctx)
-        if not torch.compiler.is_compiling():
-            ctx.again.drop()
+        operands = saved_operands(ctx)
+        x, intervals, start, before, after, height = operands
+        if torch.compiler.is_compiling():
+            output = counted(*operands)
+        else:
+            output = ctx.again.take(counted, *operands)
         wide = intervals.dtype
-        given, value = gradients[0].to(wide), x.to(wide) * before
-        knots, levels = knots_of(intervals, start), len(intervals)
-        # 0 below the first knot, n + 1 from the last one on
-        piece = torch.bucketize(value, knots, right=True)
-        inside = (piece > 0) & (piece <= levels)
-        index = (piece - 1).clamp_(0, levels - 1)
+        # elements in one order, whatever the memory layout
+        given, x_flat, output = (_flat(one, x).to(wide) for one in (gradients[0], x, output))
+        value, knots = x_flat * before, knots_of(intervals, start)
+        piece = reached(value, knots).to(torch.int64)  # 0 below the first knot, n + 1 from the last one on
+        outside = intervals.new_zeros(1)
+        slopes = torch.cat([outside, after * height / intervals, outside])
+        d_value = given * slopes.index_select(0, piece)
+        sums = _sums_by(piece, given, len(slopes))[1:-1]
         finite = torch.isfinite(intervals)
-        slopes = torch.where(finite, after * height / intervals, 0.0)
-        d_value = torch.where(inside, given * slopes[index], 0.0)
-        # per piece: sum of g, and of g times the way into the piece
-        passed = torch.where(inside, given, 0.0)
-        way = torch.where(inside, value - knots[index], 0.0)
-        flat = index.reshape(-1)
-        sums = torch.zeros_like(intervals).index_add_(0, flat, passed.reshape(-1)) * slopes
-        ways = torch.zeros_like(intervals).index_add_(0, flat, (passed * way).reshape(-1)) * slopes
+        ways = torch.where(finite, _sums_by(piece, given * value, len(slopes))[1:-1] - knots[:-1] * sums, 0.0)
+        sums = torch.where(finite, sums * slopes[1:-1], 0.0)
         later = sums.sum() - sums.cumsum(0)
-        d_intervals = torch.where(finite, -ways / intervals - later, 0.0)
-        code = torch.bucketize(value, thresholds_of(intervals, start), right=True)
-        d_after = (given * code).sum() * height
-        d_before = (d_value * x.to(wide)).sum()
-        return (d_value * before).to(x.dtype), d_intervals, -sums.sum(), d_before, d_after, None, None
+        d_intervals = torch.where(finite, -ways * slopes[1:-1] / intervals - later, 0.0)
+        d_after = torch.dot(given, output) / after
+        d_before = torch.dot(d_value, x_flat)
+        d_x = _like((d_value * before).to(x.dtype), x)
+        return d_x, d_intervals, -sums.sum(), d_before, d_after, None, None
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _flat(tensor: Tensor, like: Tensor) -> Tensor:
+    """Elements in the order in which `like` holds them, one dimension; a view where the layouts agree."""
+    return (tensor.permute(0, 2, 3, 1) if _is_channels_last(like) else tensor).reshape(-1)
+
+
+def _like(flat: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `_flat`."""
+    if _is_channels_last(like):
+        n, c, h, w = like.shape
+        return flat.view(n, h, w, c).permute(0, 3, 1, 2)
+    return flat.view(like.shape)
 
 
 class ThresholdActivationQuantizer(ActivationQuantizer):
