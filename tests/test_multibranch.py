@@ -164,7 +164,8 @@ def test_a_mode_runs_its_own_branches_only():
     mode = model.prepared_modes[1]
     model.train()(x)
     qcompile.at(model, 4)(x)
-    layers = {node.meta["layer"] for node in model.eval().integer_model(mode).graph.nodes if "layer" in node.meta}
+    nodes = model.eval().integer_model(mode).graph.nodes
+    layers = {node.meta["layer"] for node in nodes if "layer" in node.meta}
     assert not any(str(layer).startswith(("branch4", "conv1")) for layer in layers)
 
 
