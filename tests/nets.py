@@ -12,6 +12,9 @@ from torch.nn import functional
 
 import qcompile
 from qcompile.model import QuantModel
+from qcompile.passes.batchnorm import ModeBatchNorm
+from qcompile.passes.learned_thresholds import ThresholdActivationQuantizer
+from qcompile.passes.rprelu import ModePReLU
 
 
 class Residual(nn.Module):
@@ -152,3 +155,27 @@ def _train(name: str, steps: int, options: tuple[tuple[str, Any], ...]) -> tuple
         joint.backward(x + 0.1 * step, torch.arange(len(x)) % 3)
         optimizer.step()
     return prepared.eval(), x
+
+
+def shaken(name: str, bits: tuple[int, ...] = (2, 3, 4)) -> tuple[QuantModel, Tensor]:
+    """N2UQ in eval mode with negative scales, slopes per channel, uneven thresholds and a negative beta1."""
+    torch.manual_seed(0)
+    net, x = example(name)
+    model = qcompile.prepare(net, x, scheme="n2uq", bits=bits).train()
+    joint = qcompile.JointLoss(model, nn.CrossEntropyLoss())
+    joint.backward(x, torch.arange(len(x)) % 3)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, ModePReLU):
+                module.slope.copy_(torch.rand_like(module.slope))
+                module.slope[0, ::3] = 0.0
+                module.slope[1, 1::3] = 1.7
+                for shift in (module.shift_in, module.shift_out):
+                    shift.copy_(0.3 * torch.randn_like(shift))
+            if isinstance(module, ThresholdActivationQuantizer):
+                module.interval.mul_(torch.rand_like(module.interval) * 2)
+                module.start.copy_(0.2 * torch.randn_like(module.start))
+                module.before[-1] *= -1.0
+            if isinstance(module, ModeBatchNorm):
+                module.weight.mul_(torch.randn_like(module.weight).sign())
+    return model.eval(), x

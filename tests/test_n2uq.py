@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nets import example
+from nets import example, shaken
 from reference import n2uq as reference
 from torch import nn
 
@@ -237,32 +237,8 @@ def test_options_are_checked(options):
 # ---- folding ----------------------------------------------------------------------------------------------
 
 
-def _shaken(name: str, bits=(2, 3, 4)) -> tuple:
-    """A prepared network with negative scales, slopes per channel, uneven thresholds and a negative beta1."""
-    torch.manual_seed(0)
-    net, x = example(name)
-    model = qcompile.prepare(net, x, scheme="n2uq", bits=bits).train()
-    joint = qcompile.JointLoss(model, nn.CrossEntropyLoss())
-    joint.backward(x, torch.arange(len(x)) % 3)
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, ModePReLU):
-                module.slope.copy_(torch.rand_like(module.slope))
-                module.slope[0, ::3] = 0.0
-                module.slope[1, 1::3] = 1.7
-                for shift in (module.shift_in, module.shift_out):
-                    shift.copy_(0.3 * torch.randn_like(shift))
-            if isinstance(module, ThresholdActivationQuantizer):
-                module.interval.mul_(torch.rand_like(module.interval) * 2)
-                module.start.copy_(0.2 * torch.randn_like(module.start))
-                module.before[-1] *= -1.0
-            if isinstance(module, qcompile.passes.batchnorm.ModeBatchNorm):
-                module.weight.mul_(torch.randn_like(module.weight).sign())
-    return model.eval(), x
-
-
 def test_chains_between_two_layers_become_thresholds_on_the_accumulator():
-    model, _ = _shaken("residual")
+    model, _ = shaken("residual")
     for mode in model.prepared_modes:
         nodes = list(model.integer_model(mode).graph.nodes)
         thresholds = [node for node in nodes if node.target is torch.ops.qcompile.threshold.default]
@@ -274,14 +250,14 @@ def test_chains_between_two_layers_become_thresholds_on_the_accumulator():
 
 @pytest.mark.parametrize("name", ["residual", "plain", "mobile", "dense", "signal"])
 def test_folded_thresholds_are_exact(name):
-    model, x = _shaken(name)
+    model, x = shaken(name)
     for bits in qcompile.modes(model):
         report = qcompile.verify(model, x, bits=bits)
         assert report.exact, report.failures
 
 
 def test_negative_slopes_do_not_fold_but_are_exact():
-    model, x = _shaken("residual")
+    model, x = shaken("residual")
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, ModePReLU):

@@ -106,26 +106,27 @@ def test_negative_multipliers_move_into_the_weights() -> None:
     assert np.array_equal(layer.weight, sums.weight * layer.factor[:, None])
 
 
-def test_weights_of_nine_bits_are_split_into_halves() -> None:
-    sums = Sums(np.array([[-255, 253, 3]], np.int64), 0, 3)
+@pytest.mark.parametrize(("highest", "parts"), [(127, 1), (254, 2), (255, 3)])
+def test_weights_of_nine_bits_are_split_into_parts(highest: int, parts: int) -> None:
+    sums = Sums(np.array([[-highest, highest, 3]], np.int64), 0, 3)
     layer = fuse(sums, 3, np.array([2**10]), np.array([0]), 20, (0, 3), (1.0, 1.0), True)
     assert layer is not None
-    assert layer.doubled
-    assert np.array_equal(layer.weight[:, :3].astype(int) + layer.weight[:, 3:], sums.weight)
+    assert layer.parts == parts
+    assert np.array_equal(layer.weight.reshape(parts, 3).astype(int).sum(0), sums.weight[0])
 
 
 @pytest.mark.parametrize(
-    ("weight", "multiplier", "constant", "may_double"),
+    ("weight", "multiplier", "constant", "may_repeat"),
     [
         ([[-255, 253]], 2**10, 0, False),  # grouped, so the input cannot be repeated
-        ([[-300, 253]], 2**10, 0, True),
+        ([[-400, 253]], 2**10, 0, True),
         ([[1, 2]], 0, 0, True),
         ([[1, 2]], 1, 2**45, True),  # an offset beyond int32 that decides between codes
     ],
 )
 def test_what_does_not_fit_is_not_fused(
-    weight: list[list[int]], multiplier: int, constant: int, may_double: bool
+    weight: list[list[int]], multiplier: int, constant: int, may_repeat: bool
 ) -> None:
     sums = Sums(np.array(weight, np.int64), 0, 255)
-    arguments = np.array([multiplier]), np.array([constant]), 40, (0, 255), (1.0, 1.0), may_double
+    arguments = np.array([multiplier]), np.array([constant]), 40, (0, 255), (1.0, 1.0), may_repeat
     assert fuse(sums, 255, *arguments) is None

@@ -59,7 +59,7 @@ def _fused(emitter: Emitter, node: fx.Node, user: fx.Node, sums: Sums, codes: Co
         int(user.args[3]),
         (low, high),
         (codes.unit, float(user.meta.get("unit", 1.0))),
-        may_double=not is_conv(node) or int(node.args[7]) == 1,
+        may_repeat=not is_conv(node) or int(node.args[7]) == 1,
     )
 
 
@@ -89,7 +89,7 @@ def _float_sums(emitter: Emitter, node: fx.Node, sums: Sums, codes: Codes) -> Re
     attributes = _attributes(node, weight.shape)
     name = builder.node("Conv", inputs, node.name, operator, **attributes)
     shape, factor = emitter.shape(node), np.ones(len(weight), np.int64)
-    emitter.lowered.probes[node.name] = Probe(operator, codes, factor, False, shape, True)
+    emitter.lowered.probes[node.name] = Probe(operator, codes, factor, 1, shape, True)
     reach = sums.reach().astype(np.float64)
     rounding = np.where(reach < 2**24, 0.0, weight[0].size * reach * ROUNDING)
     low, high, rounding = (channels(one, len(shape), 1) for one in (*sums.bounds(), rounding))
@@ -100,7 +100,7 @@ def emit_fused(emitter: Emitter, node: fx.Node, user: fx.Node, value: Deferred, 
     """Emit a layer together with the requantisation `user`; returns the uint8 tensor before clipping."""
     fused, codes, builder, layer = value.layers[user], value.codes, emitter.builder, layer_of(node)
     codes = channels_first(emitter, codes)
-    source = _doubled(emitter, codes, 1 if is_conv(node) else -1) if fused.doubled else codes.name
+    source = _repeated(emitter, codes, fused.parts, 1 if is_conv(node) else -1)
     shape = emitter.shape(node)
     rows = not is_conv(node) and len(shape) != 2  # Gemm takes matrices only
     if rows:
@@ -110,9 +110,7 @@ def emit_fused(emitter: Emitter, node: fx.Node, user: fx.Node, value: Deferred, 
     real = builder.node(
         "DequantizeLinear", [source, scale, zero], f"{node.name}.input", f"{layer}/dequantize"
     )
-    weight_codes = emitter.constant(node.args[1])
-    if fused.doubled:
-        weight_codes = np.concatenate([weight_codes, weight_codes], axis=1)
+    weight_codes = np.concatenate([emitter.constant(node.args[1])] * fused.parts, axis=1)
     stored = stored_weight(emitter, layer, "weight", fused.weight, weight_codes, axis=0)
     weight = _dequantized(
         emitter, f"{node.name}.weight", layer, "weight", stored, np.int8, fused.weight_scale
@@ -127,7 +125,7 @@ def emit_fused(emitter: Emitter, node: fx.Node, user: fx.Node, value: Deferred, 
     else:
         operator = f"{layer}/gemm"
         sums = builder.node("Gemm", [real, weight, bias], node.name, operator, transB=1)
-    probe = Probe(operator, value.codes, fused.factor, fused.doubled, shape, is_conv(node))
+    probe = Probe(operator, value.codes, fused.factor, fused.parts, shape, is_conv(node))
     emitter.lowered.probes.setdefault(node.name, probe)
     axis = 1 if is_conv(node) else len(shape) - 1
     emitter.lowered.deviations[user.name] = Deviation(0.0, channels(fused.error, len(shape), axis))
@@ -138,13 +136,14 @@ def emit_fused(emitter: Emitter, node: fx.Node, user: fx.Node, value: Deferred, 
     return reshaped(emitter, output_codes, shape, f"{output}.shaped", layer_of(user))
 
 
-def _doubled(emitter: Emitter, codes: Codes, axis: int) -> str:
-    def concat() -> str:
-        inputs, name = [codes.name, codes.name], f"{codes.name}.twice"
-        layer = emitter.builder.layer(codes.name)
-        return emitter.builder.node("Concat", inputs, name, f"{layer}/twice", axis=axis)
+def _repeated(emitter: Emitter, codes: Codes, times: int, axis: int) -> str:
+    name = f"{codes.name}.times_{times}"
 
-    return emitter.once(f"{codes.name}.twice", concat)
+    def concat() -> str:
+        layer = emitter.builder.layer(codes.name)
+        return emitter.builder.node("Concat", [codes.name] * times, name, f"{layer}/repeat", axis=axis)
+
+    return codes.name if times == 1 else emitter.once(name, concat)
 
 
 def _dequantized(

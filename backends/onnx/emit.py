@@ -32,7 +32,7 @@ class Probe:
         operator: name of the Conv or Gemm node, or of the int32 matrix.
         codes: the layer's input.
         factor: (out,) int64; the integer sums are factor * accumulator.
-        doubled: whether the operator sees its input twice along the channels.
+        parts: how many times the operator sees its input along the channels.
         shape: of the accumulators.
         is_conv: whether channels are dimension 1, not the last one.
         is_matrix: whether the artefact itself holds the sums as an int32 matrix (rows, channels).
@@ -41,7 +41,7 @@ class Probe:
     operator: str
     codes: Codes
     factor: NDArray[np.int64]
-    doubled: bool
+    parts: int
     shape: tuple[int, ...]
     is_conv: bool
     is_matrix: bool = False

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qcompile.backends.int8_parts import MOST_PARTS, count_parts, int8_parts
+
 from .thresholds import Staircase
 
 #: One float32 rounding, relative.
@@ -54,11 +56,11 @@ class FusedLayer:
     """Constants of one layer together with the requantisation that reads it.
 
     Attributes:
-        weight: int8, shaped as the layer's; twice the input channels if `doubled`.
+        weight: int8, shaped as the layer's; `parts` times the input channels.
         weight_scale: (out,) float32.
         bias: (out,) int32, in units of weight_scale * input scale.
         factor: (out,) int64; the integer sums are factor * accumulator.
-        doubled: the effective weight needs 9 bits; it is the sum of two halves that see the same input.
+        parts: the effective weight is the sum of so many int8 weights that see the same input.
         exact: (out,) bool, whether every reachable code is the normative one.
         error: (out,) float64 bound of the deviation from the normative value, in output units.
     """
@@ -67,7 +69,7 @@ class FusedLayer:
     weight_scale: NDArray[np.float32]
     bias: NDArray[np.int32]
     factor: NDArray[np.int64]
-    doubled: bool
+    parts: int
     exact: NDArray[np.bool_]
     error: NDArray[np.float64]
 
@@ -80,7 +82,7 @@ def fuse(
     shift: int,
     code_range: tuple[int, int],
     units: tuple[float, float],
-    may_double: bool,
+    may_repeat: bool,
 ) -> FusedLayer | None:
     """Constants of a layer whose accumulators only one requantisation reads.
 
@@ -89,7 +91,7 @@ def fuse(
         highest_stored: largest stored input code, zero point included.
         multiplier, constant: (out,) int64 of the requantisation; shift and code_range (low, high) likewise.
         units: real value of an input code and of an output code.
-        may_double: whether the input channels can be repeated (not in grouped convolutions).
+        may_repeat: whether the input channels can be repeated (not in grouped convolutions).
 
     Returns:
         None if the layer does not fit the kernel's integers.
@@ -101,12 +103,10 @@ def fuse(
     # x86 without VNNI adds two products in int16 and saturates, hence the smaller limit for 8-bit codes
     limit = min(127, 32767 // (2 * max(highest_stored, 1)))
     factor = np.maximum(limit // np.maximum(np.abs(weight).reshape(len(weight), -1).max(1), 1), 1)
-    doubled = bool(weight.min() < -128 or weight.max() > 127)
-    if doubled:
-        if not may_double or weight.min() < -256 or weight.max() > 254:
-            return None
-        half = weight >> 1
-        weight = np.concatenate([half, weight - half], axis=1)
+    parts = count_parts(weight)
+    if parts > (MOST_PARTS if may_repeat else 1):
+        return None
+    weight = np.concatenate(int8_parts(weight, parts), axis=1).astype(np.int64)
     stored = (weight * factor.reshape(-1, *([1] * (weight.ndim - 1)))).astype(np.int8)
     smallest, largest = sums.bounds()
     flipped = sign < 0
@@ -124,7 +124,7 @@ def fuse(
     rounding = np.abs(np.rint(stairs.offset * factor) - stairs.offset * factor) * scale
     error = np.where(exact, 0.0, rounding + 8 * ROUNDING * room * scale)
     return FusedLayer(
-        stored, weight_scale, np.rint(bias).astype(np.int32), factor * sign, doubled, exact, error
+        stored, weight_scale, np.rint(bias).astype(np.int32), factor * sign, parts, exact, error
     )
 
 

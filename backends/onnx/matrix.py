@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import fx
 
+from qcompile.backends.int8_parts import MOST_PARTS, count_parts, int8_parts
+
 from .emit import Emitter, Probe, layer_of
 from .forms import channels_last, reshaped
 from .fused import Sums
@@ -26,9 +28,9 @@ LARGEST_MATRIX = 2**25
 
 
 def fits_matrix(emitter: Emitter, node: fx.Node, sums: Sums) -> bool:
-    """Whether a layer can be a matrix product: no channel groups, weights of 9 bits, bounded memory."""
+    """Whether a layer can be a matrix product: no channel groups, few parts, bounded memory."""
     weight = sums.weight
-    if weight.min() < -256 or weight.max() > 254 or (sums.reach() >= 2**31).any():
+    if count_parts(weight) > MOST_PARTS or (sums.reach() >= 2**31).any():
         return False
     if not is_conv(node):
         return True
@@ -47,19 +49,18 @@ def integer_matrix(emitter: Emitter, node: fx.Node, sums: Sums, codes: Codes) ->
         rows = reshaped(emitter, codes.name, (-1, weight.shape[1]), f"{node.name}.rows", layer)
     columns, weight_codes = _columns(weight), _columns(emitter.constant(node.args[1]))
     zero = builder.initializer(f"{layer}/input_zero_point", codes.zero_point, np.uint8)
-    narrow = columns.min() >= -128 and columns.max() <= 127
-    halves = [columns] if narrow else [columns >> 1, columns - (columns >> 1)]
-    products = []
-    for index, half in enumerate(halves):
-        name = "weight" if narrow else f"weight_half_{index}"
-        stored = stored_weight(emitter, layer, name, half, weight_codes, axis=1)
-        output = node.name if narrow else f"{node.name}.half_{index}"
-        products.append(builder.node("MatMulInteger", [rows, stored, zero], output, f"{layer}/product"))
-    name = products[0]
-    if not narrow:
-        name = builder.node("Add", products, node.name, f"{layer}/add_halves")
+    count, name = count_parts(columns), ""
+    for index, part in enumerate(int8_parts(columns, count)):
+        what = f"weight_part_{index}" if count > 1 else "weight"
+        stored = stored_weight(emitter, layer, what, part, weight_codes, axis=1)
+        output = f"{node.name}.part_{index}" if count > 1 else node.name
+        product = builder.node("MatMulInteger", [rows, stored, zero], output, f"{layer}/product")
+        if index:
+            output = node.name if index == count - 1 else f"{node.name}.sum_{index}"
+            product = builder.node("Add", [name, product], output, f"{layer}/add_part")
+        name = product
     emitter.lowered.probes[node.name] = Probe(
-        name, codes, np.ones(len(weight), np.int64), False, shape, is_conv(node), is_matrix=True
+        name, codes, np.ones(len(weight), np.int64), 1, shape, is_conv(node), is_matrix=True
     )
     rank = len(shape)
     axis = 1 if is_conv(node) else rank - 1

@@ -129,8 +129,7 @@ class _IntegerGraph:
         node, codes = self._operators[probe.operator], _channels_first(codes, probe.codes.last)
         if node.op_type == "Gemm":
             codes = codes.reshape(-1, codes.shape[-1])
-        if probe.doubled:
-            codes = np.concatenate([codes, codes], axis=1 if probe.is_conv else -1)
+        codes = np.concatenate([codes] * probe.parts, axis=1 if probe.is_conv else -1)
         self.feed[f"{name}.codes"] = codes
         weight = self._weight(node)
         if node.op_type == "Gemm":

@@ -14,6 +14,7 @@ from qcompile.errors import LoweringError
 from . import api, kernel_op
 from .build import LIBRARY, Constants, Part, build, check_compiler
 from .families import choose
+from .grouped import split_grouped_layers
 from .kernel_graph import Builder, Tap
 from .lowering import culprits, import_graph, optimise
 from .plan import Call, Place, Plan, make_plan
@@ -89,7 +90,7 @@ def _variant(
     request: LoweringRequest, architecture: Architecture, processor: Processor, tapped: bool
 ) -> tuple[Variant, Part]:
     builder = Builder(
-        request.model,
+        split_grouped_layers(request.model),
         request.input_shapes,
         lambda layer: choose(layer, processor.features),
         RULES,

@@ -41,8 +41,6 @@ def accumulate(builder: Builder, node: fx.Node) -> None:
     if groups > 1 and (numerator or shift):
         # between groups there must be zeros, which no code stands for
         weight, bits, signed, numerator, shift = weight * 2**shift + numerator, 8, True, 0, 0
-        if weight.min() < -128 or weight.max() > 127:
-            raise LoweringError("grouped weights of more than 8 bits have no kernel here; lower to onnx-qdq")
     vectors = arrange(weight, runs, groups)
     _, h, w, _ = extents(builder.shape(node), not is_conv)
     layer = Layer(
