@@ -1,9 +1,11 @@
-"""Train one ResNet-20 for 2, 3 and 4 bits on real CIFAR-10 images, from pretrained float weights.
+"""Train one ResNet-20 for several bit-widths on real CIFAR-10 images, from pretrained float weights.
 
     python examples/cifar10_resnet20.py                    the short recipe, 12 minutes on two cores
     python examples/cifar10_resnet20.py --long             50 minutes on one core
     python examples/cifar10_resnet20.py --single-bit       a quarter of the budget, against a model per width
     python examples/cifar10_resnet20.py --ablations        a quarter of the budget, one part left out each
+    python examples/cifar10_resnet20.py --scheme n2uq      another scheme; with all of the above
+    python examples/cifar10_resnet20.py --scheme all       all schemes side by side
 
 `--single-bit --ablations` together share the runs of the default recipe.
 
@@ -41,13 +43,12 @@ BITS: dict[str, tuple[int, ...]] = {
     "multibranch": (2, 4, 6, 8),
 }
 
-#: Configs by scheme: the default of this script, and what the ablations leave out or exchange. All start from a
-#: pretrained float network, so ranges come from data and RPReLU from ReLU.
-_Q, _N, _M = (
-    QuantizableConfig(activation_range="data"),
-    N2UQConfig(rprelu_slope=0.0, activation_scale="data"),
-    MultiBranchConfig(),
-)
+# training starts from a float network, so ranges come from data and RPReLU starts as ReLU
+_QUANTIZABLE = QuantizableConfig(activation_range="data")
+_N2UQ = N2UQConfig(rprelu_slope=0.0, activation_scale="data")
+_MULTIBRANCH = MultiBranchConfig()
+
+#: Configs by scheme: the default of this script, and what the ablations leave out or exchange.
 VARIANTS: dict[str, dict[str, Any]] = {
     "vertical": {
         "default": VerticalConfig(),
@@ -58,20 +59,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "MGD": VerticalConfig(moo="mgd"),
     },
     "quantizable": {
-        "default": _Q,
-        "task loss": replace(_Q, loss="task"),
-        "BatchNorm A": replace(_Q, batch_norm="A"),
-        "BatchNorm shared": replace(_Q, batch_norm="shared"),
+        "default": _QUANTIZABLE,
+        "task loss": replace(_QUANTIZABLE, loss="task"),
+        "BatchNorm A": replace(_QUANTIZABLE, batch_norm="A"),
+        "BatchNorm shared": replace(_QUANTIZABLE, batch_norm="shared"),
     },
     "n2uq": {
-        "default": _N,
-        "fixed thresholds": replace(_N, learned_thresholds=False),
-        "no weight rescaling": replace(_N, rescale_weights=False),
+        "default": _N2UQ,
+        "fixed thresholds": replace(_N2UQ, learned_thresholds=False),
+        "no weight rescaling": replace(_N2UQ, rescale_weights=False),
     },
     "multibranch": {
-        "default": _M,
-        "serial": replace(_M, selection="serial"),
-        "no distillation": replace(_M, distillation=False),
+        "default": _MULTIBRANCH,
+        "serial": replace(_MULTIBRANCH, selection="serial"),
+        "no distillation": replace(_MULTIBRANCH, distillation=False),
     },
 }
 
@@ -169,6 +170,7 @@ def main() -> None:
     )
     parser.add_argument("--data", type=Path, default=DATA, help="folder with the images and weights")
     parser.add_argument("--steps", type=int, help="optimiser steps; default 1000, with --long 3000")
+    parser.add_argument("--scheme", choices=[*BITS, "all"], default="vertical")
     parser.add_argument("--long", action="store_true", help="the hour-long recipe")
     parser.add_argument("--single-bit", action="store_true", help="compare with single-bit models")
     parser.add_argument("--loops", action="store_true", help="compare with bf16 autocast and torch.compile")
@@ -183,22 +185,27 @@ def main() -> None:
     options = parser.parse_args()
     if not (options.data / "cifar10_exact" / "labels.npz").exists():
         parser.error(f"no CIFAR-10 data in {options.data}; pass --data FOLDER")
-    base = Recipe(steps=options.steps or (3000 if options.long else 1000))
+    steps = options.steps or (3000 if options.long else 1000)
+    schemes = list(BITS) if options.scheme == "all" else [options.scheme]
+    base = Recipe(steps=steps, scheme=schemes[0], bits=BITS[schemes[0]])
     if options.one_run:
         torch.set_num_threads(1)
         fields = json.loads(options.one_run)
         print(
             json.dumps(run_one(Recipe(**{**fields, "bits": tuple(fields["bits"])}), options.data, jpeg=True))
         )
+    elif len(schemes) > 1:
+        runs = [replace(base, scheme=one, bits=BITS[one]) for one in schemes]
+        print_schemes(run_many(runs, options), options)
     elif options.ablations or options.single_bit or options.loops:
         quarter = replace(base, steps=options.steps or base.steps // 4)
         changes: list[dict] = [{}]  # from the default
         if options.single_bit:
-            changes += [{"bits": (bits,)} for bits in BITS]
+            changes += [{"bits": (bits,)} for bits in base.bits if bits != 32]
         if options.loops:
             changes += [{"autocast": True}, {"compiled": True}]
         if options.ablations:
-            changes += [{"variant": name} for name in VARIANTS if name != "default"]
+            changes += [{"variant": name} for name in VARIANTS[base.scheme] if name != "default"]
         runs = [replace(quarter, seed=seed, **change) for change in changes for seed in range(options.seeds)]
         print_comparison(run_many(runs, options))
     else:
@@ -257,8 +264,22 @@ def write_log(options: argparse.Namespace, record: dict) -> None:
             file.write(json.dumps(record) + "\n")
 
 
+def print_schemes(records: list[dict], options: argparse.Namespace) -> None:
+    """One run of every scheme on the exact test images."""
+    images, labels = cifar10.exact(options.data, "test")
+    widths = sorted({int(bits) for record in records for bits in record["exact"]})
+    print(f"float: {accuracy(cifar10.pretrained(options.data), images, labels):.2f}")
+    print("| scheme | minutes | " + " | ".join(f"{bits} bits" for bits in widths) + " |")
+    print("|---" * (len(widths) + 2) + "|")
+    for record in records:
+        scores = {int(bits): f"{score:.2f}" for bits, score in record["exact"].items()}
+        cells = " | ".join(scores.get(bits, "") for bits in widths)
+        print(f"| {record['recipe']['scheme']} | {record['seconds'] / 60:.0f} | {cells} |")
+
+
 def print_comparison(records: list[dict]) -> None:
     """Mean and standard deviation over seeds, exact and JPEG images pooled by their number."""
+    columns = sorted({int(bits) for record in records for bits in record["exact"]})
     rows: dict[tuple[str, tuple[int, ...]], list[dict[int, float]]] = {}
     for record in records:
         pooled = {
@@ -268,10 +289,11 @@ def print_comparison(records: list[dict]) -> None:
         recipe = record["recipe"]
         loops = [name for name in ("autocast", "compiled") if recipe[name]]
         rows.setdefault((", ".join([recipe["variant"], *loops]), tuple(recipe["bits"])), []).append(pooled)
-    print("| variant | trained widths | 2 bits | 3 bits | 4 bits |\n|---|---|---|---|---|")
+    print("| variant | trained widths | " + " | ".join(f"{bits} bits" for bits in columns) + " |")
+    print("|---" * (len(columns) + 2) + "|")
     for (variant, widths), scores in rows.items():
         cells = []
-        for bits in BITS:
+        for bits in columns:
             values = torch.tensor([score[bits] for score in scores if bits in score], dtype=torch.float64)
             cells.append(f"{values.mean():.2f} ± {values.std():.2f}" if len(values) > 1 else "")
         print(f"| {variant} | {', '.join(map(str, widths))} | " + " | ".join(cells) + " |")
