@@ -42,7 +42,9 @@ class QuantizedLayer(ModeModule):
     def forward(self, x: Tensor, active: ActiveMode) -> Tensor:
         """Run the layer on an already quantised input: (N, C, *spatial) or (..., features)."""
         weight = marked(self.weight_quantizer(self.weight, active.row_of(self.slot)), active)
-        return apply_layer(self.geometry, x, weight, self.bias)
+        # autocast multiplies in a half type; normalisation and residual streams that are rounded to it, too,
+        # cost accuracy at 2 bits, so what follows a layer is in single precision again
+        return apply_layer(self.geometry, x, weight, self.bias).to(self.weight.dtype)
 
     def extra_repr(self) -> str:
         """Shape and geometry, as torch layers show them."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from .data_parallel import check_reduction, find_ddp, without_ddp
 from .errors import InvalidArgument, InvalidInputType
@@ -220,7 +221,7 @@ class JointLoss(nn.Module):
         with torch.no_grad():
             if self.batch_fn is not None:
                 return self.batch_fn(teacher, *batch)[1]
-            output = _call(teacher, batch[0])
+            output = _single(_call(teacher, batch[0]))
             if not isinstance(output, Tensor):
                 raise InvalidInputType(
                     f"the teacher must return one tensor of logits, not {type(output).__name__}"
@@ -265,7 +266,16 @@ class JointLoss(nn.Module):
 def _call_mode(model: QuantModel, called: nn.Module, active: ActiveMode, *args: Any, **kwargs: Any) -> Any:
     """Call the model, or what wraps it, at one mode."""
     model.require_steps(active, args, kwargs)
-    return called(*args, qcompile_mode=active, **kwargs)
+    return _single(called(*args, qcompile_mode=active, **kwargs))
+
+
+def _single(output: Any) -> Any:
+    """Outputs in single precision, whatever autocast made of them: losses subtract nearly equal numbers."""
+
+    def convert(one: Tensor) -> Tensor:
+        return one.float() if one.dtype in (torch.float16, torch.bfloat16) else one
+
+    return pytree.tree_map_only(Tensor, convert, output)
 
 
 def _call(function: Callable[..., Any], inputs: Any) -> Any:

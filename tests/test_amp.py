@@ -11,6 +11,8 @@ from torch import nn
 
 import qcompile
 from qcompile.modes import ActiveMode
+from qcompile.passes.batchnorm import ModeBatchNorm
+from qcompile.passes.layers import QuantizedLayer
 from qcompile.passes.lsq import LsqActivationQuantizer
 from qcompile.passes.rounding import rounded
 
@@ -122,3 +124,39 @@ def test_steps_of_a_first_batch_under_autocast_are_single_precision():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model(x)
     assert all(one.dtype == torch.float32 for one in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("name", ["residual", "mobile", "dense"])
+def test_between_layers_autocast_keeps_single_precision(name, dtype):
+    model, x = trained(name)
+    seen = []
+
+    def note(module: nn.Module, args: object, output: torch.Tensor) -> None:
+        seen.append((type(module), output.dtype))
+
+    for module in model.modules():
+        if isinstance(module, (QuantizedLayer, ModeBatchNorm)):
+            module.register_forward_hook(note)
+    with torch.autocast("cpu", dtype=dtype):
+        model.train()(x)
+    assert {one for kind, one in seen if kind is QuantizedLayer} == {torch.float32}
+    # the one behind the float first layer gets what autocast makes of that layer
+    assert [one for kind, one in seen if kind is ModeBatchNorm][1:] == [torch.float32] * (
+        sum(kind is ModeBatchNorm for kind, _ in seen) - 1
+    )
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_losses_are_in_single_precision_under_autocast(dtype):
+    model, x = trained("residual")
+    y, seen = torch.arange(len(x)) % 3, []
+
+    def criterion(output, target):
+        seen.append(output.dtype)
+        return nn.functional.cross_entropy(output, target)
+
+    joint = qcompile.JointLoss(model.train(), criterion)
+    with torch.autocast("cpu", dtype=dtype):
+        joint.backward(x, y)
+    assert seen == [torch.float32] * 3
