@@ -16,11 +16,14 @@ from torch import fx
 
 from .aten import LAYOUT, arguments_of, is_zero_pad
 from .convert_emit import Emitter, Value
-from .fold import Affine, Term
+from .fold import Affine, Term, stream_epilogue
 
 Rule = Callable[[Emitter, fx.Node, "dict[fx.Node, Value]"], "Value | None"]
 
 _OPS = torch.ops.qcompile
+#: Joined tensors may have units that differ by this many bits.
+UNIT_SPREAD_BITS = 8
+
 _MULTI_OUTPUT = frozenset(("chunk", "split", "split_with_sizes", "unbind"))
 
 
@@ -191,6 +194,7 @@ def _cat(emitter: Emitter, node: fx.Node, values: dict[fx.Node, Value]) -> Value
     if any(part is None for part in parts):
         return None
     plains = [emitter.plain(part) for part in parts if part is not None]
+    plains = _of_similar_units(emitter, plains, node.name)
     rank = plains[0].rank
     axis = int(given["dim"]) % rank
     nodes = [plain.terms[0].node for plain in plains]
@@ -205,6 +209,24 @@ def _cat(emitter: Emitter, node: fx.Node, values: dict[fx.Node, Value]) -> Value
     sizes = [emitter.shapes[one][axis] for one in sources]
     scale, low, high = (np.repeat(np.asarray(one, np.float64), sizes) for one in (coefficients, lows, highs))
     return Affine((Term(joined, scale, low, high),), np.float64(0.0), rank, axis, layers=layers)
+
+
+def _of_similar_units(emitter: Emitter, plains: list[Affine], name: str) -> list[Affine]:
+    """Tensors beside a much finer one, as sums of a layer beside a stream, in its unit as far as they fit.
+
+    The multipliers of one summand share 31 bits: where the largest belongs to a coarse channel, those of fine
+    channels would be left with few.
+    """
+    units = [abs(float(plain.terms[0].coefficient)) for plain in plains]
+    finest = min(filter(None, units), default=0.0)
+    similar = []
+    for index, (plain, unit) in enumerate(zip(plains, units, strict=True)):
+        if unit > finest * 2**UNIT_SPREAD_BITS:
+            epilogue = stream_epilogue(plain, finest)
+            if unit > epilogue.unit * 2**UNIT_SPREAD_BITS:
+                plain = emitter.epilogue(plain, epilogue, f"{name}.input_{index}")
+        similar.append(plain)
+    return similar
 
 
 def _identity(emitter: Emitter, node: fx.Node, values: dict[fx.Node, Value]) -> Value | None:

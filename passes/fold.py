@@ -241,6 +241,15 @@ def wide_epilogue(affine: Affine) -> Epilogue:
     )
 
 
+def stream_epilogue(affine: Affine, unit: float) -> Epilogue:
+    """An epilogue in the unit of a stream, or a power of two times that for ranges beyond 2^29 steps."""
+    low, high = (float(end) for end in (affine.real_range()[0].min(), affine.real_range()[1].max()))
+    reach = max(abs(low), abs(high))
+    if reach > 0:
+        unit = math.ldexp(unit, max(0, math.ceil(math.log2(reach / unit)) - WIDE_BITS))
+    return integer_epilogue(affine, unit, round_to_unit(low, unit), round_to_unit(high, unit))
+
+
 def broadcastable(values: Any, rank: int, axis: int) -> NDArray[Any]:
     """Per-channel values shaped to broadcast against a tensor of `rank` dimensions along `axis`."""
     array = np.asarray(values)

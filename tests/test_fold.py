@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nets import trained
 from reference import vertical as reference
 
 from qcompile.errors import FoldError
@@ -177,3 +178,17 @@ def test_nan_parameters_are_an_error():
     term = Term(None, np.float64(math.nan), np.float64(0), np.float64(100))
     with pytest.raises(FoldError, match="NaN"):
         integer_epilogue(Affine((term,), np.float64(0.0), 4, 1, layers=("conv7",)), 1.0, 0, 15)
+
+
+def test_joined_streams_keep_the_bits_of_their_multipliers():
+    model, _ = trained("dense", 2, scheme="multibranch", bits=(2, 4))
+    for mode in model.prepared_modes:
+        graph = model.integer_model(mode)
+        readers = [node for node in graph.graph.nodes if graph.operator_name(node) == "requantize"]
+        found = 0
+        for node in readers:
+            for one, multiplier in zip(node.args[0], node.args[1], strict=True):
+                if graph.operator_name(one) == "aten.cat":
+                    found += 1
+                    assert int(graph.constant(multiplier).abs().min()) >= 2**16
+        assert found
