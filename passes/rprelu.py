@@ -15,19 +15,10 @@ from qcompile.modes import ActiveMode
 
 from .aten import aten_name
 from .eval_identities import IDENTITIES_IN_EVAL
-from .first_last import data_flow, first_and_last, weighted_nodes
+from .first_last import WEIGHTED, data_flow, first_and_last, weighted_nodes
 from .manager import Pass, PassResult
 from .mode_input import ModeModule, mode_placeholder, picked
 from .quantizers import scale_gradient
-
-_CONVOLUTIONS = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
 
 #: Operators whose result has the channels of their first input.
 _KEEPS_CHANNELS = frozenset(
@@ -137,13 +128,15 @@ def channels_of(graph_module: fx.GraphModule, node: fx.Node) -> int | None:
         module = graph_module.get_submodule(str(source.target)) if source.op == "call_module" else None
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             return module.num_features
-        if isinstance(module, _CONVOLUTIONS):
-            return module.out_channels
         if isinstance(module, ModePReLU):
             return module.slope.shape[1]
         if isinstance(module, nn.Linear):
             value = source.meta.get("val")
             return module.out_features if isinstance(value, Tensor) and value.dim() == 2 else None
+        if isinstance(module, WEIGHTED):
+            channels = module.out_channels
+            assert isinstance(channels, int)
+            return channels
         if not (isinstance(module, IDENTITIES_IN_EVAL) or aten_name(source) in _KEEPS_CHANNELS):
             return None
         source = source.all_input_nodes[0]

@@ -14,10 +14,11 @@ from torch import nn
 import qcompile
 from qcompile.errors import InvalidArgument
 from qcompile.modes import ActiveMode
+from qcompile.passes.distillation import soft_cross_entropy
 from qcompile.passes.entropy_weights import EntropyWeightQuantizer
 from qcompile.passes.learned_thresholds import ThresholdActivationQuantizer
 from qcompile.passes.rprelu import ModePReLU
-from qcompile.passes.schemes.n2uq import N2UQConfig, soft_cross_entropy
+from qcompile.passes.schemes.n2uq import N2UQConfig
 
 WIDTHS = (1, 2, 3, 4, 8)
 seeds = st.integers(0, 2**32 - 1)

@@ -12,12 +12,12 @@ from fractions import Fraction
 from typing import ClassVar, Literal
 
 from torch import Tensor
-from torch.nn import functional
 
 from qcompile.errors import InvalidArgument
 
 from ..batchnorm import BatchNormVariant, SplitBatchNorm
 from ..branches import Selection, SplitBranches
+from ..distillation import soft_cross_entropy
 from ..half_layers import TieHalves
 from ..manager import Pass
 from ..quantize_layers import QuantizeLayers
@@ -90,12 +90,6 @@ def select_branches(bits: Sequence[int], amortised: bool) -> tuple[Selection, ..
         full = tuple(sorted(order[: width // 2]))
         chosen[width] = Selection(full, full[-1] + 1 if odd else None)
     return tuple(chosen[width] for width in bits)
-
-
-def soft_cross_entropy(guide: Tensor, student: Tensor) -> Tensor:
-    """-sum softmax(guide) log softmax(student), mean over all but the classes; the guide is a constant."""
-    wanted = functional.softmax(guide.detach(), dim=1)
-    return -(wanted * functional.log_softmax(student, dim=1)).sum(1).mean()
 
 
 class MultiBranchScheme(Scheme):

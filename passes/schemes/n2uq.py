@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from torch import Tensor, nn
-from torch.nn import functional
 
 from qcompile.errors import InvalidArgument
 
 from ..batchnorm import BatchNormVariant, SplitBatchNorm
+from ..distillation import soft_cross_entropy
 from ..entropy_weights import EntropyWeightQuantizer
 from ..learned_thresholds import ThresholdActivationQuantizer
 from ..manager import Pass
@@ -62,16 +62,6 @@ class N2UQConfig:
         for name in ("rprelu_slope", "quantizer_lr"):
             if not getattr(self, name) >= 0:
                 raise InvalidArgument(f"{name}={getattr(self, name)!r} must not be negative")
-
-
-def soft_cross_entropy(teacher: Tensor, student: Tensor) -> Tensor:
-    """-sum softmax(teacher) log softmax(student), mean over all but the classes.
-
-    Args:
-        teacher, student: (N, classes, ...) logits; the teacher's are treated as constants.
-    """
-    wanted = functional.softmax(teacher.detach(), dim=1)
-    return -(wanted * functional.log_softmax(student, dim=1)).sum(1).mean()
 
 
 def _is_downsampling(layer: nn.Module) -> bool:

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from torch import Tensor
-from torch.nn import functional
 
 from qcompile.errors import InvalidArgument
 
 from ..aligned import AlignedActivationQuantizer, AlignedWeightQuantizer
 from ..batchnorm import BatchNormVariant, SplitBatchNorm
+from ..distillation import divergence
 from ..manager import Pass
 from ..quantize_layers import QuantizeLayers
 from .base import Scheme, choice
@@ -54,18 +54,6 @@ class QuantizableConfig:
             raise InvalidArgument(f"temperature={self.temperature!r} must be positive")
         if self.alpha is not None and not all(one > 0 for one in self.alpha):
             raise InvalidArgument(f"alpha={self.alpha!r} must hold positive numbers")
-
-
-def consistency_loss(parent: Tensor, student: Tensor, temperature: float) -> Tensor:
-    """KL(softmax(parent / T) || softmax(student / T)), mean over all but the classes (Eq. 3).
-
-    Args:
-        parent, student: (N, classes, ...) logits; the parent's are treated as constants.
-        temperature: T.
-    """
-    wanted = functional.log_softmax(parent.detach() / temperature, dim=1)
-    found = functional.log_softmax(student / temperature, dim=1)
-    return functional.kl_div(found, wanted, reduction="none", log_target=True).sum(1).mean()
 
 
 class QuantizableScheme(Scheme):
@@ -123,10 +111,10 @@ class QuantizableScheme(Scheme):
         temperature = self.config.temperature
         if row != parent and self.needs_logits:
             assert logits is not None
-            return consistency_loss(earlier[parent], logits, temperature)
+            return divergence(earlier[parent], logits, temperature)
         loss = task_loss()
         if teacher is not None:
             if logits is None:
                 raise InvalidArgument("a teacher needs the logits of every mode")
-            loss = loss + consistency_loss(teacher, logits, temperature)
+            loss = loss + divergence(teacher, logits, temperature)
         return loss

@@ -14,11 +14,11 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from qcompile.errors import InvalidArgument
 
 from ..batchnorm import BatchNormVariant, SplitBatchNorm
+from ..distillation import cosine_distance, divergence
 from ..lsq import SMALLEST_STEP, LsqActivationQuantizer, hold_positive
 from ..manager import Pass
 from ..mode_input import Row, picked
@@ -182,17 +182,8 @@ class VerticalWeightQuantizer(WeightQuantizer):
         return f"bits={self.bits}, compensation={self.compensation}"
 
 
-def distillation_loss(kind: str, teacher: Tensor, student: Tensor) -> Tensor:
-    """Distance of the student's softmax to the teacher's, mean over the batch.
-
-    Args:
-        kind: `cosine` (1 - cosine similarity of the probabilities) or `kl` (KL(teacher || student)).
-        teacher, student: (N, classes, ...) logits; the teacher's are treated as constants.
-    """
-    teacher = functional.softmax(teacher.detach(), dim=1)
-    if kind == "cosine":
-        return (1.0 - functional.cosine_similarity(teacher, functional.softmax(student, dim=1), dim=1)).mean()
-    return functional.kl_div(functional.log_softmax(student, dim=1), teacher, reduction="none").sum(1).mean()
+#: Distances to the next higher mode, by the name of the option.
+_DISTANCES = {"cosine": cosine_distance, "kl": divergence}
 
 
 class VerticalScheme(Scheme):
@@ -242,5 +233,5 @@ class VerticalScheme(Scheme):
             if kind is not None and guide is not None:
                 if logits is None:
                     raise InvalidArgument("distillation needs the logits of every mode")
-                loss = loss + distillation_loss(kind, guide, logits)
+                loss = loss + _DISTANCES[kind](guide, logits)
         return loss
