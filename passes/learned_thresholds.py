@@ -68,6 +68,18 @@ def counted(
     return (code.to(intervals.dtype) * (after * height)).to(x.dtype)
 
 
+def _pieces(values: Tensor, knots: Tensor, output: Tensor, scale: Tensor | None) -> Tensor:
+    """How many knots each value has reached: 0 below the first, n + 1 from the last one on.
+
+    Thresholds and knots alternate, so the code tells it but for one comparison; `scale` is what the output's
+    codes were multiplied with, None where that cannot be undone.
+    """
+    if scale is None or torch.compiler.is_compiling() or not bool(scale):
+        return reached(values, knots).to(torch.int32)
+    code = (output * (1.0 / scale)).round_().to(torch.int32)
+    return code + (values >= knots.index_select(0, code))
+
+
 def _sums_by(index: Tensor, values: Tensor, count: int) -> Tensor:
     """(count,) sums of the values with each index."""
     flat, weights = index.reshape(-1), values.reshape(-1)
@@ -111,7 +123,7 @@ class _CountThresholds(torch.autograd.Function):
         # elements in one order, whatever the memory layout
         given, x_flat, output = (_flat(one, x).to(wide) for one in (gradients[0], x, output))
         value, knots = x_flat * before, knots_of(intervals, start)
-        piece = reached(value, knots).to(torch.int64)  # 0 below the first knot, n + 1 from the last one on
+        piece = _pieces(value, knots, output, after * height if x.dtype == wide else None)
         outside = intervals.new_zeros(1)
         slopes = torch.cat([outside, after * height / intervals, outside])
         d_value = given * slopes.index_select(0, piece)
