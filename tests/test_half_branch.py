@@ -37,7 +37,7 @@ def published(network: str) -> tuple[fx.GraphModule, Body, tuple[tuple[int, ...]
 @torch.no_grad()
 def check_runs(graph_module: fx.GraphModule, body: Body, plan: HalfPlan, *inputs: Tensor) -> Tensor:
     """Run the plan, check its cost and the shape at the exit; returns the exit's value."""
-    whole = SlicedRun(graph_module, HalfPlan({}, {}, {}, {}, 1.0, 0, 0))
+    whole = SlicedRun(graph_module, HalfPlan({}, {}, {}, {}, {}, 1.0, 0, 0))
     whole.run(*inputs)
     sliced = SlicedRun(graph_module, plan)
     sliced.run(*inputs)
