@@ -9,7 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -43,6 +43,7 @@ class Copied:
 
     Attributes:
         source: path of the module in the user's model.
+        of: path of the module that a half branch's is a slice of; of others, the source.
         number: of the branch.
         noise: standard deviation of what its weight gets added, relative to the weight's own.
         kept: channels of a normalisation in a half branch; None for all.
@@ -50,6 +51,7 @@ class Copied:
     """
 
     source: str
+    of: str
     number: int
     noise: float = 0.0
     kept: tuple[int, ...] | None = None
@@ -156,12 +158,13 @@ class SplitBranches(Pass):
         outputs: dict[str, fx.Node] = {"1": body.exit}
         place = _after(body)
         with graph_module.graph.inserting_before(place):
+            owners = {1: ""}  # branch 1 is the user's own modules
             for number in range(2, count + 1):
-                copier = _Copier(graph_module, body, f"branch{number}", None, self.noise, number)
-                outputs[str(number)] = copier.run()
+                copier = _Copier(graph_module, body, f"branch{number}", None, self.noise, number, "")
+                outputs[str(number)], owners[number] = copier.run(), copier.prefix
             for number in halves:
-                assert plan is not None
-                copier = _Copier(graph_module, body, f"half_of_branch{number}", plan, 0.0, number)
+                name, owner = f"half_of_branch{number}", owners[number]
+                copier = _Copier(graph_module, body, name, plan, 0.0, number, owner)
                 outputs[f"half {number}"] = copier.run()
             names = list(outputs)
             chosen = tuple(
@@ -203,7 +206,9 @@ class _Copier:
         plan: HalfPlan | None,
         noise: float,
         number: int,
+        owner: str,
     ) -> None:
+        self.owner = owner
         self.graph_module, self.graph, self.body, self.plan = graph_module, graph_module.graph, body, plan
         self.prefix, self.noise, self.number = _free_name(graph_module, prefix), noise, number
         self.modules: dict[str, str] = {}
@@ -234,11 +239,10 @@ class _Copier:
         source = str(node.target)
         if source not in self.modules:
             path = self.modules[source] = f"{self.prefix}.{source}"
-            copied = Copied(source, self.number, self.noise if node in self.body.layers else 0.0)
+            of = f"{self.owner}.{source}" if self.owner else source
+            copied = Copied(source, of, self.number, self.noise if node in self.body.layers else 0.0)
             if self.plan is not None:
-                copied = Copied(
-                    source, self.number, kept=self.plan.norms.get(node), part=self.plan.layers.get(node)
-                )
+                copied = replace(copied, kept=self.plan.norms.get(node), part=self.plan.layers.get(node))
             self.graph_module.add_submodule(path, copied.module(self.graph_module.get_submodule(source)))
             self.copies[path] = copied
         return self.modules[source]

@@ -67,8 +67,7 @@ class TieHalves(Pass):
             layer = graph_module.get_submodule(path)
             if copied.part is None or not isinstance(layer, QuantizedLayer):
                 continue
-            of_branch = copied.source if copied.number == 1 else f"branch{copied.number}.{copied.source}"
-            source = graph_module.get_submodule(of_branch)
+            source = graph_module.get_submodule(copied.of)
             assert isinstance(source, QuantizedLayer)
             sliced = SlicedLayer(source, copied.part)
             for name, child in layer.named_children():

@@ -87,9 +87,16 @@ class JointLoss(nn.Module):
         """A copy of the model that was prepared, if the scheme needs a teacher."""
         if not self.model.scheme.needs_teacher:
             return None
-        original = self.model.float_original
+        if self.model.float_original is None:
+            raise InvalidArgument(
+                f"scheme {self.model.scheme.name!r} learns from the float network, which the state dict of a "
+                "prepared model does not hold: pass teacher=float_model, with its trained weights"
+            )
+        original = deepcopy(self.model.float_original)
+        if self.model.float_state is not None:
+            original.load_state_dict(self.model.float_state)
         parameter = next(iter(self.model.parameters()))
-        return deepcopy(original).to(parameter.device, parameter.dtype).eval().requires_grad_(False)
+        return original.to(parameter.device, parameter.dtype).eval().requires_grad_(False)
 
     def backward(self, *batch: Any) -> Tensor:
         """Accumulate the gradients of all modes, one mode's graph in memory at a time.

@@ -56,12 +56,13 @@ class QuantModel(MultiModeModel):
         copies: where modules that the user's model has not come from, by path.
         scheme: the scheme that rewrote it.
         method: `export` or `fx`, how the model was captured.
-        float_original: the model that was prepared.
+        float_original: the model that was prepared; None once a prepared model's state dict was loaded.
+        float_state: the float weights that were loaded since, for schemes that need a float teacher.
         rewritten: what the scheme made of the float network's operators, a line each.
     """
 
     _users: nn.Module
-    float_original: nn.Module
+    float_original: nn.Module | None
 
     def __init__(
         self,
@@ -74,6 +75,7 @@ class QuantModel(MultiModeModel):
         super().__init__()
         # not registered: it is the user's, and no part of this model
         self.__dict__["float_original"] = float_original
+        self.float_state: dict[str, Any] | None = None
         self.graph = graph_module.graph
         self.signature = signature
         self.scheme = scheme
@@ -110,6 +112,7 @@ class QuantModel(MultiModeModel):
             "last_shapes",
             "steps_set",
             "float_original",
+            "float_state",
             "rewritten",
             "row_graphs",
             "copies",
@@ -218,6 +221,12 @@ class QuantModel(MultiModeModel):
         finally:
             for one in quantizers:
                 one.keep(False)
+
+    def note_float_weights(self, state: dict[str, Any] | None) -> None:
+        """Float weights were loaded; with None, a prepared model's, whose float original is unknown."""
+        self.float_state = state
+        if state is None:
+            self.__dict__["float_original"] = None
 
     def note_steps(self) -> None:
         """Read off the quantisers which modes have all their activation steps."""

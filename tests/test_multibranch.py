@@ -294,3 +294,29 @@ def test_branches_that_modes_share_are_stored_once(tmp_path):
         planes = {one.name: one.length for one in container.sections if one.kind == "planes"}
     assert set(planes) == {"planes:w2a2+w8a8", "planes:w4a4+w6a6+w8a8", "planes:w6a6+w8a8"}
     assert planes["planes:w4a4+w6a6+w8a8"] == 2 * planes["planes:w2a2+w8a8"]
+
+
+def test_networks_may_have_branches_of_their_own():
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.c = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+            self.branch1, self.branch2 = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+            self.fc = nn.Linear(8, 4)
+
+        def forward(self, x):
+            x = torch.relu(self.stem(x))
+            x = torch.relu(self.branch1(x) + self.branch2(x))
+            return self.fc(torch.relu(self.c(x)).mean((2, 3)))
+
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 8, 8)
+    model = qcompile.prepare(Inner(), x, scheme="multibranch", bits=(2, 3, 4)).train()
+    qcompile.JointLoss(model, nn.CrossEntropyLoss()).backward(x, torch.arange(4))
+    sliced = [one for one in model.modules() if isinstance(one, SlicedLayer)]
+    assert len(sliced) == 3
+    assert all(
+        one.weight.data_ptr() == model.get_submodule("branch2_.c").weight.data_ptr() for one in sliced[-1:]
+    )
+    for bits in (2, 3, 4):
+        assert qcompile.verify(model.eval(), x, bits=bits).exact

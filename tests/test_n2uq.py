@@ -157,6 +157,18 @@ def test_the_float_original_teaches_unless_another_does():
     assert all(one.grad is None for one in (*net.parameters(), *flat.parameters()))
 
 
+def test_loaded_float_weights_teach():
+    net, x = example("residual")
+    trained_net, _ = example("residual", seed=7)
+    model = qcompile.prepare(net, x, scheme="n2uq")
+    model.load_state_dict(trained_net.state_dict())
+    teacher = qcompile.JointLoss(model, nn.CrossEntropyLoss()).__dict__["teacher"]
+    torch.testing.assert_close(teacher(x), trained_net.eval()(x), rtol=0, atol=0)
+    model.load_state_dict(model.state_dict())  # a checkpoint does not hold the float network
+    with pytest.raises(InvalidArgument, match="pass teacher=float_model"):
+        qcompile.JointLoss(model, nn.CrossEntropyLoss())
+
+
 def test_thresholds_and_scales_learn_at_one_tenth():
     net, x = example("residual")
     model = qcompile.prepare(net, x, scheme="n2uq")

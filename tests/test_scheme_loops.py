@@ -166,7 +166,7 @@ def test_eval_mode_ignores_autocast(scheme):
 
 
 def _loop(model: nn.Module, optimizer: Any, x: Tensor, y: Tensor, steps: range) -> None:
-    joint = qcompile.JointLoss(model, nn.CrossEntropyLoss())
+    joint = qcompile.JointLoss(model, nn.CrossEntropyLoss(), teacher=_teacher(x))
     for step in steps:
         optimizer.zero_grad()
         joint.backward(x + 0.1 * step, y)

@@ -113,7 +113,7 @@ class QuantizableScheme(Scheme):
             assert logits is not None
             return divergence(earlier[parent], logits, temperature)
         loss = task_loss()
-        if teacher is not None:
+        if teacher is not None and row == parent:
             if logits is None:
                 raise InvalidArgument("a teacher needs the logits of every mode")
             loss = loss + divergence(teacher, logits, temperature)

@@ -193,6 +193,8 @@ def _check_bits(graph: IntegerModel, metadata: Metadata, sections: Sequence[str]
     """
     found: dict[str, int] = {}
     for section in sections:
+        if section not in metadata.planes:
+            raise FileFormatError(f"the header does not describe section {section!r}")
         for one in metadata.planes[section]:
             found[one.name] = found.get(one.name, 0) + one.planes
     for node in graph.graph.nodes:

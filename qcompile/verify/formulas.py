@@ -225,10 +225,38 @@ class N2UQFormulas:
         return ReferenceThresholds(after * 2.0 / levels, 0, levels, np.cumsum(steps), before)
 
 
+class MultiBranchFormulas:
+    """MBQuant: Eq. 1, equal parts between bounds; weights of 2 bits in every branch and mode."""
+
+    #: Bounds are held at least this far apart.
+    smallest_width = 1e-6
+
+    def weight(self, model: QuantModel, layer: QuantizedLayer, mode: Mode) -> ReferenceWeight:
+        """c = round((2^b - 1) clip((W - l) / (u - l), 0, 1)), value 2 c / (2^b - 1) - 1."""
+        quantizer: Any = layer.weight_quantizer
+        lower, upper = self._bounds(quantizer, 0)
+        bits: int = quantizer.bits
+        ratio = (as_array(layer.weight).astype(np.float64) - lower) / (upper - lower)
+        code = np.rint((2**bits - 1) * np.clip(ratio, 0.0, 1.0)).astype(np.int64)
+        return ReferenceWeight(code - 2 ** (bits - 1), np.asarray(2.0 / (2**bits - 1)), 1, 1)
+
+    def activation(self, model: QuantModel, quantizer: ActivationQuantizer, mode: Mode) -> ReferenceGrid:
+        """Code k begins half a part below l + k (u - l) / (2^b - 1) and stands for k / (2^b - 1)."""
+        lower, upper = self._bounds(quantizer, model.row(mode))
+        parts = 2**mode.activation_bits - 1
+        spacing = (upper - lower) / parts
+        return ReferenceGrid(1.0 / parts, 0, parts, spacing, lower - spacing / 2)
+
+    def _bounds(self, quantizer: Any, row: int) -> tuple[float, float]:
+        lower, upper = (float(as_array(one)[row]) for one in (quantizer.lower, quantizer.upper))
+        return lower, max(upper, lower + self.smallest_width)
+
+
 _FORMULAS: dict[str, SchemeFormulas] = {
     "vertical": VerticalFormulas(),
     "quantizable": QuantizableFormulas(),
     "n2uq": N2UQFormulas(),
+    "multibranch": MultiBranchFormulas(),
 }
 
 

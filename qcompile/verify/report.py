@@ -183,6 +183,8 @@ class VerificationReport:
             f"end to end: {differing} of {end.codes_compared} codes differ, logits by {end.logits_error:.1e} "
             f"of the largest; untapped run {'equal' if end.untapped_equal else 'not bit for bit equal'}"
         )
+        if not self.recomputed:
+            yield "weight codes and grids are as declared, not recomputed from a paper's formula"
         for one in end.differences:
             cause = f"behind {CAUSES[one.behind]}" if one.behind else "WITHOUT CAUSE"
             yield f"  {one.layer}: {one.count} of {one.total} codes, {cause}"
