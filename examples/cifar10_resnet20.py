@@ -185,6 +185,8 @@ def main() -> None:
     options = parser.parse_args()
     if not (options.data / "cifar10_exact" / "labels.npz").exists():
         parser.error(f"no CIFAR-10 data in {options.data}; pass --data FOLDER")
+    if options.scheme == "all" and (options.single_bit or options.loops or options.ablations):
+        parser.error("comparisons are of one scheme: name it with --scheme")
     steps = options.steps or (3000 if options.long else 1000)
     schemes = list(BITS) if options.scheme == "all" else [options.scheme]
     base = Recipe(steps=steps, scheme=schemes[0], bits=BITS[schemes[0]])

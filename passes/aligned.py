@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -194,24 +195,25 @@ class AlignedActivationQuantizer(ActivationQuantizer):
         return (1.0, 1.0) if bits == FLOAT_BITS else (2.0**bits, 2.0**bits - 1.0)
 
     def initialise(self, x: Tensor, row: int, agreement: Agreement) -> None:
-        """The range with the least squared error at the fewest bits.
+        """The geometric mean, over the modes, of the range with the least squared error.
+
+        Few bits want a small range and many a large one, and codes nest only within a common one.
 
         Raises:
             InvalidArgument: if the batch holds NaN or infinity.
         """
-        fewest = min(self.bits)
         highest = x.detach().amax().clamp_min(0.0).float() if x.numel() else x.new_zeros(())
         largest = float(agreement.largest(highest))
         if not math.isfinite(largest):
             raise InvalidArgument("cannot set an activation range from a batch that holds NaN or infinity")
-        found = 1.0
+        exponent = 0.0
         if largest > 0.0:
-            cells, levels = self._numbers(self.bits.index(fewest))
-            found = least_squares(
-                x, largest, lambda part, size: floored(part, size, cells, levels), agreement
-            )
+            widths = [one for one in dict.fromkeys(self.bits) if one != FLOAT_BITS]
+            for bits in widths:
+                values = partial(floored, cells=2.0**bits, levels=2.0**bits - 1.0)
+                exponent += math.log(least_squares(x, largest, values, agreement)) / len(widths)
         with torch.no_grad():
-            self.size.fill_(found)
+            self.size.fill_(math.exp(exponent))
             self.initialised.fill_(True)
 
     def forget(self) -> None:

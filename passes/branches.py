@@ -57,6 +57,11 @@ class Copied:
     kept: tuple[int, ...] | None = None
     part: LayerSlice | None = None
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether it has all channels."""
+        return self.part is None and self.kept is None
+
     def tensor(self, name: str, value: Tensor) -> Tensor:
         """The copy of one of the module's parameters or buffers."""
         if self.part is not None:
@@ -137,12 +142,18 @@ class SplitBranches(Pass):
         form: how outputs of branches are combined.
         noise: standard deviation of what is added to the weights of all branches but the first, relative to
             the weights' own; copies that are always used together would stay equal.
+        half_share: share of a branch's multiplications in a half branch.
     """
 
     def __init__(
-        self, selections: Sequence[Selection], form: Literal["mean", "sum"] = "mean", noise: float = 0.0
+        self,
+        selections: Sequence[Selection],
+        form: Literal["mean", "sum"] = "mean",
+        noise: float = 0.0,
+        half_share: float = 0.5,
     ) -> None:
         self.selections, self.form, self.noise = tuple(selections), form, noise
+        self.half_share = half_share
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Rewrite in place.
@@ -153,7 +164,7 @@ class SplitBranches(Pass):
         body = find_body(graph_module)
         halves = sorted({one.half for one in self.selections if one.half is not None})
         count = max([*(max(one.full) for one in self.selections), *halves])
-        plan = half_branch(graph_module, body) if halves else None
+        plan = half_branch(graph_module, body, share=self.half_share) if halves else None
         readers = list(body.exit.users)
         outputs: dict[str, fx.Node] = {"1": body.exit}
         place = _after(body)

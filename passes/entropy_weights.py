@@ -33,16 +33,24 @@ def tanh_ratio(weight: Tensor) -> Tensor:
 
 
 class _RoundLevels(torch.autograd.Function):
-    """alpha times the uniform levels on [-1, 1] of clip(W / alpha, -1, 1), half to even; dW = g, unmasked."""
+    """alpha times the uniform levels on [-1, 1] of clip(W / alpha, -1, 1), half to even.
+
+    dW = g, unmasked, or g / alpha.
+    """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, alpha: Any, levels: Any) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, alpha: Any, levels: Any, divide: bool) -> Tensor:
+        if divide:
+            ctx.save_for_backward(alpha)
         code = (((weight / alpha).clamp_(-1.0, 1.0) + 1.0) * (levels / 2.0)).round_()
         return (code * (2.0 / levels) - 1.0) * alpha
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        return gradients[0], None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        given = gradients[0]
+        for alpha in ctx.saved_tensors:
+            given = given / alpha
+        return given, None, None, None
 
 
 class EntropyWeightQuantizer(WeightQuantizer):
@@ -52,6 +60,7 @@ class EntropyWeightQuantizer(WeightQuantizer):
         bits: weight bits of every mode, by row.
         rescale: divide by alpha and multiply it back; without, tanh(W) / max|tanh W| is quantised, as in
             DoReFa-Net, the paper's ablation (Table 3).
+        divide_gradient: divide the gradient by alpha.
 
     Attributes:
         levels: (rows,) 2^b - 1, for the rows of policies.
@@ -59,9 +68,9 @@ class EntropyWeightQuantizer(WeightQuantizer):
 
     levels: Tensor
 
-    def __init__(self, bits: Sequence[int], rescale: bool = True) -> None:
+    def __init__(self, bits: Sequence[int], rescale: bool = True, divide_gradient: bool = False) -> None:
         super().__init__()
-        self.bits, self.rescale = tuple(bits), rescale
+        self.bits, self.rescale, self.divide_gradient = tuple(bits), rescale, divide_gradient
         self.register_buffer("levels", torch.tensor([2.0**b - 1.0 for b in bits]), persistent=False)
 
     def initialise(self, weight: Tensor) -> None:
@@ -76,8 +85,10 @@ class EntropyWeightQuantizer(WeightQuantizer):
         wide = weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight
         levels: Any = 2.0 ** self.bits[row] - 1.0 if isinstance(row, int) else picked(self.levels, row)
         if not self.rescale:
-            return _RoundLevels.apply(tanh_ratio(wide), 1.0, levels).to(weight.dtype)
-        return _RoundLevels.apply(wide, self._alpha(wide, levels), levels).to(weight.dtype)
+            return _RoundLevels.apply(tanh_ratio(wide), 1.0, levels, False).to(weight.dtype)
+        return _RoundLevels.apply(wide, self._alpha(wide, levels), levels, self.divide_gradient).to(
+            weight.dtype
+        )
 
     def codes(self, weight: Tensor, row: int) -> WeightCodes:
         """The mode's integers, from W in float64, in two's complement as those of `aligned`."""

@@ -14,6 +14,7 @@ from qcompile.errors import PassError
 from .attention import ScaledDotProductAttention
 from .batchnorm import ModeBatchNorm
 from .geometry import Geometry
+from .half_layers import SlicedWeights
 
 _ATEN = torch.ops.aten
 _CONVOLUTIONS: dict[type[nn.Module], Any] = {
@@ -86,18 +87,17 @@ def float_call(
             (*inputs[:3], mask, 0.0, module.is_causal),
             {"scale": module.scale, "enable_gqa": module.enable_gqa},
         )
-    if type(module) in _CONVOLUTIONS:
-        overloads = _CONVOLUTIONS[type(module)]
+    kind = module.kind if isinstance(module, SlicedWeights) else type(module)
+    if kind in _CONVOLUTIONS:
+        overloads = _CONVOLUTIONS[kind]
         named = isinstance(module.padding, str)
         padding = module.padding if named else list(module.padding)
         shape = (list(module.stride), padding, list(module.dilation), module.groups)
         overload = overloads.padding if named else overloads.default
         return Call(overload, (x, part("weight"), part("bias"), *shape))
-    if type(module) in _TRANSPOSED:
+    if kind in _TRANSPOSED:
         moves = (list(module.stride), list(module.padding), list(module.output_padding), module.groups)
-        return Call(
-            _TRANSPOSED[type(module)], (x, part("weight"), part("bias"), *moves, list(module.dilation))
-        )
+        return Call(_TRANSPOSED[kind], (x, part("weight"), part("bias"), *moves, list(module.dilation)))
     if isinstance(module, nn.Linear):
         return Call(_ATEN.linear.default, (x, part("weight"), part("bias")))
     if isinstance(module, nn.LayerNorm):
@@ -127,8 +127,7 @@ def float_call(
         weight = None if module.weight is None else part("weight", module.weight[affine])
         bias = None if module.bias is None else part("bias", module.bias[affine])
         return Call(_ATEN.batch_norm.default, (x, weight, bias, None, None, True, 0.0, module.eps, False))
-    kind = type(module).__name__
     raise PassError(
-        f"layer {name!r}: {kind} has no form in an integer graph; write it with operators of "
+        f"layer {name!r}: {kind.__name__} has no form in an integer graph; write it with operators of "
         "torch.nn.functional, or replace it"
     )

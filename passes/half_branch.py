@@ -32,17 +32,17 @@ class LayerSlice:
     Attributes:
         outputs: indices of the kept output features.
         inputs: indices of the kept input features.
-        weight_outputs, weight_inputs: indices into the weight's dimensions of outputs and of inputs (0 and 1,
-            in transposed convolutions 1 and 0); with groups the inputs are counted within a group, and the
-            same of every group are kept.
+        rows, columns: indices into the weight's dimensions 0 and 1: outputs and inputs, in transposed
+            convolutions inputs and outputs. With groups those of dimension 1 are counted within a group, and
+            the same of every group are kept.
         groups: number of channel groups of the narrower layer; fewer only in depthwise convolutions.
         macs: multiply-accumulates per sample.
     """
 
     outputs: tuple[int, ...]
     inputs: tuple[int, ...]
-    weight_outputs: tuple[int, ...]
-    weight_inputs: tuple[int, ...]
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
     groups: int
     macs: int
 
@@ -176,7 +176,7 @@ def _layer(module: Any, node: fx.Node, groups: ChannelGroups, ratio: float) -> L
         # multiplies once per input pixel, where other convolutions do once per output pixel
         source = node.all_input_nodes[0]
         macs = _pixels(groups, source, features(of_inputs)) * len(inputs) * len(within) * kernel
-        return LayerSlice(outputs, inputs, within, inputs, count, macs)
+        return LayerSlice(outputs, inputs, inputs, within, count, macs)
     own = features(of_inputs) // count  # inputs of one group
     within = tuple(index for index in inputs if index < own) if own > 1 else (0,)
     macs = _pixels(groups, node, features(of_outputs)) * len(outputs) * len(within) * kernel

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from .half_branch import LayerSlice
 from .layers import QuantizedLayer
@@ -17,12 +17,12 @@ from .mode_input import ModeModule
 
 
 def kept_weight(weight: Tensor, part: LayerSlice) -> Tensor:
-    """The slice of a weight (out, in / groups, ...)."""
-    outputs, inputs = list(part.weight_outputs), list(part.weight_inputs)
+    """The slice of a weight: (out, in / groups, ...), of transposed convolutions (in, out / groups, ...)."""
+    rows, columns = list(part.rows), list(part.columns)
     # leading channels are a view, which costs no copy
-    if outputs == list(range(len(outputs))) and inputs == list(range(len(inputs))):
-        return weight[: len(outputs), : len(inputs)]
-    return weight[outputs][:, inputs]
+    if rows == list(range(len(rows))) and columns == list(range(len(columns))):
+        return weight[: len(rows), : len(columns)]
+    return weight[rows][:, columns]
 
 
 class SlicedLayer(QuantizedLayer):
@@ -57,22 +57,66 @@ class SlicedLayer(QuantizedLayer):
         return self.__dict__["source"].weight_quantizer
 
 
+class SlicedWeights:
+    """Turns a layer that stays in float into one whose weight and bias are those of another one, sliced.
+
+    Attributes:
+        kind: the layer's own class.
+    """
+
+    kind: type[nn.Module]
+
+    @staticmethod
+    def tie(layer: nn.Module, source: nn.Module, part: LayerSlice) -> None:
+        """Change `layer` in place."""
+        kind = type(layer)
+        for name in ("weight", "bias"):
+            del layer._parameters[name]
+        layer.__class__ = type(f"Sliced{kind.__name__}", (SlicedWeights, kind), {"kind": kind})
+        # not registered: its parameters are the branch's
+        layer.__dict__.update(source=source, part=part)
+
+    def untied(self) -> nn.Module:
+        """A layer of the own class that computes the same, with detached parameters of its own."""
+        layer: Any = self.kind.__new__(self.kind)
+        layer.__dict__.update({k: v for k, v in self.__dict__.items() if k not in ("source", "part")})
+        layer._parameters = {
+            name: None if value is None else nn.Parameter(value.detach(), requires_grad=False)
+            for name, value in (("weight", self.weight), ("bias", self.bias))
+        }
+        return layer
+
+    @property
+    def weight(self) -> Tensor:
+        """The kept channels."""
+        return kept_weight(self.__dict__["source"].weight, self.__dict__["part"])
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(out,) of the kept channels, or None."""
+        bias = self.__dict__["source"].bias
+        return None if bias is None else bias[list(self.__dict__["part"].outputs)]
+
+
 class TieHalves(Pass):
-    """Let the quantised layers of half branches take their weights from the branches."""
+    """Let the layers of half branches take their weights from the branches."""
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Replace in place."""
         tied = 0
         for path, copied in graph_module.meta.get("copies", {}).items():
             layer = graph_module.get_submodule(path)
-            if copied.part is None or not isinstance(layer, QuantizedLayer):
+            if copied.part is None:
                 continue
+            tied += 1
             source = graph_module.get_submodule(copied.of)
+            if not isinstance(layer, QuantizedLayer):
+                SlicedWeights.tie(layer, source, copied.part)
+                continue
             assert isinstance(source, QuantizedLayer)
             sliced = SlicedLayer(source, copied.part)
             for name, child in layer.named_children():
                 if name != "weight_quantizer":
                     sliced.add_module(name, child)
             graph_module.set_submodule(path, sliced)
-            tied += 1
         return PassResult(graph_module, tied > 0)

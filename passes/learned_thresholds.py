@@ -24,9 +24,6 @@ from .quantizers import ActivationQuantizer, ThresholdGrid, scale_gradient, writ
 from .rounding import Again, Bound, Rounding, save_operands, saved_operands, with_note
 from .step_search import least_squares
 
-#: Intervals are held at least this large (Sec. 4.1).
-SMALLEST_INTERVAL = 1e-3
-
 
 def knots_of(intervals: Tensor, start: Tensor) -> Tensor:
     """(n + 1,) ends of the pieces of the function that gradients are of: d_0 = start, d_i = d_(i-1) + a_i."""
@@ -164,6 +161,8 @@ class ThresholdActivationQuantizer(ActivationQuantizer):
         from_data: the first batch sets beta1 and beta2 = 1 / beta1 so that its values fit the thresholds;
             without, both start at 1 as in the paper.
         learned: whether thresholds are trained; if not, they stay at equal distances.
+        first: where the first interval begins before training.
+        smallest: intervals are held at least this large (Sec. 4.1).
 
     Attributes:
         interval: (rows, 2^B - 1) a; those beyond a mode's own 2^b - 1 are infinite and not trained.
@@ -173,11 +172,18 @@ class ThresholdActivationQuantizer(ActivationQuantizer):
 
     heights: Tensor
 
-    def __init__(self, bits: Sequence[int], from_data: bool = False, learned: bool = True) -> None:
+    def __init__(
+        self,
+        bits: Sequence[int],
+        from_data: bool = False,
+        learned: bool = True,
+        first: float = 0.0,
+        smallest: float = 1e-3,
+    ) -> None:
         super().__init__(len(bits))
-        self.bits, self.from_data = tuple(bits), from_data
+        self.bits, self.from_data, self.first, self.smallest = tuple(bits), from_data, first, smallest
         self.interval = nn.Parameter(self._equal_intervals(), requires_grad=learned)
-        self.start = nn.Parameter(torch.zeros(len(bits)), requires_grad=learned)
+        self.start = nn.Parameter(torch.full((len(bits),), first), requires_grad=learned)
         self.before = nn.Parameter(torch.ones(len(bits)))
         self.after = nn.Parameter(torch.ones(len(bits)))
         heights = torch.tensor([2.0 / (2**b - 1) for b in bits])
@@ -201,10 +207,10 @@ class ThresholdActivationQuantizer(ActivationQuantizer):
         if self.from_data and largest > 0.0:
             levels = 2 ** self.bits[row] - 1
             intervals = torch.full((levels,), 2.0 / levels, device=x.device)
-            zero = intervals.new_zeros(())
+            start = intervals.new_tensor(self.first)
 
             def values(part: Tensor, size: Tensor) -> Tensor:
-                return counted(part, intervals, zero, 2.0 / size, size / 2.0, 2.0 / levels)
+                return counted(part, intervals, start, 2.0 / size, size / 2.0, 2.0 / levels)
 
             size = least_squares(x, largest, values, agreement)
             write_row(self.before, row, 2.0 / size)
@@ -216,7 +222,7 @@ class ThresholdActivationQuantizer(ActivationQuantizer):
         self.initialised.fill_(not self.from_data)
         with torch.no_grad():
             self.interval.copy_(self._equal_intervals())
-            self.start.zero_()
+            self.start.fill_(self.first)
             self.before.fill_(1.0)
             self.after.fill_(1.0)
 
@@ -233,14 +239,14 @@ class ThresholdActivationQuantizer(ActivationQuantizer):
             intervals, height = intervals[:levels], 2.0 / levels
         else:
             height = picked(self.heights, row).to(intervals.dtype)
-        intervals, again = intervals.clamp_min(SMALLEST_INTERVAL), Again()
+        intervals, again = intervals.clamp_min(self.smallest), Again()
         output = _CountThresholds.apply(x, intervals, start, before, after, height, again)
         return with_note(output, Rounding(counted, (x, intervals, start, before, after, height), again))
 
     def grid(self, row: int) -> ThresholdGrid:
         """The mode's thresholds as they stand, in float64."""
         levels = 2 ** self.bits[row] - 1
-        intervals = self.interval[row, :levels].detach().double().clamp_min(SMALLEST_INTERVAL)
+        intervals = self.interval[row, :levels].detach().double().clamp_min(self.smallest)
         found = thresholds_of(intervals, self.start[row].detach().double())
         scale = float(self.after[row].detach().double()) * 2.0 / levels
         return ThresholdGrid(scale, 0, levels, tuple(found.tolist()), float(self.before[row].detach()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 from torch import fx, nn
@@ -88,7 +88,7 @@ class QuantizeLayers(Pass):
             if name in paths and name and not known:
                 raise InvalidArgument(f"skip names {name!r}, which holds no layer that would be quantised")
             if name not in paths or not name:
-                layers = ", ".join(dict.fromkeys(weighted))
+                layers = ", ".join(_users_paths(graph_module, weighted))
                 raise InvalidArgument(
                     f"skip names {name!r}, which is no layer of the model; its layers: {layers}"
                 )
@@ -104,7 +104,7 @@ class QuantizeLayers(Pass):
         chosen = [node for node in nodes if reasons[str(node.target)] is None]
         if not chosen:
             detail = (
-                "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+                "; ".join(f"{name}: {reasons[name]}" for name in _users_paths(graph_module, reasons))
                 or "it has no weighted layer"
             )
             raise InvalidArgument(f"nothing to quantise in this model ({detail})")
@@ -174,3 +174,9 @@ class QuantizeLayers(Pass):
             with graph_module.graph.inserting_after(after):
                 quantizers[source] = graph_module.graph.call_module(path, (source, mode))
         consumer.replace_input_with(source, quantizers[source])
+
+
+def _users_paths(graph_module: fx.GraphModule, paths: Iterable[str]) -> list[str]:
+    """Those of the user's own modules, each once."""
+    copies = graph_module.meta.get("copies", {})
+    return [path for path in dict.fromkeys(paths) if path not in copies]

@@ -154,10 +154,12 @@ class ActivationQuantizer(ModeModule):
     Attributes:
         initialised: bool buffer, one entry per mode; parameters of a mode are set from its first batch,
             before the mode's first forward (`qcompile/first_batch.py`), never within one.
+        from_data: whether a first batch sets anything.
     """
 
     group = "quantizers"
     is_added = True
+    from_data: bool = True
     initialised: Tensor
 
     def __init__(self, rows: int) -> None:

@@ -90,19 +90,20 @@ class RangeWeightQuantizer(WeightQuantizer):
 
     Args:
         bits: of the codes.
+        deviations: the bounds start at so many standard deviations to both sides of zero.
 
     Attributes:
         lower, upper: (1,) float parameters.
     """
 
-    def __init__(self, bits: int) -> None:
+    def __init__(self, bits: int, deviations: float = 3.0) -> None:
         super().__init__()
-        self.bits = bits
+        self.bits, self.deviations = bits, deviations
         self.lower, self.upper = nn.Parameter(-torch.ones(1)), nn.Parameter(torch.ones(1))
 
     def initialise(self, weight: Tensor) -> None:
-        """Three standard deviations to both sides of zero."""
-        reach = 3.0 * weight.detach().float().std(correction=0).clamp_min(SMALLEST_WIDTH)
+        """Set the bounds from the weights' standard deviation."""
+        reach = self.deviations * weight.detach().float().std(correction=0).clamp_min(SMALLEST_WIDTH)
         with torch.no_grad():
             self.lower.data = -reach.to(weight.dtype).reshape(1)
             self.upper.data = reach.to(weight.dtype).reshape(1)
@@ -132,6 +133,7 @@ class RangeActivationQuantizer(ActivationQuantizer):
 
     Args:
         bits: activation bits of every mode, by row.
+        deviations: the upper bound starts at so many standard deviations.
 
     Attributes:
         lower, upper: (rows,) float parameters.
@@ -140,15 +142,15 @@ class RangeActivationQuantizer(ActivationQuantizer):
 
     parts: Tensor
 
-    def __init__(self, bits: Sequence[int]) -> None:
+    def __init__(self, bits: Sequence[int], deviations: float = 3.0) -> None:
         super().__init__(len(bits))
-        self.bits = tuple(bits)
+        self.bits, self.deviations = tuple(bits), deviations
         self.lower = nn.Parameter(torch.zeros(len(bits)))
         self.upper = nn.Parameter(torch.ones(len(bits)))
         self.register_buffer("parts", torch.tensor([2.0**b - 1.0 for b in bits]), persistent=False)
 
     def initialise(self, x: Tensor, row: int, agreement: Agreement) -> None:
-        """l = min x, u = 3 sigma / sqrt(1 - 2 / pi).
+        """l = min x, u = 3 sigma / sqrt(1 - 2 / pi), with `deviations` for 3.
 
         The standard deviation of a rectified normal variable's absolute value is sqrt(1 - 2 / pi) of that of
         the variable.
@@ -158,7 +160,7 @@ class RangeActivationQuantizer(ActivationQuantizer):
         """
         wide = x.detach().float() if x.numel() else x.new_zeros(1, dtype=torch.float32)
         lower = -float(agreement.largest(-wide.amin()))
-        upper = 3.0 / math.sqrt(1.0 - 2.0 / math.pi) * float(agreement.deviation(x))
+        upper = self.deviations / math.sqrt(1.0 - 2.0 / math.pi) * float(agreement.deviation(x))
         if not (math.isfinite(lower) and math.isfinite(upper)):
             raise InvalidArgument("cannot set activation bounds from a batch that holds NaN or infinity")
         write_row(self.lower, row, lower)

@@ -26,6 +26,9 @@ _KEEPS_CHANNELS = frozenset(
     + ("avg_pool1d", "avg_pool2d", "avg_pool3d")
 )
 
+#: Rectifiers that RPReLU does not take the place of.
+_BOUNDED = frozenset(("relu6", "hardtanh"))
+
 
 class ModePReLU(ModeModule):
     """PReLU(x - shift_in) + shift_out with parameters of its own per mode.
@@ -97,12 +100,15 @@ class ReplaceReLU(Pass):
         inner = {one.name for one in weighted_nodes(graph_module) if one.target not in first | last}
         notes, count = [], 0
         for node in list(graph_module.graph.nodes):
-            if aten_name(node) != "relu":
+            name = aten_name(node)
+            where = f"{node.name} ({node.meta.get('source') or 'no source line'})"
+            if name in _BOUNDED:
+                notes.append(f"{where}: kept, it has an upper bound, too")
+            if name != "relu":
                 continue
             source = node.args[0]
             assert isinstance(source, fx.Node)
             channels = channels_of(graph_module, source)
-            where = f"{node.name} ({node.meta.get('source') or 'no source line'})"
             if channels is None or not nx.descendants(flow, node.name) & inner:
                 reason = "no quantised layer follows" if channels else "its channels are not known"
                 notes.append(f"{where}: kept, {reason}")
@@ -123,23 +129,25 @@ class ReplaceReLU(Pass):
 
 def channels_of(graph_module: fx.GraphModule, node: fx.Node) -> int | None:
     """Channels of a tensor, its dimension 1, from the layer that it comes from; None if unknown."""
-    source = node
-    while True:
-        module = graph_module.get_submodule(str(source.target)) if source.op == "call_module" else None
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            return module.num_features
-        if isinstance(module, ModePReLU):
-            return module.slope.shape[1]
-        if isinstance(module, nn.Linear):
-            value = source.meta.get("val")
-            return module.out_features if isinstance(value, Tensor) and value.dim() == 2 else None
-        if isinstance(module, WEIGHTED):
-            channels = module.out_channels
-            assert isinstance(channels, int)
-            return channels
-        if not (isinstance(module, IDENTITIES_IN_EVAL) or aten_name(source) in _KEEPS_CHANNELS):
-            return None
-        source = source.all_input_nodes[0]
+    module = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
+    value = node.meta.get("val")
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return module.num_features
+    if isinstance(module, ModePReLU):
+        return module.slope.shape[1]
+    if isinstance(module, nn.Linear):
+        return module.out_features if isinstance(value, Tensor) and value.dim() == 2 else None
+    if isinstance(module, WEIGHTED):
+        channels = module.out_channels
+        assert isinstance(channels, int)
+        return channels
+    if not (isinstance(module, IDENTITIES_IN_EVAL) or aten_name(node) in _KEEPS_CHANNELS):
+        return None
+    # several tensors may be broadcast to more channels than one of them has
+    found = {channels_of(graph_module, one) for one in node.all_input_nodes if one.op != "get_attr"}
+    (common,) = found if len(found) == 1 else (None,)
+    agrees = not isinstance(value, Tensor) or (value.dim() > 1 and value.shape[1] == common)
+    return common if agrees else None
 
 
 def _free_name(graph_module: fx.GraphModule, name: str) -> str:

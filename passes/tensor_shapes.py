@@ -64,7 +64,7 @@ def _example_shape(node: fx.Node) -> tuple[int, ...]:
     value = node.meta.get("val")
     if not isinstance(value, Tensor):
         raise InvalidArgument(
-            f"input {node.name!r} has no known shape; pass input_shapes, or capture with examples"
+            f"input {node.name!r} has no known shape; pass example_inputs, to `prepare` or `capture`"
         )
     return tuple(2 if isinstance(size, torch.SymInt) else int(size) for size in value.shape)
 

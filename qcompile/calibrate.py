@@ -20,15 +20,16 @@ from .wrappers import as_prepared
 def calibrate(model: nn.Module, batches: Iterable[Any], reset_steps: bool = False) -> None:
     """Set activation steps that were never set, and re-estimate every mode's batch normalisation.
 
-    Steps come from the first batch: the one with the least squared rounding error, layer after layer, each
-    on inputs that the layers before it have already quantised. Steps that were trained are kept unless
-    `reset_steps` is given. Running means and variances become the averages over all batches.
+    Steps come from the first batch, layer after layer, each on inputs that the layers before it have already
+    quantised: the step with the least squared rounding error (`multibranch` has its own rule for bounds).
+    Steps that were trained are kept unless `reset_steps` is given. Running means and variances become the
+    averages over all batches.
 
     Args:
         model: from `prepare`; its training flags are as before afterwards.
         batches: tensors, dicts of keyword inputs, or tuples of which the first entries are the model's
             inputs (labels behind them are ignored). Any iterable; it is read once.
-        reset_steps: search all activation steps anew.
+        reset_steps: search all activation steps anew; those that no batch ever sets stay as they are.
 
     Raises:
         InvalidArgument: if there are no batches, they do not fit the model's inputs, or hold NaN or infinity.
@@ -79,7 +80,7 @@ def _statistics_from_scratch(model: QuantModel, reset_steps: bool) -> Iterator[N
     saved = {name: value.clone() for name, value in model.state_dict().items()}
     if reset_steps:
         for module in model.modules():
-            if isinstance(module, ActivationQuantizer):
+            if isinstance(module, ActivationQuantizer) and module.from_data:
                 module.forget()
     model.eval()
     for norm in norms:

@@ -74,9 +74,12 @@ def note_loaded_steps(module: nn.Module, incompatible_keys: Any) -> None:
 def float_state_dict(model: nn.Module, mode: int | str | Mode | None = None) -> dict[str, Tensor]:
     """The float model's state dict, with the batch normalisation of one mode.
 
+    Where modes run copies of the network's body, the first copy that the mode runs whole. In a float mode,
+    weights are what it multiplies with; in others the float weights that codes are made of.
+
     Args:
         model: a prepared model.
-        mode: whose batch normalisation to take; default: the active mode.
+        mode: default: the active mode.
 
     Returns:
         Detached copies under the float model's keys; it loads into the float model with `strict=True`.
@@ -89,14 +92,26 @@ def float_state_dict(model: nn.Module, mode: int | str | Mode | None = None) -> 
     row = prepared.row(prepared.uniform(mode))
     copies = tuple(f"{path}." for path in prepared.copies)
     quantizers = (*_quantizer_prefixes(prepared), *copies)
-    stacked = {
-        f"{path}.{name}" if path else name: module.rows_of(row)[name not in ("weight", "bias")]
-        for path, module in prepared.named_modules()
-        if isinstance(module, ModeBatchNorm)
-        for name in module.state_dict()
-    }
-    return {
-        key: (value[stacked[key]] if key in stacked else value).detach().clone()
+    values = {
+        key: value
         for key, value in prepared.state_dict().items()
         if not key.startswith(quantizers) and torch.is_tensor(value)
     }
+    copied = prepared.copies_run_by(row)
+    for path, module in list(prepared.named_modules(remove_duplicate=False)):
+        if path in prepared.copies:
+            continue
+        run = prepared.get_submodule(copied.get(path, path))
+        held = {name: getattr(run, name) for name in _names_of(run)}
+        if isinstance(run, ModeBatchNorm):
+            of_affine, of_statistics = run.rows_of(row)
+            held = {
+                name: value[of_affine if name in ("weight", "bias") else of_statistics]
+                for name, value in held.items()
+            }
+        elif isinstance(run, QuantizedLayer) and prepared.prepared_modes[row].is_float:
+            held["weight"] = run.weight_quantizer(run.weight, row)
+        elif run is module:
+            continue
+        values |= {f"{path}.{name}" if path else name: value for name, value in held.items()}
+    return {key: value.detach().clone() for key, value in values.items()}

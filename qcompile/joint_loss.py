@@ -18,6 +18,7 @@ from .min_norm import min_norm_weights
 from .model import QuantModel
 from .modes import ActiveMode
 from .own_parameters import own_parameters
+from .passes.schemes.base import ModeOutput, Scheme
 from .ranks import average_over_ranks, is_sharded
 from .wrappers import as_prepared
 
@@ -78,6 +79,7 @@ class JointLoss(nn.Module):
         # not registered: the teacher's parameters are not trained and its mode is its owner's business, and
         # a wrapper's are those of the model
         self.__dict__["teacher"] = self._float_original() if teacher is None else teacher
+        self._owns_teacher = teacher is None
         self.__dict__["wrapped"] = model
         self._labels = tuple(mode.label for mode in self.model.prepared_modes)
         self.losses: dict[int | str, Tensor] = dict.fromkeys(self._labels, torch.tensor(torch.nan))
@@ -95,8 +97,7 @@ class JointLoss(nn.Module):
         original = deepcopy(self.model.float_original)
         if self.model.float_state is not None:
             original.load_state_dict(self.model.float_state)
-        parameter = next(iter(self.model.parameters()))
-        return original.to(parameter.device, parameter.dtype).eval().requires_grad_(False)
+        return original.eval().requires_grad_(False)
 
     def backward(self, *batch: Any) -> Tensor:
         """Accumulate the gradients of all modes, one mode's graph in memory at a time.
@@ -164,7 +165,7 @@ class JointLoss(nn.Module):
         if not model.training:
             raise InvalidArgument("the joint loss trains: call model.train() first")
         called: nn.Module = self.__dict__["wrapped"] if through is None else through
-        guide = self._teacher_logits(batch)
+        guide, has_teacher = self._teacher_logits(batch), self.__dict__["teacher"] is not None
         earlier: dict[int, Tensor] = {}
         order = scheme.training_order()
         reduces = find_ddp(called) is not None and len({id(graph) for graph in model.row_graphs}) > 1
@@ -175,12 +176,10 @@ class JointLoss(nn.Module):
                 active = ActiveMode(row, None, own, reaches_all=reduces and row == order[-1])
                 with self._mode(called, active, is_last=row == order[-1]):
                     task, logits = self._run(batch, partial(_call_mode, model, called, active))
-                    if logits is None and scheme.needs_logits:
-                        raise InvalidArgument(
-                            "distillation needs one tensor of logits: return (loss, logits) from batch_fn, "
-                            "or prepare with distillation=None"
-                        )
-                    loss = scheme.mode_loss(row, task, logits, earlier, guide)
+                    lacks = logits is None and scheme.needs_logits
+                    if lacks or (has_teacher and (logits is None or guide is None)):
+                        raise InvalidArgument(_no_logits(scheme))
+                    loss = scheme.mode_loss(row, ModeOutput(task, logits, earlier, guide))
                     if logits is not None:
                         earlier[row] = logits.detach()
                     self.losses[label] = loss.detach()
@@ -225,6 +224,9 @@ class JointLoss(nn.Module):
         teacher: nn.Module | None = self.__dict__["teacher"]
         if teacher is None:
             return None
+        if self._owns_teacher and not torch.compiler.is_compiling():
+            like = next(self.model.parameters())  # wherever the model went since
+            teacher.to(like.device, like.dtype)
         with torch.no_grad():
             if self.batch_fn is not None:
                 return self.batch_fn(teacher, *batch)[1]
@@ -268,6 +270,16 @@ class JointLoss(nn.Module):
             _accumulate(shared, gradients[row], alpha[row])
             self.weights[self.model.prepared_modes[row].label] = alpha[row]
         return torch.stack([values[row] * alpha[row] for row in range(count)]).sum()
+
+
+def _no_logits(scheme: Scheme) -> str:
+    way = "pass no teacher"
+    if scheme.needs_logits and scheme.without_logits:
+        way = f"prepare with config={scheme.without_logits}"
+    return (
+        "distillation compares one tensor of logits of every mode, and of the teacher if there is one: "
+        f"return (loss, logits) from batch_fn, or {way}"
+    )
 
 
 def _call_mode(model: QuantModel, called: nn.Module, active: ActiveMode, *args: Any, **kwargs: Any) -> Any:

@@ -235,11 +235,24 @@ class QuantModel(MultiModeModel):
             for row in range(len(self.prepared_modes))
         ]
 
+    def _modules_run_by(self, row: int) -> list[str]:
+        targets = {str(node.target) for node in self.row_graphs[row].nodes if node.op == "call_module"}
+        return sorted(targets)
+
     def quantizers_of(self, row: int) -> list[ActivationQuantizer]:
         """The activation quantisers that a mode runs."""
-        targets = {str(node.target) for node in self.row_graphs[row].nodes if node.op == "call_module"}
-        modules = [self.get_submodule(target) for target in sorted(targets)]
+        modules = [self.get_submodule(target) for target in self._modules_run_by(row)]
         return [one for one in modules if isinstance(one, ActivationQuantizer)]
+
+    def copies_run_by(self, row: int) -> dict[str, str]:
+        """By path of a user's module that a mode does not run, the first whole copy of it that it does."""
+        run = set(self._modules_run_by(row))
+        whole = [(one.number, one.source, path) for path, one in self.copies.items() if one.is_whole]
+        return {
+            source: path
+            for _, source, path in sorted(whole, reverse=True)
+            if path in run and source not in run
+        }
 
     def float_chain(self, active: ActiveMode, inputs: Sequence[Any]) -> Any:
         """Run the training graph on flat inputs, whatever the training flag says; returns flat outputs."""

@@ -56,10 +56,8 @@ class SlicedRun(fx.Interpreter):
                 module.normalized_shape = (len(kept),)
             return module
         plan = self.plan.layers[node]
-        dims = [list(plan.weight_outputs), list(plan.weight_inputs)]
-        if isinstance(module, nn.modules.conv._ConvTransposeNd):
-            dims.reverse()
-        module.weight = nn.Parameter(module.weight.data[dims[0]][:, dims[1]])
+        rows, columns = list(plan.rows), list(plan.columns)
+        module.weight = nn.Parameter(module.weight.data[rows][:, columns])
         module.bias = None if module.bias is None else nn.Parameter(module.bias.data[list(plan.outputs)])
         module.groups = plan.groups
         return module

@@ -135,14 +135,14 @@ def test_depthwise_layers_follow_their_input_and_have_fewer_groups() -> None:
     _, kept = planned("mobilenet_v2", 0.5)
     expand, depthwise, project = (kept[f"4.body.{number}"] for number in (0, 3, 6))
     assert depthwise.outputs == depthwise.inputs == expand.outputs == project.inputs == tuple(range(48))
-    assert (depthwise.groups, depthwise.weight_inputs) == (48, (0,))
+    assert (depthwise.groups, depthwise.columns) == (48, (0,))
 
 
 def test_grouped_layers_keep_their_groups_and_the_leading_channels_of_each() -> None:
     _, kept = planned("resnext", 0.5)
     grouped = kept["3.branch.3"]
     assert grouped.outputs == grouped.inputs == tuple(one for one in range(128) if one % 4 < 2)
-    assert (grouped.groups, grouped.weight_inputs) == (32, (0, 1))
+    assert (grouped.groups, grouped.columns) == (32, (0, 1))
 
 
 def test_a_linear_layer_reads_all_pixels_of_the_kept_channels() -> None:
@@ -252,7 +252,7 @@ def test_shares_and_shapes_are_checked() -> None:
     assert half_branch(graph_module, body, shapes, share=1.0).ratio == pytest.approx(1.0, abs=0.02)
     with pytest.raises(InvalidArgument, match=r"share=0 of a branch"):
         half_branch(graph_module, body, shapes, share=0)
-    with pytest.raises(InvalidArgument, match=r"has no known shape; pass input_shapes"):
+    with pytest.raises(InvalidArgument, match=r"has no known shape; pass example_inputs"):
         half_branch(graph_module, body)
     with pytest.raises(InvalidArgument, match=r"2 input shapes given for 1 inputs"):
         half_branch(graph_module, body, shapes * 2)

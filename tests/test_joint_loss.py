@@ -180,3 +180,36 @@ def test_param_groups_cover_every_parameter_once():
         "quantizers": 0.0,
         "batch_norm": 0.0,
     }
+
+
+@pytest.mark.parametrize(
+    ("scheme", "option"),
+    [
+        ("vertical", r"config=VerticalConfig\(distillation=None\)"),
+        ("n2uq", r"config=N2UQConfig\(distillation=None\)"),
+        ("quantizable", r"config=QuantizableConfig\(loss='task'\)"),
+        ("multibranch", r"config=MultiBranchConfig\(distillation=False\)"),
+    ],
+)
+def test_models_without_logits_learn_how_to_go_on(scheme, option):
+    net, x = example("residual")
+
+    def batch_fn(forward, batch):
+        return forward(batch).square().mean(), None
+
+    model = qcompile.prepare(net, x, scheme=scheme, bits=(2, 4)).train()
+    with pytest.raises(InvalidArgument, match=option):
+        qcompile.JointLoss(model, batch_fn=batch_fn).backward(x)
+    if scheme != "n2uq":  # one mode has no other to learn from
+        model = qcompile.prepare(net, x, scheme=scheme, bits=(4,)).train()
+        qcompile.JointLoss(model, batch_fn=batch_fn).backward(x)
+        with pytest.raises(InvalidArgument, match="or pass no teacher"):
+            qcompile.JointLoss(model, batch_fn=batch_fn, teacher=net).backward(x)
+
+
+def test_the_default_teacher_follows_the_model():
+    net, x = example("residual")
+    model = qcompile.prepare(net, x, scheme="n2uq", bits=(2,)).train()
+    joint = qcompile.JointLoss(model, nn.CrossEntropyLoss())
+    model.double()
+    joint.backward(x.double(), torch.arange(len(x)) % 3)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 
 import numpy as np
 import pytest
+import tied_networks
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,7 +20,7 @@ import qcompile
 from qcompile.errors import InvalidArgument
 from qcompile.modes import ActiveMode
 from qcompile.passes.agreement import Agreement
-from qcompile.passes.half_layers import SlicedLayer
+from qcompile.passes.half_layers import SlicedLayer, SlicedWeights
 from qcompile.passes.layers import QuantizedLayer
 from qcompile.passes.range_quantizers import RangeActivationQuantizer, RangeWeightQuantizer
 from qcompile.passes.schemes.multibranch import MultiBranchConfig, select_branches
@@ -144,6 +146,15 @@ def test_the_rule_on_every_list_of_modes(amortised):
             assert [(one.full, one.half) for one in found] == [expected[b] for b in bits]
 
 
+def test_branches_may_have_other_widths():
+    chosen = [(one.full, one.half) for one in select_branches((1, 2, 3), True, branch_bits=1)]
+    assert chosen == [((1,), None), ((2, 3), None), ((1, 2, 3), None)]
+    chosen = [(one.full, one.half) for one in select_branches((4, 6, 8), False, branch_bits=4)]
+    assert chosen == [((1,), None), ((1,), 2), ((1, 2), None)]
+    with pytest.raises(InvalidArgument, match="no mode of 7 bits: a branch has 4"):
+        select_branches((4, 7), True, branch_bits=4)
+
+
 # ---- graphs -----------------------------------------------------------------------------------------------
 
 
@@ -188,6 +199,30 @@ def test_a_half_branch_owns_no_weights():
     assert sliced.weight.data_ptr() == twin.get_submodule("branch2.conv2").weight.data_ptr()
 
 
+def test_constants_of_branches_are_options():
+    net, x = example("residual")
+    config = MultiBranchConfig(
+        branch_bits=4, half_share=0.25, weight_deviations=2.0, activation_deviations=1.5
+    )
+    model = qcompile.prepare(net, x, scheme="multibranch", bits=(4, 6), config=config).train()
+    (note,) = [line for line in model.rewritten if "half branch" in line]
+    assert float(note.split("has ")[1].split(" ")[0]) == pytest.approx(0.25, abs=0.05)
+    layer = model.get_submodule("conv1")
+    assert layer.weight_quantizer.bits == 4
+    assert float(layer.weight_quantizer.upper.detach()) == pytest.approx(
+        2.0 * float(net.conv1.weight.std(correction=0))
+    )
+    qcompile.at(model, 4)(x)
+    wide, narrow = RangeActivationQuantizer((4,), 3.0), RangeActivationQuantizer((4,), 1.5)
+    for one in (wide, narrow):
+        one.initialise(x.abs(), 0, Agreement())
+    assert float(wide.upper) == pytest.approx(2 * float(narrow.upper))
+    for bits in (4, 6):
+        qcompile.at(model, bits)(x)
+        assert qcompile.verify(model.eval(), x, bits=bits).exact
+        model.train()
+
+
 @pytest.mark.parametrize("form", ["mean", "sum"])
 def test_outputs_are_combined(form):
     net, x = example("plain")
@@ -227,7 +262,14 @@ def test_bad_modes_policies_and_options():
     model = qcompile.prepare(net, x, scheme="multibranch", bits=(2, 4))
     with pytest.raises(InvalidArgument, match="'multibranch' runs other layers in every mode"):
         qcompile.set_bits(model, qcompile.Policy({"conv1": 2}))
-    for options in ({"selection": "all"}, {"combine": "max"}, {"loss": "none"}, {"noise": -1.0}):
+    for options in (
+        {"selection": "all"},
+        {"combine": "max"},
+        {"loss": "none"},
+        {"noise": math.inf},
+        {"branch_bits": 0},
+        {"half_share": 0.0},
+    ):
         with pytest.raises(InvalidArgument, match=next(iter(options))):
             MultiBranchConfig(**options)
 
@@ -239,6 +281,50 @@ def test_skipped_layers_stay_in_float_in_every_branch():
         assert isinstance(model.get_submodule(path), nn.Conv2d)
     for path in ("conv1", "branch2.conv1"):
         assert isinstance(model.get_submodule(path), QuantizedLayer)
+    with pytest.raises(InvalidArgument, match=r"stem, conv1, conv2, down, conv3, head$"):
+        qcompile.prepare(net, x, scheme="multibranch", bits=(2, 4), skip=["conv9"])
+    with pytest.raises(InvalidArgument, match="nothing to quantise") as caught:
+        qcompile.prepare(net, x, scheme="multibranch", bits=(2, 4), skip=["conv1", "conv2", "conv3", "down"])
+    assert "branch2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("network", "skip", "floats"), [("residual", ["conv2", "down"], 2), ("unet", [], 2)])
+def test_float_layers_of_half_branches_are_slices_too(network, skip, floats):
+    if network == "unet":
+        torch.manual_seed(0)
+        net, x = tied_networks.UNet(), torch.randn(4, 3, 8, 8)
+    else:
+        net, x = example(network)
+    model = qcompile.prepare(net, x, scheme="multibranch", bits=(2, 3, 4), skip=skip).train()
+    halves = {path: one for path, one in model.named_modules() if isinstance(one, SlicedWeights)}
+    assert len(halves) == floats
+    output = qcompile.at(model, 3)(x)
+    output.square().sum().backward()
+    for path, one in halves.items():
+        source = model.get_submodule(path.replace("half_of_branch2", "branch2"))
+        assert not list(one.parameters())
+        assert one.weight.data_ptr() == source.weight.data_ptr()
+        assert source.weight.grad is not None
+        kept = source.weight.grad[: one.weight.shape[0], : one.weight.shape[1]]
+        assert float(source.weight.grad.abs().sum()) == pytest.approx(float(kept.abs().sum()))
+        assert float(kept.abs().sum()) > 0
+    for bits in (2, 4):
+        qcompile.at(model, bits)(x)
+    for bits in (2, 3, 4):
+        assert qcompile.verify(copy.deepcopy(model).eval(), x, bits=bits).exact
+
+
+def test_the_float_state_of_a_mode_is_of_a_branch_that_it_runs():
+    model, _ = _trained("residual", (2, 4, 6, 8))
+    state = qcompile.float_state_dict(model, 4)  # runs branches 2 and 3
+    second = model.get_submodule("branch2.bn1")
+    row = second.rows_of(1)[1]
+    assert torch.equal(state["conv1.weight"], model.get_submodule("branch2.conv1").weight)
+    assert torch.equal(state["bn1.running_mean"], second.running_mean[row])
+    assert torch.equal(state["head.weight"], model.get_submodule("head").weight)
+    example("residual")[0].load_state_dict(state, strict=True)
+    state = qcompile.float_state_dict(model, 8)
+    assert torch.equal(state["conv1.weight"], model.get_submodule("conv1").weight)
 
 
 def test_float_state_loads_into_all_branches_and_comes_back():

@@ -106,6 +106,43 @@ def test_weights_are_spread_by_filter(row, seed, scale):
     np.testing.assert_allclose(real.detach().numpy(), expected, rtol=1e-9, atol=1e-12)
 
 
+def test_the_weights_gradient_may_be_divided_by_alpha():
+    weight = np.random.default_rng(0).normal(size=(5, 3, 2))
+    upstream = np.random.default_rng(1).normal(size=weight.shape)
+    parameter = torch.from_numpy(weight).requires_grad_()
+    quantizer = EntropyWeightQuantizer((3,), divide_gradient=True).double()
+    quantizer(parameter, 0).backward(torch.from_numpy(upstream))
+    alpha = reference.weight_alpha(weight, 3)
+    np.testing.assert_allclose(parameter.grad.numpy(), upstream / alpha.reshape(5, 1, 1), rtol=1e-12)
+
+
+def test_constants_of_thresholds_are_options():
+    net, x = example("residual")
+    config = N2UQConfig(first_threshold=-0.25, smallest_interval=0.5)
+    model = qcompile.prepare(net, x, scheme="n2uq", bits=(2,), config=config)
+    quantizer = next(one for one in model.modules() if isinstance(one, ThresholdActivationQuantizer))
+    with torch.no_grad():
+        quantizer.interval[0, 1] = -3.0
+    # -1/4 + half of 2/3, of 2/3 + 1/2, of 1/2 + 2/3
+    assert quantizer.grid(0).thresholds == pytest.approx((1 / 12, 2 / 3, 5 / 4))
+    y = torch.tensor([0.0, 0.1, 0.7, 1.3])
+    values = quantizer(y, ActiveMode(0))
+    assert values.tolist() == pytest.approx([0.0, 2 / 3, 4 / 3, 2.0])
+
+
+def test_calibration_keeps_thresholds_that_no_batch_sets():
+    net, x = example("residual")
+    for scale in ("unit", "data"):
+        model = qcompile.prepare(net, x, scheme="n2uq", config=N2UQConfig(activation_scale=scale))
+        qcompile.calibrate(model, [x])
+        quantizers = [one for one in model.modules() if isinstance(one, ThresholdActivationQuantizer)]
+        with torch.no_grad():
+            for one in quantizers:
+                one.start.fill_(0.125)
+        qcompile.calibrate(model, [x], reset_steps=True)
+        assert all(float(one.start.detach()[0]) == (0.125 if scale == "unit" else 0.0) for one in quantizers)
+
+
 @given(rows, seeds)
 @settings(max_examples=40, deadline=None)
 def test_weights_without_rescaling_are_those_of_dorefa(row, seed):
@@ -190,6 +227,30 @@ def test_relu_is_replaced_where_a_quantised_layer_follows():
     assert "nets.py" in kept
     plain = qcompile.prepare(net, x, scheme="n2uq", config=N2UQConfig(rprelu=False))
     assert not any(isinstance(one, ModePReLU) for one in plain.modules())
+
+
+def test_relu_behind_a_broadcast_is_kept():
+    class Broadcast(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.one = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 1, 1)
+            self.same, self.c, self.fc = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1), nn.Linear(8, 2)
+
+        def forward(self, x):
+            y = self.stem(x)
+            y = torch.relu(self.one(y) + y)
+            y = nn.functional.relu6(torch.relu(self.same(y)) + 1.0)
+            return self.fc(torch.relu(self.c(y)).mean((2, 3)))
+
+    net, x = Broadcast(), torch.randn(2, 3, 6, 6)
+    for examples in (x, None):
+        model = qcompile.prepare(net, examples, scheme="n2uq", bits=(2,))
+        kinds = ["RPReLU" in line for line in model.rewritten]
+        assert kinds == [False, True, False, False]
+        reasons = [line.split("kept, ")[1] for line in model.rewritten if "kept" in line]
+        assert reasons[0] == "its channels are not known"
+        assert reasons[1] == "it has an upper bound, too"
+        model.train()(x)
 
 
 def test_a_slope_of_zero_keeps_the_float_function():

@@ -14,6 +14,7 @@ from torch import nn
 import qcompile
 from qcompile.errors import InvalidArgument
 from qcompile.modes import ActiveMode
+from qcompile.passes.agreement import Agreement
 from qcompile.passes.aligned import AlignedActivationQuantizer, AlignedWeightQuantizer
 from qcompile.passes.distillation import divergence
 from qcompile.passes.schemes.quantizable import QuantizableConfig
@@ -154,6 +155,28 @@ def test_a_range_from_data_is_shared_by_all_modes():
     assert len(set(sizes)) > 1
     qcompile.at(model, 1)(3 * x)
     assert sizes == [float(one.size) for one in quantizers]
+
+
+def test_the_range_lies_between_those_of_few_and_of_many_bits():
+    torch.manual_seed(0)
+    x = torch.randn(1, 4096).relu()
+    sizes = {}
+    for bits in ((2,), (4,), (2, 4), (2, 4, 32)):
+        quantizer = AlignedActivationQuantizer(bits, from_data=True)
+        quantizer.initialise(x, 0, Agreement())
+        sizes[bits] = float(quantizer.size)
+    assert sizes[2,] < sizes[2, 4] < sizes[4,]
+    assert sizes[2, 4] == sizes[2, 4, 32] == pytest.approx((sizes[2,] * sizes[4,]) ** 0.5)
+
+
+def test_the_float_state_of_the_parent_is_what_it_computes():
+    net, x = example("residual")
+    model = qcompile.prepare(net, x, scheme="quantizable", bits=(2, 32)).train()
+    qcompile.JointLoss(model, nn.CrossEntropyLoss()).backward(x, torch.arange(len(x)) % 3)
+    state = qcompile.float_state_dict(model, 32)
+    weight = net.conv1.weight.detach()
+    torch.testing.assert_close(state["conv1.weight"], weight.tanh() / weight.tanh().abs().max())
+    assert torch.equal(qcompile.float_state_dict(model, 2)["conv1.weight"], weight)
 
 
 @pytest.mark.parametrize("where", [(2, 32), (32,)])

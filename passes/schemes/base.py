@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -11,6 +13,28 @@ from qcompile.errors import InvalidArgument, InvalidInputType
 from qcompile.modes import Mode
 
 from ..manager import Pass
+
+
+@dataclass(frozen=True)
+class ModeOutput:
+    """What a mode's loss is made of.
+
+    Attributes:
+        task_loss: computes the user's criterion for this mode's output.
+        logits: (N, classes, ...) output of this mode; None only where neither scheme nor teacher needs it.
+        earlier: detached logits of the modes that ran before in this step, by row.
+        teacher: detached logits of the external float teacher, if there is one.
+    """
+
+    task_loss: Callable[[], Tensor]
+    logits: Tensor | None
+    earlier: Mapping[int, Tensor]
+    teacher: Tensor | None
+
+    def distance(self, guide: Tensor, measure: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """How far this mode's logits are from a guide's."""
+        assert self.logits is not None, "the joint loss has checked it"
+        return measure(guide, self.logits)
 
 
 class Scheme:
@@ -29,6 +53,7 @@ class Scheme:
         default_bits: modes where the caller names none.
         prefix_decodable: whether the b-bit weight code is the top of the K-bit code for every b.
         takes_float_mode: whether a mode of 32 bits, the float parent, may be among the modes.
+        without_logits: the option that does without comparing outputs, as users write it.
     """
 
     name: ClassVar[str]
@@ -36,6 +61,7 @@ class Scheme:
     default_bits: ClassVar[tuple[int, ...]] = (2, 3, 4)
     prefix_decodable: ClassVar[bool] = False
     takes_float_mode: ClassVar[bool] = False
+    without_logits: ClassVar[str] = ""
 
     def __init__(self, modes: Sequence[Mode], config: Any = None) -> None:
         if config is not None and not isinstance(config, self.config_type):
@@ -61,24 +87,9 @@ class Scheme:
         """Weight alpha of every mode's loss, by row; None if they are solved for in every step."""
         return (1.0 / len(self.modes),) * len(self.modes)
 
-    def mode_loss(
-        self,
-        row: int,
-        task_loss: Callable[[], Tensor],
-        logits: Tensor | None,
-        earlier: Mapping[int, Tensor],
-        teacher: Tensor | None,
-    ) -> Tensor:
-        """Loss of one mode.
-
-        Args:
-            row: the mode.
-            task_loss: computes the user's criterion for this mode's output.
-            logits: (N, classes, ...) output of this mode, None if the scheme needs no logits.
-            earlier: detached logits of the modes that ran before in this step, by row.
-            teacher: detached logits of the external float teacher, if there is one.
-        """
-        return task_loss()
+    def mode_loss(self, row: int, output: ModeOutput) -> Tensor:
+        """Loss of the mode of one row."""
+        return output.task_loss()
 
     @property
     def quantizer_lr_factor(self) -> float:
@@ -105,3 +116,27 @@ def choice(name: str, value: object, choices: Sequence[object]) -> None:
     if value not in choices:
         listed = ", ".join(repr(one) for one in choices)
         raise InvalidArgument(f"{name}={value!r} is not one of {listed}")
+
+
+def number(
+    name: str, value: object, above: float = -math.inf, least: float = 0.0, most: float = math.inf
+) -> None:
+    """Check a finite number among a config's options.
+
+    Args:
+        name: of the option.
+        value: given by the user.
+        above: it must be larger.
+        least, most: it must not be smaller, not be larger.
+
+    Raises:
+        InvalidArgument: naming the bounds.
+    """
+    given = math.nan
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        given = float(value)
+    if math.isfinite(given) and given > above and least <= given <= most:
+        return
+    lower = f"above {above:g}" if above >= least else f"of at least {least:g}"
+    upper = f" and at most {most:g}" if math.isfinite(most) else ""
+    raise InvalidArgument(f"{name}={value!r} is not a finite number {lower}{upper}")

@@ -6,7 +6,7 @@ runs b / 2 branches, for odd b half a branch less, on activations of b bits, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar, Literal
@@ -22,10 +22,7 @@ from ..half_layers import TieHalves
 from ..manager import Pass
 from ..quantize_layers import QuantizeLayers
 from ..range_quantizers import RangeActivationQuantizer, RangeWeightQuantizer
-from .base import Scheme, choice
-
-#: Bits of every branch's weights (Sec. 3.3).
-BRANCH_BITS = 2
+from .base import ModeOutput, Scheme, choice, number
 
 
 @dataclass(frozen=True)
@@ -44,6 +41,12 @@ class MultiBranchConfig:
             own; the paper's branches start from random weights, and copies that are always used together
             would stay equal.
         quantizer_lr: learning rate of the quantisers' bounds relative to that of the weights.
+        branch_bits: weight bits of a branch (Sec. 3.3). A mode runs as many branches as its bits hold, and a
+            half one if half of that is left over.
+        half_share: share of a branch's multiplications in a half branch (Sec. 3.3).
+        weight_deviations: standard deviations at which the bounds of weights start, as in the authors' code.
+        activation_deviations: those of the normal variable that activations are the absolute values of, for
+            their upper bound.
     """
 
     selection: Literal["amortised", "serial"] = "amortised"
@@ -53,6 +56,10 @@ class MultiBranchConfig:
     batch_norm: BatchNormVariant = "full"
     noise: float = 0.2
     quantizer_lr: float = 0.01
+    branch_bits: int = 2
+    half_share: float = 0.5
+    weight_deviations: float = 3.0
+    activation_deviations: float = 3.0
 
     def __post_init__(self) -> None:
         choice("selection", self.selection, ("amortised", "serial"))
@@ -60,35 +67,47 @@ class MultiBranchConfig:
         choice("distillation", self.distillation, (True, False))
         choice("loss", self.loss, ("mean", "sum"))
         choice("batch_norm", self.batch_norm, ("full", "stats", "shared"))
-        for name in ("noise", "quantizer_lr"):
-            if not getattr(self, name) >= 0:
-                raise InvalidArgument(f"{name}={getattr(self, name)!r} must not be negative")
+        number("noise", self.noise)
+        number("quantizer_lr", self.quantizer_lr)
+        number("half_share", self.half_share, above=0.0, most=1.0)
+        number("weight_deviations", self.weight_deviations, above=0.0)
+        number("activation_deviations", self.activation_deviations, above=0.0)
+        choice("branch_bits", self.branch_bits, tuple(range(1, 9)))
 
 
-def select_branches(bits: Sequence[int], amortised: bool) -> tuple[Selection, ...]:
+def select_branches(bits: Sequence[int], amortised: bool, branch_bits: int = 2) -> tuple[Selection, ...]:
     """Which branches each of several modes runs (Sec. 3.4 and Table 1).
 
     Low modes choose first, and the least loaded branches, ties to the lowest number; the load of a branch is
-    the sum of 4^-b over the modes of lower bits that run it whole. An odd mode of b bits sees what mode b - 1
-    would see, takes its whole branches from all but the last one, and half of the branch behind them.
+    the sum of 4^-b over the modes of lower bits that run it whole. A mode with a half branch chooses as it
+    would without, from all branches but the last one, and takes half of the branch behind them.
 
     Args:
         bits: weight bits of every mode, not decreasing.
         amortised: by load; else the first ones.
+        branch_bits: weight bits of a branch.
+
+    Raises:
+        InvalidArgument: for a mode with less bits than a branch, or that is no number of halves of one.
     """
-    count = (max(bits) + 1) // 2
+    count = -(-max(bits) // branch_bits)
     chosen: dict[int, Selection] = {}
     for width in dict.fromkeys(bits):
-        odd = width % 2
-        candidates = range(1, count + 1 - odd)
+        whole, left = divmod(width, branch_bits)
+        if not whole or left * 2 not in (0, branch_bits):
+            raise InvalidArgument(
+                f"scheme 'multibranch' has no mode of {width} bits: a branch has {branch_bits}, and a "
+                "mode runs one or more, and half of another at most"
+            )
+        candidates = range(1, count + (not left))
         load = dict.fromkeys(candidates, Fraction(0))
         for lower, selection in chosen.items():
             for branch in selection.full:
-                if amortised and lower < width - odd and branch in load:
+                if amortised and lower < width - left and branch in load:
                     load[branch] += Fraction(1, 4**lower)
         order = sorted(candidates, key=lambda branch: (load[branch], branch))
-        full = tuple(sorted(order[: width // 2]))
-        chosen[width] = Selection(full, full[-1] + 1 if odd else None)
+        full = tuple(sorted(order[:whole]))
+        chosen[width] = Selection(full, full[-1] + 1 if left else None)
     return tuple(chosen[width] for width in bits)
 
 
@@ -97,6 +116,7 @@ class MultiBranchScheme(Scheme):
 
     name: ClassVar[str] = "multibranch"
     config_type: ClassVar[type] = MultiBranchConfig
+    without_logits: ClassVar[str] = "MultiBranchConfig(distillation=False)"
     default_bits: ClassVar[tuple[int, ...]] = (2, 4, 6, 8)
 
     @property
@@ -109,21 +129,21 @@ class MultiBranchScheme(Scheme):
         """Copy the body, quantise every copy, split batch normalisation.
 
         Raises:
-            InvalidArgument: for a mode of less than 2 bits.
+            InvalidArgument: for a mode that branches do not add up to.
         """
         config: MultiBranchConfig = self.config
         widths = [mode.weight_bits for mode in self.modes]
-        if min(widths) < BRANCH_BITS:
-            raise InvalidArgument(
-                f"scheme 'multibranch' has no mode of {min(widths)} bits: a branch has {BRANCH_BITS}"
-            )
-        selections = select_branches(widths, config.selection == "amortised")
+        selections = select_branches(widths, config.selection == "amortised", config.branch_bits)
         activation_bits = [mode.activation_bits for mode in self.modes]
         return [
-            SplitBranches(selections, config.combine, config.noise),
+            SplitBranches(selections, config.combine, config.noise, config.half_share),
             QuantizeLayers(
-                weight_quantizer=lambda layer: RangeWeightQuantizer(BRANCH_BITS),
-                activation_quantizer=lambda signed: RangeActivationQuantizer(activation_bits),
+                weight_quantizer=lambda layer: RangeWeightQuantizer(
+                    config.branch_bits, config.weight_deviations
+                ),
+                activation_quantizer=lambda signed: RangeActivationQuantizer(
+                    activation_bits, config.activation_deviations
+                ),
                 skip=skip,
             ),
             TieHalves(),
@@ -138,24 +158,16 @@ class MultiBranchScheme(Scheme):
     def needs_logits(self) -> bool:
         """Distillation compares outputs."""
         distils: bool = self.config.distillation
-        return distils
+        return distils and len(self.modes) > 1
 
-    def mode_loss(
-        self,
-        row: int,
-        task_loss: Callable[[], Tensor],
-        logits: Tensor | None,
-        earlier: Mapping[int, Tensor],
-        teacher: Tensor | None,
-    ) -> Tensor:
+    def mode_loss(self, row: int, output: ModeOutput) -> Tensor:
         """The task's loss, and below the highest mode soft cross-entropy to it, too (Sec. 3.5).
 
         The paper uses no teacher from outside. If there is one, it guides the highest mode in the same way.
         """
-        guide = teacher if row == len(self.modes) - 1 else earlier.get(len(self.modes) - 1)
-        if guide is None or not (self.config.distillation or guide is teacher):
-            return task_loss()
-        if logits is None:
-            raise InvalidArgument("distillation needs the logits of every mode")
-        loss = task_loss() + soft_cross_entropy(guide, logits)
+        highest = len(self.modes) - 1
+        guide = output.teacher if row == highest else output.earlier.get(highest)
+        if guide is None or not (self.config.distillation or row == highest):
+            return output.task_loss()
+        loss = output.task_loss() + output.distance(guide, soft_cross_entropy)
         return loss * 0.5 if self.config.loss == "mean" else loss

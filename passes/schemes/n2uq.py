@@ -6,13 +6,12 @@ Straight-Through Estimation". Every mode is a network of its own in all but the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from torch import Tensor, nn
-
-from qcompile.errors import InvalidArgument
 
 from ..batchnorm import BatchNormVariant, SplitBatchNorm
 from ..distillation import soft_cross_entropy
@@ -21,7 +20,7 @@ from ..learned_thresholds import ThresholdActivationQuantizer
 from ..manager import Pass
 from ..quantize_layers import QuantizeLayers
 from ..rprelu import ReplaceReLU
-from .base import Scheme, choice
+from .base import ModeOutput, Scheme, choice, number
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,9 @@ class N2UQConfig:
             teacher is given; None trains on the task's loss.
         batch_norm: what batch normalisation keeps per mode.
         quantizer_lr: learning rate of thresholds and scales relative to that of the weights (Sec. 4.1).
+        first_threshold: where the first interval begins before training (`start` in Eq. 12).
+        smallest_interval: intervals between thresholds are held at least this large (Sec. 4.1).
+        divide_gradient: divide the weights' gradient by their scale alpha, as the authors' code does.
         activation_scale: beta1 and beta2 start at 1 as in the paper (`unit`), or so that the first batch fits
             the thresholds (`data`), for networks that were trained in float.
     """
@@ -51,17 +53,21 @@ class N2UQConfig:
     distillation: Literal["soft"] | None = "soft"
     batch_norm: BatchNormVariant = "full"
     quantizer_lr: float = 0.1
+    first_threshold: float = 0.0
+    smallest_interval: float = 1e-3
+    divide_gradient: bool = False
     activation_scale: Literal["unit", "data"] = "unit"
 
     def __post_init__(self) -> None:
-        for name in ("learned_thresholds", "rescale_weights", "rprelu", "downsample"):
+        for name in ("learned_thresholds", "rescale_weights", "rprelu", "downsample", "divide_gradient"):
             choice(name, getattr(self, name), (True, False))
         choice("distillation", self.distillation, ("soft", None))
         choice("batch_norm", self.batch_norm, ("full", "stats", "shared"))
         choice("activation_scale", self.activation_scale, ("unit", "data"))
-        for name in ("rprelu_slope", "quantizer_lr"):
-            if not getattr(self, name) >= 0:
-                raise InvalidArgument(f"{name}={getattr(self, name)!r} must not be negative")
+        number("rprelu_slope", self.rprelu_slope)
+        number("quantizer_lr", self.quantizer_lr)
+        number("first_threshold", self.first_threshold, least=-math.inf)
+        number("smallest_interval", self.smallest_interval, above=0.0)
 
 
 def _is_downsampling(layer: nn.Module) -> bool:
@@ -75,6 +81,7 @@ class N2UQScheme(Scheme):
 
     name: ClassVar[str] = "n2uq"
     config_type: ClassVar[type] = N2UQConfig
+    without_logits: ClassVar[str] = "N2UQConfig(distillation=None)"
 
     @property
     def quantizer_lr_factor(self) -> float:
@@ -89,9 +96,15 @@ class N2UQScheme(Scheme):
         activation_bits = [mode.activation_bits for mode in self.modes]
         from_data = config.activation_scale == "data"
         quantize = QuantizeLayers(
-            weight_quantizer=lambda layer: EntropyWeightQuantizer(weight_bits, config.rescale_weights),
+            weight_quantizer=lambda layer: EntropyWeightQuantizer(
+                weight_bits, config.rescale_weights, config.divide_gradient
+            ),
             activation_quantizer=lambda signed: ThresholdActivationQuantizer(
-                activation_bits, from_data, config.learned_thresholds
+                activation_bits,
+                from_data,
+                config.learned_thresholds,
+                config.first_threshold,
+                config.smallest_interval,
             ),
             skip=skip,
             reason_for_float=None if config.downsample else _reason_for_float,
@@ -109,20 +122,12 @@ class N2UQScheme(Scheme):
         """Distillation is from a float network."""
         return self.config.distillation is not None
 
-    def mode_loss(
-        self,
-        row: int,
-        task_loss: Callable[[], Tensor],
-        logits: Tensor | None,
-        earlier: Mapping[int, Tensor],
-        teacher: Tensor | None,
-    ) -> Tensor:
+    def mode_loss(self, row: int, output: ModeOutput) -> Tensor:
         """Soft cross-entropy to the teacher; the task's loss without distillation."""
         if self.config.distillation is None:
-            return task_loss()
-        if logits is None or teacher is None:
-            raise InvalidArgument("distillation needs the logits of the teacher and of every mode")
-        return soft_cross_entropy(teacher, logits)
+            return output.task_loss()
+        assert output.teacher is not None, "the joint loss has checked it"
+        return output.distance(output.teacher, soft_cross_entropy)
 
 
 def _reason_for_float(layer: nn.Module) -> str | None:

@@ -7,8 +7,9 @@ bits is the parent: the same network without rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 from torch import Tensor
@@ -20,7 +21,7 @@ from ..batchnorm import BatchNormVariant, SplitBatchNorm
 from ..distillation import divergence
 from ..manager import Pass
 from ..quantize_layers import QuantizeLayers
-from .base import Scheme, choice
+from .base import ModeOutput, Scheme, choice, number
 
 _BATCH_NORM: dict[str, BatchNormVariant] = {"A": "stats", "B": "full", "shared": "shared"}
 
@@ -50,10 +51,9 @@ class QuantizableConfig:
         choice("batch_norm", self.batch_norm, tuple(_BATCH_NORM))
         choice("loss", self.loss, ("consistency", "task"))
         choice("activation_range", self.activation_range, ("unit", "data"))
-        if not self.temperature > 0:
-            raise InvalidArgument(f"temperature={self.temperature!r} must be positive")
-        if self.alpha is not None and not all(one > 0 for one in self.alpha):
-            raise InvalidArgument(f"alpha={self.alpha!r} must hold positive numbers")
+        number("temperature", self.temperature, above=0.0)
+        for index, one in enumerate(self.alpha or ()):
+            number(f"alpha[{index}]", one, above=0.0)
 
 
 class QuantizableScheme(Scheme):
@@ -64,12 +64,18 @@ class QuantizableScheme(Scheme):
 
     name: ClassVar[str] = "quantizable"
     config_type: ClassVar[type] = QuantizableConfig
+    without_logits: ClassVar[str] = "QuantizableConfig(loss='task')"
     default_bits: ClassVar[tuple[int, ...]] = (2, 3, 4, 32)
     prefix_decodable: ClassVar[bool] = True
     takes_float_mode: ClassVar[bool] = True
 
     def passes(self, skip: Collection[str]) -> list[Pass]:
-        """Quantise the layers between the first and the last, then split batch normalisation."""
+        """Quantise the layers between the first and the last, then split batch normalisation.
+
+        Raises:
+            InvalidArgument: if the config's alpha has another number of entries than there are modes.
+        """
+        self.mode_weights()
         weight_bits = [mode.weight_bits for mode in self.modes]
         activation_bits = [mode.activation_bits for mode in self.modes]
         from_data = self.config.activation_range == "data"
@@ -93,28 +99,18 @@ class QuantizableScheme(Scheme):
     @property
     def needs_logits(self) -> bool:
         """The consistency loss compares outputs."""
-        return self.config.loss == "consistency"
+        return self.config.loss == "consistency" and len(self.modes) > 1
 
-    def mode_loss(
-        self,
-        row: int,
-        task_loss: Callable[[], Tensor],
-        logits: Tensor | None,
-        earlier: Mapping[int, Tensor],
-        teacher: Tensor | None,
-    ) -> Tensor:
+    def mode_loss(self, row: int, output: ModeOutput) -> Tensor:
         """The task's loss for the parent, the consistency loss for the others (Sec. 3.3).
 
         The paper uses no teacher from outside. If there is one, the parent is made consistent with it, too.
         """
         parent = len(self.modes) - 1
-        temperature = self.config.temperature
+        measure = partial(divergence, temperature=self.config.temperature)
         if row != parent and self.needs_logits:
-            assert logits is not None
-            return divergence(earlier[parent], logits, temperature)
-        loss = task_loss()
-        if teacher is not None and row == parent:
-            if logits is None:
-                raise InvalidArgument("a teacher needs the logits of every mode")
-            loss = loss + divergence(teacher, logits, temperature)
+            return output.distance(output.earlier[parent], measure)
+        loss = output.task_loss()
+        if output.teacher is not None and row == parent:
+            loss = loss + output.distance(output.teacher, measure)
         return loss

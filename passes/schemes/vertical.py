@@ -8,14 +8,12 @@ Gradients and constants that the paper leaves open are stated where they are use
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-
-from qcompile.errors import InvalidArgument
 
 from ..batchnorm import BatchNormVariant, SplitBatchNorm
 from ..distillation import cosine_distance, divergence
@@ -25,7 +23,7 @@ from ..mode_input import Row, picked
 from ..quantize_layers import QuantizeLayers
 from ..quantizers import WeightCodes, WeightQuantizer
 from ..rounding import Bound, save_operands, saved_operands
-from .base import Scheme, choice
+from .base import ModeOutput, Scheme, choice
 
 
 @dataclass(frozen=True)
@@ -191,6 +189,7 @@ class VerticalScheme(Scheme):
 
     name: ClassVar[str] = "vertical"
     config_type: ClassVar[type] = VerticalConfig
+    without_logits: ClassVar[str] = "VerticalConfig(distillation=None)"
     prefix_decodable: ClassVar[bool] = True
 
     def passes(self, skip: Collection[str]) -> list[Pass]:
@@ -213,25 +212,16 @@ class VerticalScheme(Scheme):
     @property
     def needs_logits(self) -> bool:
         """Distillation compares outputs."""
-        return self.config.distillation is not None
+        return self.config.distillation is not None and len(self.modes) > 1
 
-    def mode_loss(
-        self,
-        row: int,
-        task_loss: Callable[[], Tensor],
-        logits: Tensor | None,
-        earlier: Mapping[int, Tensor],
-        teacher: Tensor | None,
-    ) -> Tensor:
+    def mode_loss(self, row: int, output: ModeOutput) -> Tensor:
         """Task loss plus the distance to the next higher mode (Eq. 11); a float teacher guides every mode.
 
         The paper uses no teacher from outside. If there is one, KL(teacher || mode) is added for each mode.
         """
-        loss = task_loss()
-        guides = [(self.config.distillation, earlier.get(row + 1)), ("kl", teacher)]
+        loss = output.task_loss()
+        guides = [(self.config.distillation, output.earlier.get(row + 1)), ("kl", output.teacher)]
         for kind, guide in guides:
             if kind is not None and guide is not None:
-                if logits is None:
-                    raise InvalidArgument("distillation needs the logits of every mode")
-                loss = loss + _DISTANCES[kind](guide, logits)
+                loss = loss + output.distance(guide, _DISTANCES[kind])
         return loss

@@ -22,6 +22,7 @@ from ..model import QuantModel
 from ..modes import Mode
 from ..passes.batchnorm import ModeBatchNorm
 from ..passes.eval_identities import IDENTITIES_IN_EVAL
+from ..passes.half_layers import SlicedWeights
 from ..passes.integer_model import IntegerModel
 from ..passes.layers import QuantizedLayer
 from ..passes.mode_input import MODE_INPUT
@@ -234,6 +235,8 @@ class RealChain:
             return self._bent(module, args[0])
         if isinstance(module, IDENTITIES_IN_EVAL):
             return args[0]
+        if isinstance(module, SlicedWeights):
+            module = module.untied()
         tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         doubles = {name: _double(value.detach().cpu()) for name, value in tensors.items()}
         result = torch.func.functional_call(module, doubles, tuple(args))
