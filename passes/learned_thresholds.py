@@ -44,6 +44,12 @@ def reached(values: Tensor, levels: Tensor) -> Tensor:
     """How many of `levels` do not lie above each value: (n,) levels, uint8 of the shape of `values`."""
     if len(levels) > MOST_COMPARISONS:
         return torch.bucketize(values.contiguous(), levels, right=True).to(torch.uint8)
+    if torch.compiler.is_compiling():  # one loop over the values, which vectorises in one dtype only
+        ones = torch.ones_like(values)
+        count = torch.zeros_like(values)
+        for level in levels:
+            count = count + torch.where(values >= level, ones, 0.0)
+        return count
     count = torch.zeros_like(values, dtype=torch.uint8)
     for level in levels:
         count += (values >= level).view(torch.uint8)
@@ -77,12 +83,18 @@ def _pieces(values: Tensor, knots: Tensor, output: Tensor, scale: Tensor | None)
     return code + (values >= knots.index_select(0, code))
 
 
+# an operator of its own, because compilers know no size for bincount, and make one addition after another of
+# index_add
+@torch.library.custom_op("qcompile::sums_by", mutates_args=())
 def _sums_by(index: Tensor, values: Tensor, count: int) -> Tensor:
-    """(count,) sums of the values with each index."""
-    flat, weights = index.reshape(-1), values.reshape(-1)
-    if torch.compiler.is_compiling():  # bincount has no fixed size there
-        return torch.zeros(count, dtype=values.dtype, device=values.device).index_add_(0, flat, weights)
-    return torch.bincount(flat, weights=weights, minlength=count).to(values.dtype)  # added in float64
+    """(count,) sums of the values with each index, added in float64."""
+    sums = torch.bincount(index.reshape(-1), weights=values.reshape(-1), minlength=count)
+    return sums.to(values.dtype)
+
+
+@_sums_by.register_fake
+def _(index: Tensor, values: Tensor, count: int) -> Tensor:
+    return values.new_empty(count)
 
 
 class _CountThresholds(torch.autograd.Function):

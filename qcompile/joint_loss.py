@@ -46,7 +46,8 @@ class JointLoss(nn.Module):
             wrapper made of it; it is called through these.
         criterion: criterion(output, y) -> scalar loss.
         teacher: optional float model, whose logits the scheme may distil from. It is not trained; call
-            `teacher.eval()` yourself. Without, schemes that need one take a copy of the float original.
+            `teacher.eval()` yourself. Without, schemes that need one take a copy of the float original, which
+            teaches something only if it was trained.
         batch_fn: for batches of any structure: `batch_fn(forward, batch)` calls `forward` like the model
             and returns (loss, logits); the joint loss is then called as `joint.backward(batch)`. `forward`
             knows its mode, so it may run inside `torch.utils.checkpoint`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib
 import inspect
 import re
@@ -211,3 +212,17 @@ def test_examples_of_contributing_run(heading: str) -> None:
     assert tests
     for test in tests:
         test()
+
+
+@pytest.mark.parametrize("name", ["vertical", "quantizable", "n2uq", "multibranch"])
+def test_the_page_of_options_lists_every_option_and_its_default(name: str) -> None:
+    from qcompile.registry import find_scheme
+
+    config = find_scheme(name).config_type
+    page = (ROOT / "docs" / "schemes.md").read_text()
+    section = page.split(f"## {name}\n")[1].split("\n## ")[0]
+    listed = {row.split("`")[1]: row.split("`")[3] for row in section.splitlines() if row.startswith("| `")}
+    defaults = {one.name: ast.literal_eval(listed[one.name]) for one in dataclasses.fields(config)}
+    assert config(**defaults) == config()
+    assert listed.keys() == defaults.keys()
+    assert f"from {config.__module__} import {config.__name__}" in section
