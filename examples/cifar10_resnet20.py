@@ -1,7 +1,7 @@
 """Train one ResNet-20 for several bit-widths on real CIFAR-10 images, from pretrained float weights.
 
     python examples/cifar10_resnet20.py                    the short recipe, 12 minutes on two cores
-    python examples/cifar10_resnet20.py --long             50 minutes on one core
+    python examples/cifar10_resnet20.py --long             three times as many steps
     python examples/cifar10_resnet20.py --single-bit       a quarter of the budget, against a model per width
     python examples/cifar10_resnet20.py --ablations        a quarter of the budget, one part left out each
     python examples/cifar10_resnet20.py --scheme n2uq      another scheme; with all of the above
@@ -43,10 +43,17 @@ BITS: dict[str, tuple[int, ...]] = {
     "multibranch": (2, 4, 6, 8),
 }
 
-# training starts from a float network, so ranges come from data and RPReLU starts as ReLU
+#: Optimiser steps that take about 12 minutes on two cores; of n2uq, a model per width.
+STEPS = {"vertical": 1000, "quantizable": 700, "n2uq": 1000, "multibranch": 300}
+RATES = {"vertical": 0.02, "quantizable": 0.02, "n2uq": 0.02, "multibranch": 0.05}
+
+#: Schemes whose modes are networks of their own, each of which is trained alone.
+APART = ("n2uq",)
+
+# training starts from a float network, so ranges come from data or narrow ones, and RPReLU starts as ReLU
 _QUANTIZABLE = QuantizableConfig(activation_range="data")
 _N2UQ = N2UQConfig(rprelu_slope=0.0, activation_scale="data")
-_MULTIBRANCH = MultiBranchConfig()
+_MULTIBRANCH = MultiBranchConfig(weight_deviations=2.0)
 
 #: Configs by scheme: the default of this script, and what the ablations leave out or exchange.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -169,9 +176,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, default=DATA, help="folder with the images and weights")
-    parser.add_argument("--steps", type=int, help="optimiser steps; default 1000, with --long 3000")
+    parser.add_argument("--steps", type=int, help="optimiser steps; default: those of 12 minutes")
+    parser.add_argument("--bits", type=int, nargs="+", help="widths to prepare instead of the scheme's own")
     parser.add_argument("--scheme", choices=[*BITS, "all"], default="vertical")
-    parser.add_argument("--long", action="store_true", help="the hour-long recipe")
+    parser.add_argument("--long", action="store_true", help="three times as many steps")
     parser.add_argument("--single-bit", action="store_true", help="compare with single-bit models")
     parser.add_argument("--loops", action="store_true", help="compare with bf16 autocast and torch.compile")
     parser.add_argument("--ablations", action="store_true", help="compare the variants of the scheme")
@@ -187,9 +195,9 @@ def main() -> None:
         parser.error(f"no CIFAR-10 data in {options.data}; pass --data FOLDER")
     if options.scheme == "all" and (options.single_bit or options.loops or options.ablations):
         parser.error("comparisons are of one scheme: name it with --scheme")
-    steps = options.steps or (3000 if options.long else 1000)
     schemes = list(BITS) if options.scheme == "all" else [options.scheme]
-    base = Recipe(steps=steps, scheme=schemes[0], bits=BITS[schemes[0]])
+    bases = [recipe_of(scheme, options) for scheme in schemes]
+    base = bases[0]
     if options.one_run:
         torch.set_num_threads(1)
         fields = json.loads(options.one_run)
@@ -197,8 +205,7 @@ def main() -> None:
             json.dumps(run_one(Recipe(**{**fields, "bits": tuple(fields["bits"])}), options.data, jpeg=True))
         )
     elif len(schemes) > 1:
-        runs = [replace(base, scheme=one, bits=BITS[one]) for one in schemes]
-        print_schemes(run_many(runs, options), options)
+        print_schemes(run_many([run for one in bases for run in models_of(one)], options), options)
     elif options.ablations or options.single_bit or options.loops:
         quarter = replace(base, steps=options.steps or base.steps // 4)
         changes: list[dict] = [{}]  # from the default
@@ -208,33 +215,53 @@ def main() -> None:
             changes += [{"autocast": True}, {"compiled": True}]
         if options.ablations:
             changes += [{"variant": name} for name in VARIANTS[base.scheme] if name != "default"]
-        runs = [replace(quarter, seed=seed, **change) for change in changes for seed in range(options.seeds)]
+        runs = [
+            run
+            for change in changes
+            for seed in range(options.seeds)
+            for run in models_of(replace(quarter, seed=seed, **change))
+        ]
         print_comparison(run_many(runs, options))
     else:
         print_main_table(base, options)
 
 
-def print_main_table(recipe: Recipe, options: argparse.Namespace) -> None:
-    """The result of one run: float and every width, in PyTorch and in ONNX Runtime."""
-    model, seconds = train(recipe, options.data)
+def recipe_of(scheme: str, options: argparse.Namespace) -> Recipe:
+    """The scheme's recipe with what the options change."""
+    steps = options.steps or STEPS[scheme] * (3 if options.long else 1)
+    bits = tuple(options.bits or BITS[scheme])
+    return Recipe(steps=steps, scheme=scheme, bits=bits, learning_rate=RATES[scheme])
+
+
+def models_of(recipe: Recipe) -> list[Recipe]:
+    """One recipe for each model that is trained."""
+    if recipe.scheme not in APART:
+        return [recipe]
+    return [replace(recipe, bits=(bits,)) for bits in recipe.bits]
+
+
+def print_main_table(base: Recipe, options: argparse.Namespace) -> None:
+    """The result of one recipe: float and every width, in PyTorch and in ONNX Runtime."""
     images, labels = cifar10.exact(options.data, "test")
     float_accuracy = accuracy(cifar10.pretrained(options.data), images, labels)
-    print(f"{recipe.steps} steps in {seconds / 60:.1f} minutes, torch {torch.__version__}")
+    rows = []
+    for recipe in models_of(base):
+        model, seconds = train(recipe, options.data)
+        widths = ", ".join(map(str, recipe.bits))
+        print(f"{widths} bits: {recipe.steps} steps in {seconds / 60:.1f} minutes, torch {torch.__version__}")
+        record = {"recipe": {**recipe.__dict__}, "seconds": round(seconds), "float": float_accuracy}
+        for bits in recipe.bits:
+            scored = accuracy(qcompile.at(model, bits), images, labels)
+            lowered = lowered_accuracy(model, bits, images, labels)
+            rows.append(f"| {bits} bits | {scored:.2f} | {scored - float_accuracy:+.2f} | {lowered:.2f} |")
+            record[str(bits)] = scored
+        if options.save:
+            apart = f"{options.save.stem}-{recipe.bits[0]}{options.save.suffix}"
+            qcompile.save(model, options.save.with_name(apart) if base.scheme in APART else options.save)
+        write_log(options, record)
     print("| mode | exact test images | against float | ONNX Runtime |\n|---|---|---|---|")
     print(f"| float | {float_accuracy:.2f} | | |")
-    record: dict[str, object] = {
-        "recipe": {**recipe.__dict__},
-        "seconds": round(seconds),
-        "float": float_accuracy,
-    }
-    for bits in reversed(recipe.bits):
-        scored = accuracy(qcompile.at(model, bits), images, labels)
-        lowered = lowered_accuracy(model, bits, images, labels)
-        print(f"| {bits} bits | {scored:.2f} | {scored - float_accuracy:+.2f} | {lowered:.2f} |")
-        record[str(bits)] = scored
-    if options.save:
-        qcompile.save(model, options.save)
-    write_log(options, record)
+    print("\n".join(reversed(rows)))
 
 
 def run_many(runs: list[Recipe], options: argparse.Namespace) -> list[dict]:
@@ -273,16 +300,17 @@ def print_schemes(records: list[dict], options: argparse.Namespace) -> None:
     print(f"float: {accuracy(cifar10.pretrained(options.data), images, labels):.2f}")
     print("| scheme | minutes | " + " | ".join(f"{bits} bits" for bits in widths) + " |")
     print("|---" * (len(widths) + 2) + "|")
-    for record in records:
-        scores = {int(bits): f"{score:.2f}" for bits, score in record["exact"].items()}
-        cells = " | ".join(scores.get(bits, "") for bits in widths)
-        print(f"| {record['recipe']['scheme']} | {record['seconds'] / 60:.0f} | {cells} |")
+    for scheme in dict.fromkeys(record["recipe"]["scheme"] for record in records):
+        own = [record for record in records if record["recipe"]["scheme"] == scheme]
+        scores = {int(bits): f"{score:.2f}" for record in own for bits, score in record["exact"].items()}
+        minutes = ", ".join(f"{record['seconds'] / 60:.0f}" for record in own)
+        print(f"| {scheme} | {minutes} | {' | '.join(scores.get(bits, '') for bits in widths)} |")
 
 
 def print_comparison(records: list[dict]) -> None:
     """Mean and standard deviation over seeds, exact and JPEG images pooled by their number."""
     columns = sorted({int(bits) for record in records for bits in record["exact"]})
-    rows: dict[tuple[str, tuple[int, ...]], list[dict[int, float]]] = {}
+    rows: dict[tuple[str, tuple[object, ...]], list[dict[int, float]]] = {}
     for record in records:
         pooled = {
             int(bits): (1017 * score + 10000 * record["jpeg"][bits]) / 11017
@@ -290,7 +318,8 @@ def print_comparison(records: list[dict]) -> None:
         }
         recipe = record["recipe"]
         loops = [name for name in ("autocast", "compiled") if recipe[name]]
-        rows.setdefault((", ".join([recipe["variant"], *loops]), tuple(recipe["bits"])), []).append(pooled)
+        trained = ("each alone",) if recipe["scheme"] in APART else tuple(recipe["bits"])
+        rows.setdefault((", ".join([recipe["variant"], *loops]), trained), []).append(pooled)
     print("| variant | trained widths | " + " | ".join(f"{bits} bits" for bits in columns) + " |")
     print("|---" * (len(columns) + 2) + "|")
     for (variant, widths), scores in rows.items():
