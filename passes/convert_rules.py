@@ -20,7 +20,7 @@ from .fold import Affine, Term, stream_epilogue
 
 Rule = Callable[[Emitter, fx.Node, "dict[fx.Node, Value]"], "Value | None"]
 
-_OPS = torch.ops.qcompile
+_OPS, _ATEN = torch.ops.qcompile, torch.ops.aten
 #: Joined tensors may have units that differ by this many bits.
 UNIT_SPREAD_BITS = 8
 
@@ -115,6 +115,21 @@ def _move(emitter: Emitter, node: fx.Node, values: dict[fx.Node, Value]) -> Valu
         # a tuple: `getitem` picks from it, see RULES of convert
         return emitter.moved(plain, copied, rank=plain.rank)
     return emitter.moved(plain, copied, rank=len(emitter.shapes[node]))
+
+
+def _upsample_nearest(emitter: Emitter, node: fx.Node, values: dict[fx.Node, Value]) -> Value | None:
+    """By whole factors as repetitions, which PyTorch has for every integer type."""
+    factors = [float(factor) for factor in arguments_of(node).get("scale_factors") or ()]
+    if not factors or not all(factor.is_integer() and factor >= 1 for factor in factors):
+        return _move(emitter, node, values)
+    plain = emitter.plain(_input(node, values))
+    repeated = plain.terms[0].node
+    for dim, factor in enumerate(factors, start=2):
+        arguments = (repeated, int(factor), dim)
+        repeated = emitter.call(
+            _ATEN.repeat_interleave.self_int, arguments, f"{node.name}_{dim}", layer=node.name
+        )
+    return emitter.moved(plain, repeated)
 
 
 def _max_pool(emitter: Emitter, node: fx.Node, values: dict[fx.Node, Value]) -> Value | None:
@@ -262,4 +277,5 @@ RULES: dict[str, Rule] = {
     "contiguous": _identity,
     "clone": _identity,
     **dict.fromkeys(LAYOUT - {"detach", "contiguous", "clone"}, _move),
+    **dict.fromkeys((f"upsample_nearest{dims}d" for dims in (1, 2, 3)), _upsample_nearest),
 }

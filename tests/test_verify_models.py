@@ -107,3 +107,26 @@ def test_several_inputs_and_outputs_by_name() -> None:
     report = verify(model, {"c": c, "a": a})
     assert report.exact
     assert report.samples == 6
+
+
+@pytest.mark.parametrize("scheme", ["vertical", "n2uq"])
+@pytest.mark.parametrize(
+    "between",
+    [
+        [nn.Upsample(scale_factor=2)],
+        [nn.BatchNorm2d(8), nn.Upsample(scale_factor=(3, 1)), nn.ReLU()],
+        [nn.ReLU(), nn.Upsample(scale_factor=2)],
+        [nn.ReLU(), nn.Upsample(scale_factor=1.5)],
+    ],
+    ids=["signed codes", "wide integers", "codes", "no whole factor"],
+)
+def test_enlarged_integers(scheme: str, between: list[nn.Module]) -> None:
+    torch.manual_seed(0)
+    first, second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+    net = nn.Sequential(first, nn.ReLU(), second, *between, nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 1))
+    x = torch.randn(2, 3, 8, 6)
+    model = qcompile.prepare(net, x, scheme=scheme, bits=(2, 4))
+    qcompile.calibrate(model, [x])
+    for target in (None, "onnx-qdq"):
+        report = qcompile.verify(model.eval(), x, bits=4, target=target)
+        assert report.exact, report.failures
