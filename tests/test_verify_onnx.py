@@ -49,6 +49,31 @@ def test_lowered_networks_are_exact(name: str) -> None:
         assert all(one.accumulator_mismatches == 0 for one in report.layers)
 
 
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_scales_that_a_runtime_merges_into_convolutions_are_within_the_bound(seed: int) -> None:
+    """Gains of any size behind a depthwise convolution, whose output is a tensor of high precision."""
+    torch.manual_seed(seed)
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 16, 3, padding=1),
+        torch.nn.ReLU6(),
+        torch.nn.Conv2d(16, 16, 3, padding=1, stride=2, groups=16, bias=False),
+        torch.nn.BatchNorm2d(16),
+        torch.nn.ReLU6(),
+        torch.nn.AdaptiveAvgPool2d(1),
+        torch.nn.Flatten(),
+        torch.nn.Linear(16, 5),
+    )
+    with torch.no_grad():
+        net[3].weight.copy_(3 * torch.randn(16))
+        net[3].bias.copy_(torch.randn(16))
+    x = torch.randn(8, 3, 8, 8)
+    model = qcompile.prepare(net, x)
+    qcompile.calibrate(model, [x])
+    for bits in (2, 4):
+        report = verify(model.eval(), x, bits=bits, target="onnx-qdq")
+        assert report.failures == ()
+
+
 def constant_name(executable: OnnxExecutable, pattern: str) -> str:
     """The first constant that a pattern matches."""
     return next(name for name in executable.constants() if re.fullmatch(pattern, name))

@@ -18,7 +18,7 @@ from qcompile.errors import LoweringError
 
 from .emit import Deviation, Emitter, Probe, layer_of
 from .forms import as_codes, as_real, channels_first, quantized, reshaped, zero_point_of
-from .fused import ROUNDING, FusedLayer, Sums, conv_attributes, fuse, spread
+from .fused import FusedLayer, Sums, conv_attributes, fuse, spread
 from .matrix import fits_matrix, integer_matrix, is_conv
 from .values import Codes, Deferred, Real, Value, channels, scalar
 from .weights import stored_weight
@@ -91,9 +91,8 @@ def _float_sums(emitter: Emitter, node: fx.Node, sums: Sums, codes: Codes) -> Re
     shape, factor = emitter.shape(node), np.ones(len(weight), np.int64)
     emitter.lowered.probes[node.name] = Probe(operator, codes, factor, 1, shape, True)
     reach = sums.reach().astype(np.float64)
-    rounding = np.where(reach < 2**24, 0.0, weight[0].size * reach * ROUNDING)
-    low, high, rounding = (channels(one, len(shape), 1) for one in (*sums.bounds(), rounding))
-    return Real(name, shape, scalar(1.0), low, high, is_sum=True, rounding=rounding)
+    low, high, reach = (channels(one, len(shape), 1) for one in (*sums.bounds(), reach))
+    return Real(name, shape, scalar(1.0), low, high, is_sum=True, taps=weight[0].size, reach=reach)
 
 
 def emit_fused(emitter: Emitter, node: fx.Node, user: fx.Node, value: Deferred, output: str) -> str:

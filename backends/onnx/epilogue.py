@@ -130,7 +130,8 @@ def _real_value(emitter: Emitter, node: fx.Node, unit: float, low: int, high: in
     last = any(_is_last(term) for term in terms) and all(len(term.shape) == rank for term in terms)
     sums = _Sum(tuple(_in_order(emitter, term, last) for term in terms), tuple(ratios), offset, rank, last)
     name, difference = _emit_sum(emitter, sums, layer_of(node), node.name)
-    emitter.lowered.deviations[node.name] = _deviation(terms, factors, shift, skipped + difference)
+    relative = skipped + difference
+    emitter.lowered.deviations[node.name] = _deviation(terms, factors, shift, relative, offset / unit)
     return _clipped(emitter, name, sums, unit, shift, (low, high), layer_of(node)), last
 
 
@@ -146,17 +147,20 @@ def _in_order(emitter: Emitter, term: Accumulators | Real, last: bool) -> Accumu
 
 
 def _deviation(
-    terms: Sequence[Accumulators | Real], factors: Sequence[Array], shift: int, skipped: float
+    terms: Sequence[Accumulators | Real], factors: Sequence[Array], shift: int, skipped: float, offset: Array
 ) -> Deviation:
     """Bound of the float evaluation's error, in output units.
 
     Relative to the sum of absolute summands: every summand is converted, scaled and its scale rounded (3),
     every partial sum, the offset and its addition round (summands + 1), so do the unit and the division by it
-    (2); factors that were left out (`skipped`). Absolute: what convolutions in float round.
+    (2); factors that were left out (`skipped`). Absolute: what convolutions in float round, with which
+    runtimes merge the factor and the offset.
     """
     absolute: Array = np.zeros(())
     for term, factor in zip(terms, factors, strict=True):
-        absolute = absolute + np.ldexp(np.abs(factor), -shift) * term.rounding
+        scale = np.ldexp(np.abs(factor), -shift)
+        merged = term.merged_rounding(offset / np.where(scale > 0, scale, np.inf))
+        absolute = absolute + scale * np.maximum(term.rounding, merged)
     return Deviation((3 + len(terms) + 1 + 2) * ROUNDING + skipped, absolute)
 
 

@@ -145,9 +145,10 @@ class OnnxExecutable(Executable):
         fills int8, times the multiplier; and the scaling rounds a few times (8 * 2^-24 of the largest sum).
 
         Sums in float32 round every constant, product, partial sum, the unit and the division by it: 2^-24
-        each, of the sum of absolute summands. Integers beyond 2^24 inside a convolution, and blocks of a
-        convolution that a runtime adds to a residual, round with 2^-24 of the largest partial sum, known
-        from the weights. High-precision summands stand for the nearest integer: half a step each.
+        each, of the sum of absolute summands. Integers beyond 2^24 inside a convolution, convolutions whose
+        weights a runtime scales and whose sums it starts from the offset, and blocks of a convolution that it
+        adds to a residual, round with 2^-24 of the largest partial sum, known from the weights, per product.
+        High-precision summands stand for the nearest integer: half a step each.
 
         A `threshold` compares accumulators and codes exactly. High-precision tensors meet boundaries that
         were rounded to float32: 3 * 2^-24 of the magnitude of the input, in its units.

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import fx
 
-from .fused import FusedLayer
+from .fused import ROUNDING, FusedLayer
 
 Array = NDArray[np.float64]
 
@@ -48,7 +48,8 @@ class Real:
         low, high: bounds of the integers, shape () or broadcastable.
         last: whether the ONNX tensor has its channels in the last dimension.
         is_sum: whether a convolution of integers writes the tensor.
-        rounding: bound of what that convolution rounds, in integers, shape () or broadcastable.
+        taps: products in one sum of that convolution.
+        reach: bound of the magnitude of its partial sums, in integers, shape () or broadcastable.
     """
 
     name: str
@@ -58,7 +59,23 @@ class Real:
     high: Array
     last: bool = False
     is_sum: bool = False
-    rounding: Array = field(default_factory=lambda: np.zeros(()))
+    taps: int = 0
+    reach: Array = field(default_factory=lambda: np.zeros(()))
+
+    @property
+    def rounding(self) -> Array:
+        """Bound of what the convolution rounds, in integers: nothing below 2^24."""
+        return np.where(self.reach < 2**24, 0.0, self.taps * self.reach * ROUNDING)
+
+    def merged_rounding(self, offset: Array) -> Array:
+        """The same where the runtime makes a scale and an offset that follow part of the convolution.
+
+        Scaled weights are rounded, and sums start from the offset.
+
+        Args:
+            offset: in integers of the sum.
+        """
+        return ROUNDING * ((self.taps + 1) * self.reach + self.taps * np.abs(offset))
 
 
 @dataclass(frozen=True)
@@ -86,6 +103,10 @@ class Accumulators:
     @property
     def rounding(self) -> Array:
         """As that of `Real`: exact."""
+        return np.zeros(())
+
+    def merged_rounding(self, offset: Array) -> Array:
+        """As that of `Real`: runtimes merge nothing with integer sums."""
         return np.zeros(())
 
 
