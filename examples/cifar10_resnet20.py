@@ -51,7 +51,7 @@ RATES = {"vertical": 0.02, "quantizable": 0.02, "n2uq": 0.02, "multibranch": 0.0
 APART = ("n2uq",)
 
 # training starts from a float network, so ranges come from data or narrow ones, and RPReLU starts as ReLU
-_QUANTIZABLE = QuantizableConfig(activation_range="data")
+_QUANTIZABLE = QuantizableConfig(activation_range="data", weight_deviations=2.5)
 _N2UQ = N2UQConfig(rprelu_slope=0.0, activation_scale="data")
 _MULTIBRANCH = MultiBranchConfig(weight_deviations=2.0)
 

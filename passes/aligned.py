@@ -36,9 +36,13 @@ def floor_code(ratio: Tensor, bits: int) -> Tensor:
     return torch.floor(ratio * 2.0**bits).clamp_(0, 2**bits - 1)
 
 
-def tanh_range(weight: Tensor) -> Tensor:
-    """max |tanh W|, shape (), a constant for gradients."""
-    return torch.tanh(weight.detach()).abs().amax().clamp_min(SMALLEST_RANGE)
+def tanh_range(weight: Tensor, deviations: float | None = None) -> Tensor:
+    """max |tanh W|, or at most so many root mean squares of tanh W; shape (), a constant for gradients."""
+    squashed = torch.tanh(weight.detach())
+    largest = squashed.abs().amax()
+    if deviations is not None:
+        largest = torch.minimum(largest, deviations * squashed.square().mean().sqrt())
+    return largest.clamp_min(SMALLEST_RANGE)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -48,22 +52,31 @@ def _wide(x: Tensor) -> Tensor:
 class _AlignedWeight(torch.autograd.Function):
     """2 c_b / (2^b - 1) - 1 from the highest code, or 2 r - 1 where there is none; dq/dr = 1.
 
-    dW = g (1 - tanh(W)^2) / max|tanh W|.
+    dW = g (1 - tanh(W)^2) / max|tanh W|, also for what a smaller range than the maximum clips.
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, highest: Tensor | None, power: Bound, levels: Bound) -> Tensor:
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        highest: Tensor | None,
+        power: Bound,
+        levels: Bound,
+        deviations: float | None,
+    ) -> Tensor:
         save_operands(ctx, weight)
+        ctx.deviations = deviations
         if highest is None:
-            return (torch.tanh(_wide(weight)) / tanh_range(_wide(weight))).to(weight.dtype)
+            wide = _wide(weight)
+            return (torch.tanh(wide) / tanh_range(wide, deviations)).clamp_(-1.0, 1.0).to(weight.dtype)
         return (torch.floor(highest.to(weight.dtype) / power) * 2.0) / levels - 1.0
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = saved_operands(ctx)
         wide = _wide(weight)
-        slope = (1.0 - torch.tanh(wide).square()) / tanh_range(wide)
-        return gradients[0] * slope.to(weight.dtype), None, None, None
+        slope = (1.0 - torch.tanh(wide).square()) / tanh_range(wide, ctx.deviations)
+        return gradients[0] * slope.to(weight.dtype), None, None, None, None
 
 
 class AlignedWeightQuantizer(WeightQuantizer):
@@ -71,6 +84,8 @@ class AlignedWeightQuantizer(WeightQuantizer):
 
     Args:
         bits: weight bits of every mode, by row; 32 for a mode in float.
+        deviations: r is clipped to [0, 1] after division by so many root mean squares of tanh W instead of
+            the maximum, where they are less; None for the maximum, as in the paper.
 
     Attributes:
         powers, levels: (rows,) 2^(K - b) and 2^b - 1, for the rows of policies.
@@ -79,9 +94,9 @@ class AlignedWeightQuantizer(WeightQuantizer):
     powers: Tensor
     levels: Tensor
 
-    def __init__(self, bits: Sequence[int]) -> None:
+    def __init__(self, bits: Sequence[int], deviations: float | None = None) -> None:
         super().__init__()
-        self.bits = tuple(bits)
+        self.bits, self.deviations = tuple(bits), deviations
         self.highest_bits = max((one for one in bits if one != FLOAT_BITS), default=0)
         numbers = torch.tensor([self._numbers(row) for row in range(len(bits))])
         self.register_buffer("powers", numbers[:, 0].clone(), persistent=False)
@@ -101,15 +116,15 @@ class AlignedWeightQuantizer(WeightQuantizer):
         if not isinstance(row, int):
             power, levels = picked(self.powers, row), picked(self.levels, row)
         elif self.bits[row] == FLOAT_BITS:
-            return _AlignedWeight.apply(weight, None, 1.0, 1.0)
+            return _AlignedWeight.apply(weight, None, 1.0, 1.0, self.deviations)
         else:
             power, levels = self._numbers(row)
         highest = self.once_per_step(self._highest, weight)
-        return _AlignedWeight.apply(weight, highest, power, levels)
+        return _AlignedWeight.apply(weight, highest, power, levels, self.deviations)
 
     def _highest(self, weight: Tensor) -> Tensor:
         wide = _wide(weight)
-        ratio = torch.tanh(wide) / (2.0 * tanh_range(wide)) + 0.5
+        ratio = torch.tanh(wide) / (2.0 * tanh_range(wide, self.deviations)) + 0.5
         return floor_code(ratio, self.highest_bits).to(torch.uint8)
 
     def codes(self, weight: Tensor, row: int) -> WeightCodes | Tensor:
@@ -119,7 +134,7 @@ class AlignedWeightQuantizer(WeightQuantizer):
         1/2: the same bits but for the first, which is inverted.
         """
         wide = weight.detach().double()
-        ratio = torch.tanh(wide) / (2.0 * tanh_range(wide)) + 0.5
+        ratio = (torch.tanh(wide) / (2.0 * tanh_range(wide, self.deviations)) + 0.5).clamp_(0.0, 1.0)
         bits = self.bits[row]
         if bits == FLOAT_BITS:
             return 2.0 * ratio - 1.0

@@ -50,6 +50,27 @@ def test_weights_and_their_gradient(row, seed, scale):
     np.testing.assert_allclose(parameter.grad.numpy(), gradient, rtol=1e-9, atol=1e-12)
 
 
+@given(st.integers(0, 8), seeds, st.floats(1e-3, 10.0), st.floats(0.5, 4.0))
+@settings(max_examples=60, deadline=None)
+def test_weights_of_a_smaller_range_are_clipped(row, seed, scale, deviations):
+    weight, upstream = _weights(seed, scale), np.random.default_rng(seed + 1).normal(size=(5, 7))
+    parameter = torch.from_numpy(weight).requires_grad_()
+    quantizer, bits = AlignedWeightQuantizer(WIDTHS, deviations).double(), WIDTHS[row]
+    value = quantizer(parameter, row)
+    value.backward(torch.from_numpy(upstream))
+    squashed = np.tanh(weight)
+    largest = min(np.abs(squashed).max(), deviations * np.sqrt((squashed**2).mean()))
+    ratio = np.clip(squashed / (2 * largest) + 0.5, 0.0, 1.0)
+    expected = 2 * ratio - 1
+    if bits != 32:
+        expected = 2 * np.clip(np.floor(2**bits * ratio), 0, 2**bits - 1) / (2**bits - 1) - 1
+        stored = quantizer.codes(parameter, row)
+        np.testing.assert_allclose(2 * (stored.codes.numpy() + 0.5) / (2**bits - 1), expected, atol=1e-12)
+    np.testing.assert_allclose(value.detach().numpy(), expected, rtol=0, atol=1e-12)
+    gradient = upstream * (1 - squashed**2) / largest
+    np.testing.assert_allclose(parameter.grad.numpy(), gradient, rtol=1e-9, atol=1e-12)
+
+
 @given(st.integers(0, 8), seeds)
 @settings(max_examples=60, deadline=None)
 def test_activations_and_their_gradient(row, seed):

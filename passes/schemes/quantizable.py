@@ -39,6 +39,9 @@ class QuantizableConfig:
         alpha: weight of every mode's loss, one number each in increasing order of modes; None for 1 (Eq. 2).
         activation_range: activations are clipped to [0, 1] as in DoReFa-Net (`unit`), or to [0, s] with one s
             per tensor for all modes, from the first batch (`data`), for networks that were trained in float.
+        weight_deviations: divide tanh W by so many of its root mean squares instead of by its maximum (where
+            they are less), and clip: weights that were trained in float have outliers, which leave the levels
+            of few bits far apart. None for the maximum, as in the paper.
     """
 
     batch_norm: Literal["A", "B", "shared"] = "B"
@@ -46,12 +49,15 @@ class QuantizableConfig:
     temperature: float = 2.0
     alpha: tuple[float, ...] | None = None
     activation_range: Literal["unit", "data"] = "unit"
+    weight_deviations: float | None = None
 
     def __post_init__(self) -> None:
         choice("batch_norm", self.batch_norm, tuple(_BATCH_NORM))
         choice("loss", self.loss, ("consistency", "task"))
         choice("activation_range", self.activation_range, ("unit", "data"))
         number("temperature", self.temperature, above=0.0)
+        if self.weight_deviations is not None:
+            number("weight_deviations", self.weight_deviations, above=0.0)
         for index, one in enumerate(self.alpha or ()):
             number(f"alpha[{index}]", one, above=0.0)
 
@@ -81,7 +87,9 @@ class QuantizableScheme(Scheme):
         from_data = self.config.activation_range == "data"
         return [
             QuantizeLayers(
-                weight_quantizer=lambda layer: AlignedWeightQuantizer(weight_bits),
+                weight_quantizer=lambda layer: AlignedWeightQuantizer(
+                    weight_bits, self.config.weight_deviations
+                ),
                 activation_quantizer=lambda signed: AlignedActivationQuantizer(activation_bits, from_data),
                 skip=skip,
             ),

@@ -169,11 +169,14 @@ class QuantizableFormulas:
     def weight(
         self, model: QuantModel, layer: QuantizedLayer, mode: Mode
     ) -> ReferenceWeight | NDArray[np.float64]:
-        """c = clip(floor(2^b r), 0, 2^b - 1) for r = tanh(W) / (2 max|tanh W|) + 1/2."""
+        """c = clip(floor(2^b r), 0, 2^b - 1) for r = tanh(W) / (2 max|tanh W|) + 1/2, or a smaller range."""
         squashed = np.tanh(as_array(layer.weight).astype(np.float64))
-        ratio = squashed / (2.0 * max(float(np.abs(squashed).max()), 1e-12)) + 0.5
+        largest, deviations = float(np.abs(squashed).max()), model.scheme.config.weight_deviations
+        if deviations is not None:
+            largest = min(largest, deviations * float(np.sqrt(np.mean(squashed**2))))
+        ratio = squashed / (2.0 * max(largest, 1e-12)) + 0.5
         if mode.is_float:
-            return np.asarray(2.0 * ratio - 1.0)
+            return np.clip(2.0 * ratio - 1.0, -1.0, 1.0)
         bits = mode.weight_bits
         code = np.clip(np.floor(ratio * 2.0**bits), 0, 2**bits - 1).astype(np.int64)
         # in two's complement: the first bit is inverted, which adds 2^(b-1) to the offset -(2^b - 1) / 2
@@ -192,9 +195,6 @@ class QuantizableFormulas:
 
 class N2UQFormulas:
     """N2UQ: thresholds in the middle of learned intervals; weights over 2^b levels of [-alpha, alpha]."""
-
-    #: Intervals are held at least this large.
-    smallest_interval = 1e-3
 
     def weight(self, model: QuantModel, layer: QuantizedLayer, mode: Mode) -> ReferenceWeight:
         """c = round((clip(W / alpha, -1, 1) + 1) (2^b - 1) / 2), alpha = (2^b - 1) / 2^(b-1) mean|W|."""
@@ -217,9 +217,8 @@ class N2UQFormulas:
         """T_1 = start + a_1 / 2, T_(i+1) = T_i + (a_i + a_(i+1)) / 2; values beta2 * code * 2 / (2^b - 1)."""
         given: Any = quantizer
         row, levels = model.row(mode), 2**mode.activation_bits - 1
-        intervals = np.maximum(
-            as_array(given.interval).astype(np.float64)[row, :levels], self.smallest_interval
-        )
+        smallest = model.scheme.config.smallest_interval
+        intervals = np.maximum(as_array(given.interval).astype(np.float64)[row, :levels], smallest)
         start, before, after = (float(as_array(one)[row]) for one in (given.start, given.before, given.after))
         steps = np.concatenate([[start + intervals[0] / 2], (intervals[:-1] + intervals[1:]) / 2])
         return ReferenceThresholds(after * 2.0 / levels, 0, levels, np.cumsum(steps), before)
