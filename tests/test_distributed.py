@@ -23,10 +23,6 @@ _JOBS: dict[str, tuple[Any, dict[str, Any]]] = {
         f"{recipe}, float32": (rank_jobs.train, {"recipe": recipe, "dtype": torch.float32, "steps": 1})
         for recipe in RECIPES
     },
-    **{
-        scheme: (rank_jobs.train, {"recipe": "model", "micro": 2, "scheme": scheme, **DOUBLE})
-        for scheme in qcompile.schemes()
-    },
     "mgd": (rank_jobs.train, {"recipe": "model", "moo": "mgd", **DOUBLE}),
     "calibrated": (rank_jobs.train, {"recipe": "model", "calibrated": True, "micro": 2, **DOUBLE}),
     "sharded": (rank_jobs.train, {"recipe": "sharded", "calibrated": True, "micro": 2, **DOUBLE}),
@@ -41,11 +37,26 @@ _JOBS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
+_JOBS_OF_SCHEMES: dict[str, tuple[Any, dict[str, Any]]] = {
+    scheme: (rank_jobs.train, {"recipe": "model", "micro": 2, "scheme": scheme, **DOUBLE})
+    for scheme in qcompile.schemes()
+}
+
+
+def _run(jobs: dict[str, tuple[Any, dict[str, Any]]]) -> dict[str, list[Any]]:
+    """Results of jobs by name and rank, from one start of two processes."""
+    found = rank_jobs.on_ranks(2, rank_jobs.all_of, list(jobs.values()))
+    return {name: [results[place] for results in found] for place, name in enumerate(jobs)}
+
+
 @pytest.fixture(scope="module")
 def on_two() -> dict[str, list[Any]]:
-    """Results of all jobs by name and rank, from one start of two processes."""
-    found = rank_jobs.on_ranks(2, rank_jobs.all_of, list(_JOBS.values()))
-    return {name: [results[place] for results in found] for place, name in enumerate(_JOBS)}
+    return _run(_JOBS)
+
+
+@pytest.fixture(scope="module")
+def schemes_on_two() -> dict[str, list[Any]]:
+    return _run(_JOBS_OF_SCHEMES)
 
 
 @pytest.mark.parametrize("micro", [1, 2])
@@ -59,11 +70,12 @@ def test_twenty_steps_give_the_losses_of_one_rank(on_two, recipe, micro):
         torch.testing.assert_close(end, state, rtol=0, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", qcompile.schemes())
-def test_every_scheme_gives_the_losses_of_one_rank(on_two, scheme):
+def test_every_scheme_gives_the_losses_of_one_rank(schemes_on_two, scheme):
     expected, gradients, _ = rank_jobs.train(0, 1, "alone", torch.float64, micro=2, scheme=scheme)
     assert abs(float(expected[0]) - float(expected[-1])) > 1e-3  # it trains
-    for losses, found, _ in on_two[scheme]:
+    for losses, found, _ in schemes_on_two[scheme]:
         torch.testing.assert_close(losses, expected, rtol=0, atol=1e-9)
         torch.testing.assert_close(found, gradients, rtol=0, atol=1e-9)
 

@@ -46,7 +46,13 @@ def _gradients(model: nn.Module) -> dict[str, Tensor | None]:
     return {name: one.grad for name, one in model.named_parameters()}
 
 
-@every_scheme
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        pytest.param(one, marks=[] if one in ("multibranch", "n2uq") else pytest.mark.slow)
+        for one in qcompile.schemes()
+    ],
+)
 def test_each_mode_compiles_once_without_breaks(scheme):
     model, x, _ = _of(scheme)
     counter = CompileCounter()

@@ -97,6 +97,7 @@ def _train(folder: Path, *options: str) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_a_killed_and_resumed_run_ends_with_the_same_bits(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     options = ("--ema", "--accumulate", "2")

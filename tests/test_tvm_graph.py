@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from amx import FLAGS
-from verify_networks import NETWORKS, trained
+from verify_networks import LARGE_ONES_SLOW, NETWORKS, trained
 
 tvm = pytest.importorskip("tvm")
 
@@ -21,7 +21,7 @@ from qcompile.backends.tvm.rules import RULES  # noqa: E402
 pytestmark = pytest.mark.skipif("avx2" not in FLAGS, reason="this processor has no AVX2")
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", LARGE_ONES_SLOW)
 def test_kernels_compute_the_integer_graph(name: str) -> None:
     kind, x = NETWORKS[name]
     model = trained(kind, x)

@@ -13,7 +13,7 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
-from verify_networks import NETWORKS, Residual, images, trained
+from verify_networks import LARGE_ONES_SLOW, NETWORKS, Residual, images, trained
 
 import qcompile
 from qcompile.backends.onnx import OnnxQdqTarget
@@ -37,7 +37,7 @@ def lowered(model: QuantModel) -> OnnxExecutable:
     return executable
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", LARGE_ONES_SLOW)
 def test_lowered_networks_are_exact(name: str) -> None:
     kind, x = NETWORKS[name]
     torch.manual_seed(0)

@@ -218,7 +218,11 @@ def mutant(compiled: Any, kernel: str, argument: str, folder: Path) -> tuple[Any
 
 @pytest.mark.parametrize(
     ("kernel", "argument"),
-    [("block1.conv1/", "_1"), ("block1.conv1/", "_2"), ("stem/", "_1")],
+    [
+        ("block1.conv1/", "_1"),
+        pytest.param("block1.conv1/", "_2", marks=pytest.mark.slow),
+        pytest.param("stem/", "_1", marks=pytest.mark.slow),
+    ],
 )
 def test_a_changed_number_is_found(
     model: QuantModel, compiled: Any, kernel: str, argument: str, tmp_path: Path, monkeypatch: Any

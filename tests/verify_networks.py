@@ -6,6 +6,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
@@ -286,3 +287,11 @@ NETWORKS: dict[str, tuple[type[nn.Module], Tensor]] = {
     "norms": (Norms, images(6, 8)),
     "scaled attention": (ScaledAttention, images(6, 4)),
 }
+
+#: The names, for tests that take long on each: the larger networks are left to the slow suite.
+LARGE_ONES_SLOW = [
+    pytest.param(name, marks=pytest.mark.slow)
+    if name in ("attention", "encoder", "norms", "scaled attention")
+    else name
+    for name in NETWORKS
+]
