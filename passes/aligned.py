@@ -19,6 +19,7 @@ from qcompile.errors import InvalidArgument
 from qcompile.modes import ActiveMode
 
 from .agreement import Agreement
+from .cpu_gradients import has_kernels, within
 from .mode_input import Row, picked
 from .quantizers import ActivationGrid, ActivationQuantizer, FloatRange, WeightCodes, WeightQuantizer
 from .rounding import Again, Bound, Rounding, save_operands, saved_operands, with_note
@@ -177,6 +178,8 @@ class _AlignedActivation(torch.autograd.Function):
         x, size = saved_operands(ctx)
         if not torch.compiler.is_compiling():
             ctx.again.drop()
+            if has_kernels(x):
+                return within(gradients[0], x, 0.0, float(size)), None, None, None, None
         return torch.where((x >= 0) & (x <= size), gradients[0], 0.0), None, None, None, None
 
 

@@ -17,6 +17,7 @@ from qcompile.errors import InvalidArgument
 from qcompile.modes import ActiveMode
 
 from .agreement import Agreement
+from .cpu_gradients import dot, has_kernels, within
 from .mode_input import picked
 from .quantizers import ActivationGrid, ActivationQuantizer, write_row
 from .rounding import Again, Bound, Rounding, rounded, save_operands, saved_operands, with_note
@@ -42,8 +43,7 @@ class _LsqActivation(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, step, low, high, gradient_scale = saved_operands(ctx)
         uniform = not isinstance(low, Tensor)
-        fused = uniform and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
-        if fused and not torch.compiler.is_compiling():
+        if uniform and has_kernels(x) and not torch.compiler.is_compiling():
             output = ctx.again.take(rounded, x, step, low, high)
             d_x, d_step = _backward_fused(gradients[0], x, output, float(step), low, high)
         else:
@@ -67,15 +67,10 @@ def _backward(gradient: Tensor, x: Tensor, step: Tensor, low: Any, high: Any) ->
 def _backward_fused(
     gradient: Tensor, x: Tensor, output: Tensor, size: float, low: float, high: float
 ) -> tuple[Tensor, Tensor]:
-    """The same with kernels that eager CPU code has ready: three passes over the tensors instead of ten."""
-    # the fused kernel passes gradients strictly between its bounds; the range includes its ends
-    smallest = torch.finfo(x.dtype).tiny
-    bottom, top = low * size, high * size
-    bottom -= max(abs(bottom) * torch.finfo(x.dtype).eps, smallest)
-    top += max(abs(top) * torch.finfo(x.dtype).eps, smallest)
-    d_x = torch.ops.aten.hardtanh_backward(gradient, x, bottom, top)
+    """The same in three passes over the tensors instead of ten."""
+    d_x = within(gradient, x, low * size, high * size)
     # inside, code - x / s = (output - x) / s; outside, code = output / s
-    return d_x, (_dot(gradient, output) - _dot(d_x, x)) / size
+    return d_x, (dot(gradient, output) - dot(d_x, x)) / size
 
 
 class _HoldPositive(torch.autograd.Function):
@@ -91,14 +86,6 @@ class _HoldPositive(torch.autograd.Function):
 def hold_positive(step: Tensor) -> Tensor:
     """The step, at least `SMALLEST_STEP`; the gradient passes so that a step can recover."""
     return _HoldPositive.apply(step)
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    if a.stride() == b.stride() and a.is_contiguous(memory_format=torch.channels_last) and a.dim() == 4:
-        a, b = a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)
-    if a.is_contiguous() and b.is_contiguous():
-        return torch.dot(a.view(-1), b.view(-1))
-    return (a * b).sum()
 
 
 def least_squares_step(x: Tensor, low: int, high: int) -> float:
