@@ -25,6 +25,7 @@ from typing import Any
 
 import cifar10
 import torch
+from cifar10_tables import print_comparison, print_schemes
 from torch import Tensor, nn
 
 import qcompile
@@ -205,7 +206,9 @@ def main() -> None:
             json.dumps(run_one(Recipe(**{**fields, "bits": tuple(fields["bits"])}), options.data, jpeg=True))
         )
     elif len(schemes) > 1:
-        print_schemes(run_many([run for one in bases for run in models_of(one)], options), options)
+        records = run_many([run for one in bases for run in models_of(one)], options)
+        images, labels = cifar10.exact(options.data, "test")
+        print_schemes(records, accuracy(cifar10.pretrained(options.data), images, labels))
     elif options.ablations or options.single_bit or options.loops:
         quarter = replace(base, steps=options.steps or base.steps // 4)
         changes: list[dict] = [{}]  # from the default
@@ -221,7 +224,7 @@ def main() -> None:
             for seed in range(options.seeds)
             for run in models_of(replace(quarter, seed=seed, **change))
         ]
-        print_comparison(run_many(runs, options))
+        print_comparison(run_many(runs, options), APART)
     else:
         print_main_table(base, options)
 
@@ -291,43 +294,6 @@ def write_log(options: argparse.Namespace, record: dict) -> None:
     if options.log:
         with options.log.open("a") as file:
             file.write(json.dumps(record) + "\n")
-
-
-def print_schemes(records: list[dict], options: argparse.Namespace) -> None:
-    """One run of every scheme on the exact test images."""
-    images, labels = cifar10.exact(options.data, "test")
-    widths = sorted({int(bits) for record in records for bits in record["exact"]})
-    print(f"float: {accuracy(cifar10.pretrained(options.data), images, labels):.2f}")
-    print("| scheme | minutes | " + " | ".join(f"{bits} bits" for bits in widths) + " |")
-    print("|---" * (len(widths) + 2) + "|")
-    for scheme in dict.fromkeys(record["recipe"]["scheme"] for record in records):
-        own = [record for record in records if record["recipe"]["scheme"] == scheme]
-        scores = {int(bits): f"{score:.2f}" for record in own for bits, score in record["exact"].items()}
-        minutes = ", ".join(f"{record['seconds'] / 60:.0f}" for record in own)
-        print(f"| {scheme} | {minutes} | {' | '.join(scores.get(bits, '') for bits in widths)} |")
-
-
-def print_comparison(records: list[dict]) -> None:
-    """Mean and standard deviation over seeds, exact and JPEG images pooled by their number."""
-    columns = sorted({int(bits) for record in records for bits in record["exact"]})
-    rows: dict[tuple[str, tuple[object, ...]], list[dict[int, float]]] = {}
-    for record in records:
-        pooled = {
-            int(bits): (1017 * score + 10000 * record["jpeg"][bits]) / 11017
-            for bits, score in record["exact"].items()
-        }
-        recipe = record["recipe"]
-        loops = [name for name in ("autocast", "compiled") if recipe[name]]
-        trained = ("each alone",) if recipe["scheme"] in APART else tuple(recipe["bits"])
-        rows.setdefault((", ".join([recipe["variant"], *loops]), trained), []).append(pooled)
-    print("| variant | trained widths | " + " | ".join(f"{bits} bits" for bits in columns) + " |")
-    print("|---" * (len(columns) + 2) + "|")
-    for (variant, widths), scores in rows.items():
-        cells = []
-        for bits in columns:
-            values = torch.tensor([score[bits] for score in scores if bits in score], dtype=torch.float64)
-            cells.append(f"{values.mean():.2f} ± {values.std():.2f}" if len(values) > 1 else "")
-        print(f"| {variant} | {', '.join(map(str, widths))} | " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":
