@@ -25,7 +25,22 @@ def kept_weight(weight: Tensor, part: LayerSlice) -> Tensor:
     return weight[rows][:, columns]
 
 
-class SlicedLayer(QuantizedLayer):
+class _OfAnother:
+    """Weight and bias of another layer, `source`, of which `part` is kept; neither is registered."""
+
+    @property
+    def weight(self) -> Tensor:
+        """The kept channels of the weight."""
+        return kept_weight(self.__dict__["source"].weight, self.__dict__["part"])
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(out,) of the kept channels, or None."""
+        bias = self.__dict__["source"].bias
+        return None if bias is None else bias[list(self.__dict__["part"].outputs)]
+
+
+class SlicedLayer(_OfAnother, QuantizedLayer):  # type: ignore[override]
     """A quantised layer whose weight, bias and weight quantiser are those of another one, sliced.
 
     Args:
@@ -41,23 +56,12 @@ class SlicedLayer(QuantizedLayer):
         self.__dict__["source"] = source
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        """(out, in / groups, *kernel) of the kept channels."""
-        return kept_weight(self.__dict__["source"].weight, self.part)
-
-    @property
-    def bias(self) -> Tensor | None:  # type: ignore[override]
-        """(out,) of the kept channels, or None."""
-        bias = self.__dict__["source"].bias
-        return None if bias is None else bias[list(self.part.outputs)]
-
-    @property
     def weight_quantizer(self) -> Any:  # type: ignore[override]
         """The branch's."""
         return self.__dict__["source"].weight_quantizer
 
 
-class SlicedWeights:
+class SlicedWeights(_OfAnother):
     """Turns a layer that stays in float into one whose weight and bias are those of another one, sliced.
 
     Attributes:
@@ -85,17 +89,6 @@ class SlicedWeights:
             for name, value in (("weight", self.weight), ("bias", self.bias))
         }
         return layer
-
-    @property
-    def weight(self) -> Tensor:
-        """The kept channels."""
-        return kept_weight(self.__dict__["source"].weight, self.__dict__["part"])
-
-    @property
-    def bias(self) -> Tensor | None:
-        """(out,) of the kept channels, or None."""
-        bias = self.__dict__["source"].bias
-        return None if bias is None else bias[list(self.__dict__["part"].outputs)]
 
 
 class TieHalves(Pass):
