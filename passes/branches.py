@@ -15,7 +15,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
+from qcompile.errors import InvalidArgument
+
 from .body import Body, find_body
+from .computed_weights import ComputedWeights
 from .half_branch import HalfPlan, LayerSlice, half_branch
 from .half_layers import kept_weight
 from .manager import Pass, PassResult
@@ -159,9 +162,16 @@ class SplitBranches(Pass):
         """Rewrite in place.
 
         Raises:
-            InvalidArgument: if the network has no body with one entry and one exit; says why.
+            InvalidArgument: if the network has no body with one entry and one exit, says why; or if a weight
+                in it is computed.
         """
         body = find_body(graph_module)
+        for node in body.layers:
+            if isinstance(graph_module.get_submodule(str(node.target)), ComputedWeights):
+                raise InvalidArgument(
+                    f"branches are copies of weights, but that of {str(node.target)!r} is computed from "
+                    "other parameters; make it the weight of a layer of its own"
+                )
         halves = sorted({one.half for one in self.selections if one.half is not None})
         count = max([*(max(one.full) for one in self.selections), *halves])
         plan = half_branch(graph_module, body, share=self.half_share) if halves else None

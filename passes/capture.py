@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,11 +34,13 @@ class Captured:
             and returns a flat tuple of tensors.
         signature: how a call of the user's model maps to the graph's inputs, and back.
         method: the tracer that was used.
+        only_evaluation: why the graph is that of evaluation mode only; None if it serves both.
     """
 
     graph_module: fx.GraphModule
     signature: CallSignature
     method: Literal["export", "fx"]
+    only_evaluation: str | None = None
 
 
 def capture(
@@ -53,7 +56,9 @@ def capture(
             symbolically, which fewer models allow.
 
     Returns:
-        The graph, its signature, and the tracer that was used.
+        The graph, its signature, and the tracer that was used. A model that is passed in evaluation mode and
+        whose training mode cannot be captured, or does more than evaluation besides dropout, stochastic depth
+        and batch normalisation, gives the graph of evaluation mode, with a warning.
 
     Raises:
         InvalidInputType: if the model is no nn.Module or the examples are no tuple, list, dict or tensor.
@@ -64,15 +69,42 @@ def capture(
         raise InvalidInputType(f"model must be a torch.nn.Module, got {type(model).__name__}")
     copied = _copied(model)
     examples = None if example_inputs is None else examples_of(copied, example_inputs)
-    traces: dict[bool, Trace] = {}
-    with _random_state_kept(model), _momentum_for_tracing(copied), _default_modes():
-        for training in (False, True):
-            traces[training] = _trace(copied.train(training), examples)
-    graph_module = normalise_training(traces[True].graph_module, copied)
-    evaluation = normalise_evaluation(traces[False].graph_module, copied, graph_module)
-    check_same_in_both_modes(graph_module, evaluation)
+    only_evaluation = None
+    try:
+        graph_module, trace = _of_both_modes(model, copied, examples)
+    except CaptureError as difference:
+        if model.training:
+            raise
+        (trace,) = _traces(model, copied, examples, (False,))
+        graph_module = normalise_evaluation(trace.graph_module, copied)
+        only_evaluation = str(difference).partition("; ")[0]
+        warnings.warn(
+            f"training mode of {type(model).__name__} cannot be captured ({only_evaluation}); the model "
+            "was passed in evaluation mode, so the prepared one trains as it evaluates",
+            stacklevel=3,
+        )
     _set_modes(graph_module, model)
-    return Captured(graph_module, _signature(copied, traces[True], examples), "export" if examples else "fx")
+    method: Literal["export", "fx"] = "export" if examples else "fx"
+    return Captured(graph_module, _signature(copied, trace, examples), method, only_evaluation)
+
+
+def _of_both_modes(
+    model: nn.Module, copied: nn.Module, examples: Examples | None
+) -> tuple[fx.GraphModule, Trace]:
+    """The canonical graph that training and evaluation share, and the trace of training."""
+    evaluation, training = _traces(model, copied, examples, (False, True))
+    graph_module = normalise_training(training.graph_module, copied)
+    check_same_in_both_modes(
+        graph_module, normalise_evaluation(evaluation.graph_module, copied, graph_module)
+    )
+    return graph_module, training
+
+
+def _traces(
+    model: nn.Module, copied: nn.Module, examples: Examples | None, training: tuple[bool, ...]
+) -> list[Trace]:
+    with _random_state_kept(model), _momentum_for_tracing(copied), _default_modes():
+        return [_trace(copied.train(mode), examples) for mode in training]
 
 
 def _trace(model: nn.Module, examples: Examples | None) -> Trace:

@@ -62,7 +62,7 @@ def convert_graph(
                 "train a step or run qcompile.calibrate(model, batches) first"
             )
     ranks = _Shapes(fx.GraphModule(model, graph)).trace(shapes)
-    emitter = Emitter(model, row_of, ranks)
+    emitter = Emitter(model, row_of, ranks, lambda node: _keeps_integers(model, node))
     values: dict[fx.Node, Value] = {}
     for node in graph.nodes:
         if node.op == "placeholder":
@@ -92,6 +92,14 @@ def _convert_node(emitter: Emitter, node: fx.Node, values: dict[fx.Node, Value])
         if converted is not None:
             return converted
     return emitter.island(node, values)
+
+
+def _keeps_integers(model: nn.Module, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return isinstance(model.get_submodule(str(node.target)), (ModeModule, *IDENTITIES_IN_EVAL))
+    name = aten_name(node)
+    products = name in ("mul", "div") and len(node.all_input_nodes) > 1
+    return node.target is operator.getitem or (name in RULES and not products)
 
 
 def _as_parameters(dtype: torch.dtype, own: torch.dtype | None) -> torch.dtype:

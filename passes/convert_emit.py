@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from . import integer_ops  # registers the operators
 from .bent import Bent
 from .fold import WIDE_BITS, Affine, Epilogue, Term, broadcastable, wide_epilogue
+from .integer_model import IntegerModel
 from .mode_input import ModeModule
 from .module_tree import tensor_at
 from .quantizers import ActivationGrid, ActivationQuantizer, FloatRange, ThresholdGrid
@@ -31,6 +32,7 @@ class Emitter:
         model: owner of the modules.
         row_of: the row of each module that depends on the mode.
         shapes: shape of every node's value in the training graph.
+        keeps_integers: whether a node's value is integer where its inputs are.
         constants: buffers of the result by name.
         bent: what else is known of tensors that a PReLU made: their affine map before it.
     """
@@ -40,9 +42,11 @@ class Emitter:
         model: nn.Module,
         row_of: Callable[[ModeModule], int],
         shapes: dict[fx.Node, tuple[int, ...]],
+        keeps_integers: Callable[[fx.Node], bool],
     ) -> None:
         assert integer_ops.FLOAT32_EXACT
         self.model, self.row_of, self.shapes = model, row_of, shapes
+        self.keeps_integers = keeps_integers
         self.graph = fx.Graph()
         self.constants: dict[str, Tensor] = {}
         self._attributes: dict[str, fx.Node] = {}
@@ -58,6 +62,9 @@ class Emitter:
 
     def constant(self, name: str, value: Any, dtype: torch.dtype) -> fx.Node:
         """A buffer of the integer graph; equal names mean equal values."""
+        first = name.partition(".")[0]
+        if hasattr(IntegerModel, first):  # a node or a user's module may be called like one of its methods
+            name = f"{first}_{name.removeprefix(first)}"
         if name not in self._attributes:
             tensor = value.detach() if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
             self.constants[name] = tensor.to(dtype).contiguous().clone()
@@ -130,12 +137,15 @@ class Emitter:
     def fixed_point(self, source: fx.Node, value: fx.Node) -> Affine | None:
         """A float tensor as integers, fine enough to join an integer stream such as a residual sum.
 
+        A stream that only operators without an integer form read, such as layer normalisation, stays in
+        float: they may take apart what is small beside the stream's range.
+
         Values saturate beyond 256 sqrt(Q) steps of the quantiser that reads the stream, Q its largest code:
         512 times the mean magnitude of the values for which LSQ's initial step would be right. That range is
         half of what a stream may hold, so that the stream's first sum keeps the unit.
 
         Returns:
-            None if no quantiser reads the tensor, directly or behind other operators.
+            None if no quantiser reads the tensor, directly or behind operators on integers.
         """
         grid = self._next_grid(source)
         if grid is None:
@@ -159,6 +169,8 @@ class Emitter:
                 if isinstance(module, ActivationQuantizer):
                     grid = module.grid(self.row_of(module))
                     return None if isinstance(grid, FloatRange) else grid
+            if not self.keeps_integers(node):
+                continue
             fresh = [user for user in node.users if user not in seen]
             seen.update(fresh)
             queue.extend(fresh)

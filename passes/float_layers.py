@@ -13,8 +13,8 @@ from qcompile.errors import PassError
 
 from .attention import ScaledDotProductAttention
 from .batchnorm import ModeBatchNorm
+from .borrowed_weights import BorrowedWeights
 from .geometry import Geometry
-from .half_layers import SlicedWeights
 
 _ATEN = torch.ops.aten
 _CONVOLUTIONS: dict[type[nn.Module], Any] = {
@@ -87,7 +87,7 @@ def float_call(
             (*inputs[:3], mask, 0.0, module.is_causal),
             {"scale": module.scale, "enable_gqa": module.enable_gqa},
         )
-    kind = module.kind if isinstance(module, SlicedWeights) else type(module)
+    kind = module.kind if isinstance(module, BorrowedWeights) else type(module)
     if kind in _CONVOLUTIONS:
         overloads = _CONVOLUTIONS[kind]
         named = isinstance(module.padding, str)

@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
+from .borrowed_weights import BorrowedWeights
 from .half_branch import LayerSlice
 from .layers import QuantizedLayer
 from .manager import Pass, PassResult
@@ -61,34 +62,8 @@ class SlicedLayer(_OfAnother, QuantizedLayer):  # type: ignore[override]
         return self.__dict__["source"].weight_quantizer
 
 
-class SlicedWeights(_OfAnother):
-    """Turns a layer that stays in float into one whose weight and bias are those of another one, sliced.
-
-    Attributes:
-        kind: the layer's own class.
-    """
-
-    kind: type[nn.Module]
-
-    @staticmethod
-    def tie(layer: nn.Module, source: nn.Module, part: LayerSlice) -> None:
-        """Change `layer` in place."""
-        kind = type(layer)
-        for name in ("weight", "bias"):
-            del layer._parameters[name]
-        layer.__class__ = type(f"Sliced{kind.__name__}", (SlicedWeights, kind), {"kind": kind})
-        # not registered: its parameters are the branch's
-        layer.__dict__.update(source=source, part=part)
-
-    def untied(self) -> nn.Module:
-        """A layer of the own class that computes the same, with detached parameters of its own."""
-        layer: Any = self.kind.__new__(self.kind)
-        layer.__dict__.update({k: v for k, v in self.__dict__.items() if k not in ("source", "part")})
-        layer._parameters = {
-            name: None if value is None else nn.Parameter(value.detach(), requires_grad=False)
-            for name, value in (("weight", self.weight), ("bias", self.bias))
-        }
-        return layer
+class SlicedWeights(_OfAnother, BorrowedWeights):
+    """A layer that stays in float; weight and bias are those of another one, sliced."""
 
 
 class TieHalves(Pass):
@@ -104,7 +79,7 @@ class TieHalves(Pass):
             tied += 1
             source = graph_module.get_submodule(copied.of)
             if not isinstance(layer, QuantizedLayer):
-                SlicedWeights.tie(layer, source, copied.part)
+                SlicedWeights.lend(layer, source=source, part=copied.part)
                 continue
             assert isinstance(source, QuantizedLayer)
             sliced = SlicedLayer(source, copied.part)

@@ -48,12 +48,12 @@ class Origin:
     """Where a call comes from.
 
     Attributes:
-        tensor_of: parameter or buffer by the target of a get_attr node.
+        tensor_of: the tensor that a node of the graph stands for, if it is known without running the model.
         owner: the user's module in which the call was made; norms take their settings from it.
         training: whether the graph was traced in training mode.
     """
 
-    tensor_of: Callable[[str], Tensor | None]
+    tensor_of: Callable[[fx.Node], Tensor | None]
     owner: nn.Module | None
     training: bool
 
@@ -63,20 +63,25 @@ _Reader = Callable[[fx.Node, dict[str, torch.Size], Origin], "Layer | None"]
 
 
 def layer_of(node: fx.Node, origin: Origin) -> Layer | None:
-    """The layer that a call on aten is, or None if torch.nn has no module for it."""
+    """The layer that a call on aten with parameters and buffers is; None if torch.nn has no module for it."""
+    layer = computed_layer_of(node, origin)
+    if layer is None or any(tensor is not None and tensor.op != "get_attr" for _, tensor in layer.tensors):
+        return None
+    return layer
+
+
+def computed_layer_of(node: fx.Node, origin: Origin) -> Layer | None:
+    """The same, from any tensors that `origin` knows."""
     reader = _READERS.get(node.target)  # type: ignore[call-overload]
     if reader is None:
         return None
     shapes: dict[str, torch.Size] = {}
     for name, value in arguments_of(node).items():
-        if isinstance(value, fx.Node) and value.op == "get_attr":
-            tensor = origin.tensor_of(str(value.target))
-            if tensor is not None:
-                shapes[name] = tensor.shape
+        tensor = origin.tensor_of(value) if isinstance(value, fx.Node) else None
+        if tensor is not None:
+            shapes[name] = tensor.shape
     layer = reader(node, shapes, origin)
     if layer is None or not isinstance(arguments_of(node)[layer.input], fx.Node):
-        return None
-    if any(tensor is not None and tensor.op != "get_attr" for _, tensor in layer.tensors):
         return None
     return layer
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -41,10 +42,18 @@ class QuantizedLayer(ModeModule):
 
     def forward(self, x: Tensor, active: ActiveMode) -> Tensor:
         """Run the layer on an already quantised input: (N, C, *spatial) or (..., features)."""
-        weight = marked(self.weight_quantizer(self.weight, active.row_of(self.slot)), active)
+        return self.multiply(x, self.weight, self.bias, active)
+
+    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None, active: ActiveMode) -> Tensor:
+        """Run the layer with these float weights."""
+        rounded = marked(self.weight_quantizer(weight, active.row_of(self.slot)), active)
         # autocast multiplies in a half type; normalisation and residual streams that are rounded to it, too,
         # cost accuracy at 2 bits, so what follows a layer is in single precision again
-        return apply_layer(self.geometry, x, weight, self.bias).to(self.weight.dtype)
+        return apply_layer(self.geometry, x, rounded, bias).to(weight.dtype)
+
+    def float_weight(self, tensor_of: Callable[[str], Tensor | None], path: str) -> Tensor | None:
+        """The latent weight that tensors by their paths give, None if they do not; `path` is the layer's."""
+        return tensor_of(f"{path}.weight")
 
     def extra_repr(self) -> str:
         """Shape and geometry, as torch layers show them."""

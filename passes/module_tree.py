@@ -96,6 +96,11 @@ def tensor_at(module: nn.Module, path: str) -> Tensor | None:
     return found if found is not None else owner._buffers.get(name)
 
 
+def attribute_at(module: nn.Module, node: fx.Node) -> Tensor | None:
+    """The parameter or buffer that a get_attr node reads, or None."""
+    return tensor_at(module, str(node.target)) if node.op == "get_attr" else None
+
+
 def module_at(module: nn.Module, path: str) -> nn.Module | None:
     """Submodule at a dotted path ("" is the module itself), or None."""
     current: nn.Module | None = module

@@ -7,6 +7,7 @@ from torch import fx, nn
 from qcompile.passes.manager import Pass, PassManager
 from qcompile.passes.normalise_arguments import NormaliseArguments
 from qcompile.passes.normalise_attention import LiftAttention
+from qcompile.passes.normalise_computed import LiftComputedLayers, MatricesAsLinear
 from qcompile.passes.normalise_dropout import LiftDropout
 from qcompile.passes.normalise_inplace import RemoveInPlace
 from qcompile.passes.normalise_layers import LiftLayers
@@ -35,26 +36,35 @@ def normalise_training(graph_module: fx.GraphModule, model: nn.Module) -> fx.Gra
         LiftDropout(model),
         LiftAttention(model),
         LiftLayers(model, True),
+        LiftComputedLayers(model, True),
         RemoveUnused(),
     ]
     return PassManager(passes)(graph_module).graph_module
 
 
 def normalise_evaluation(
-    graph_module: fx.GraphModule, model: nn.Module, training: fx.GraphModule
+    graph_module: fx.GraphModule, model: nn.Module, training: fx.GraphModule | None = None
 ) -> fx.GraphModule:
-    """Bring a graph that was traced in evaluation mode into the form that compares with the training graph.
+    """Bring a graph that was traced in evaluation mode into the canonical form.
 
-    Dropout and stochastic depth are gone, and the same layers are modules as in `training`: a norm that is
-    frozen in training stays a call in both.
+    Dropout and stochastic depth are gone. To compare with a training graph, the same layers are modules as
+    there: a norm that is frozen in training stays a call in both.
 
     Args:
         graph_module: as for `normalise_training`.
         model: the (copied) user's model.
-        training: the canonical graph of training mode.
+        training: the canonical graph of training mode, if there is one.
     """
-    modules = {str(node.target) for node in training.graph.nodes if node.op == "call_module"}
-    passes = [*_FUNCTIONAL, LiftStochasticDepth(model), LiftLayers(model, False, modules), RemoveUnused()]
+    modules = None
+    if training is not None:
+        modules = {str(node.target) for node in training.graph.nodes if node.op == "call_module"}
+    passes = [
+        *_FUNCTIONAL,
+        LiftStochasticDepth(model),
+        LiftLayers(model, False, modules),
+        LiftComputedLayers(model, False),
+        RemoveUnused(),
+    ]
     return PassManager(passes)(graph_module).graph_module
 
 
@@ -64,4 +74,5 @@ _FUNCTIONAL: tuple[Pass, ...] = (
     NormaliseArguments(),
     RemoveMemoryLayout(),
     RemoveNoOps(),
+    MatricesAsLinear(),
 )

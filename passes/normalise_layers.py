@@ -11,7 +11,7 @@ from torch import fx, nn
 from qcompile.passes.aten import arguments_of, is_aten
 from qcompile.passes.layer_from_node import Layer, Origin, layer_of
 from qcompile.passes.manager import Pass, PassResult
-from qcompile.passes.module_tree import module_at, place_module, tensor_at
+from qcompile.passes.module_tree import attribute_at, module_at, place_module, tensor_at
 from qcompile.passes.normalise_inplace import FUNCTIONAL
 
 
@@ -55,13 +55,13 @@ class LiftLayers(Pass):
             place_module(graph_module, path, _build(graph_module, layer))
             for node, own in calls:
                 if own.key == layer.key:
-                    _replace(graph_module, node, path, (arguments_of(node)[own.input],))
+                    replace_call(graph_module, node, path, (arguments_of(node)[own.input],))
         return PassResult(graph_module, bool(found), tuple(notes))
 
     def _layer_and_path(self, graph_module: fx.GraphModule, node: fx.Node) -> tuple[Layer, str] | None:
         inner = node.meta.get("module_path", "")
         owner = module_at(self._model, inner)
-        layer = layer_of(node, Origin(lambda target: tensor_at(graph_module, target), owner, self._training))
+        layer = layer_of(node, Origin(lambda one: attribute_at(graph_module, one), owner, self._training))
         if layer is None:
             return None
         used = {name: node for name, node in layer.tensors if node is not None}
@@ -112,7 +112,10 @@ def _build(graph_module: fx.GraphModule, layer: Layer) -> nn.Module:
     return module
 
 
-def _replace(graph_module: fx.GraphModule, node: fx.Node, target: str, inputs: tuple[fx.Node, ...]) -> None:
+def replace_call(
+    graph_module: fx.GraphModule, node: fx.Node, target: str, inputs: tuple[fx.Node, ...]
+) -> None:
+    """Replace a call by `call_module target (*inputs)`."""
     with graph_module.graph.inserting_before(node):
         call = graph_module.graph.call_module(target, inputs)
     call.meta = dict(node.meta)
@@ -130,4 +133,4 @@ def replace_by_module(
     """Replace a call by `call_module target (*inputs)`, making the module unless one stands there already."""
     if module_at(graph_module, target) is None:
         place_module(graph_module, target, build())
-    _replace(graph_module, node, target, inputs)
+    replace_call(graph_module, node, target, inputs)

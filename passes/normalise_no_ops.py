@@ -47,6 +47,9 @@ _IDENTITY_IF: dict[Any, Callable[[dict[str, Any]], bool]] = {
 }
 
 
+_MOVES = (_aten.to.device, _aten.to.dtype_layout)
+
+
 class RemoveMemoryLayout(Pass):
     """Copies that only arrange memory (`clone`, `contiguous`) are bypassed, and `view` becomes `reshape`.
 
@@ -72,7 +75,10 @@ class RemoveMemoryLayout(Pass):
 
 
 class RemoveNoOps(Pass):
-    """Identities are bypassed: dropout that is switched off, slices of everything, detached constants."""
+    """Identities are bypassed: dropout that is switched off, slices of everything, detached constants.
+
+    Moves to a device go, too: a graph runs where its parameters and inputs are.
+    """
 
     requires = (FUNCTIONAL,)
 
@@ -83,6 +89,14 @@ class RemoveNoOps(Pass):
             if is_identity is not None and is_identity(arguments_of(node)):
                 node.replace_all_uses_with(node.args[0])
                 graph_module.graph.erase_node(node)
+                modified = True
+            elif is_aten(node) and node.target in _MOVES:
+                dtype = arguments_of(node)["dtype"]
+                if dtype is None:
+                    node.replace_all_uses_with(node.args[0])
+                    graph_module.graph.erase_node(node)
+                else:
+                    node.target, node.args, node.kwargs = _aten.to.dtype, (node.args[0], dtype), {}
                 modified = True
         return PassResult(graph_module, modified)
 

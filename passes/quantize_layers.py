@@ -10,6 +10,7 @@ from torch import fx, nn
 from qcompile.errors import InvalidArgument
 
 from .aten import commutes_with_quantizer
+from .computed_weights import ComputedLayer, ComputedWeights
 from .first_last import WEIGHTED, first_and_last, weighted_nodes
 from .geometry import Geometry
 from .layers import QuantizedLayer
@@ -118,7 +119,8 @@ class QuantizeLayers(Pass):
         for path in dict.fromkeys(str(node.target) for node in chosen):
             source = graph_module.get_submodule(path)
             children, like = dict(source.named_children()), source.weight
-            layer = QuantizedLayer(source, self.weight_quantizer(source).to(like.device, like.dtype))
+            kind = ComputedLayer if isinstance(source, ComputedWeights) else QuantizedLayer
+            layer = kind(source, self.weight_quantizer(source).to(like.device, like.dtype))
             for name, child in children.items():
                 layer.add_module(name, child)
             graph_module.set_submodule(path, layer)

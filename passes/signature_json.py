@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import namedtuple
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from qcompile.errors import InvalidArgument
 
@@ -21,8 +23,40 @@ class Leaf:
     is_constant: bool = False
 
 
+class Record(dict[str, Any]):
+    """What a loaded model has for a dataclass or a dict of the user's own type: a dict whose entries are
+    attributes, too, and in order. Loading a file needs none of the user's classes."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self:
+            return self[name]
+        raise AttributeError(f"this output has no {name!r}; it has {', '.join(self)}")
+
+    def __getitem__(self, key: str | int) -> Any:
+        return list(self.values())[key] if isinstance(key, int) else super().__getitem__(key)
+
+
+pytree.register_pytree_node(
+    Record,
+    lambda record: (list(record.values()), list(record)),
+    lambda values, names: Record(zip(names, values, strict=True)),
+    serialized_type_name="qcompile.Record",
+)
+
+
+def _named(value: Any) -> dict[str, Mapping[Any, Any]]:
+    """The entries of a structure with names, by the kind of structure; nothing for any other value."""
+    if isinstance(value, Mapping):
+        return {"dict" if type(value) is dict else "record": value}
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return {"named_tuple": value._asdict()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return {"record": {one.name: getattr(value, one.name) for one in fields(value)}}
+    return {}
+
+
 def tree(value: Any, owner: str) -> Any:
-    """JSON of a structure of `Leaf` nested in tuples, lists and dicts with string keys.
+    """JSON of a structure of `Leaf` nested in tuples, lists, dicts with string keys and dataclasses.
 
     Raises:
         InvalidArgument: for anything else.
@@ -31,11 +65,12 @@ def tree(value: Any, owner: str) -> Any:
         return {"constant": value.value} if value.is_constant else {"tensor": value.value}
     if type(value) in (tuple, list):
         return {type(value).__name__: [tree(item, owner) for item in value]}
-    if type(value) is dict and all(isinstance(key, str) for key in value):
-        return {"dict": [[key, tree(item, owner)] for key, item in value.items()]}
+    for kind, named in _named(value).items():
+        if all(isinstance(key, str) for key in named):
+            return {kind: [[key, tree(item, owner)] for key, item in named.items()]}
     raise InvalidArgument(
         f"{owner} holds a {type(value).__name__}, which a file cannot express; "
-        "use tensors in tuples, lists and dicts with string keys"
+        "use tensors in tuples, lists, dicts with string keys and dataclasses"
     )
 
 
@@ -59,13 +94,15 @@ def _structure(value: Any, inputs: int | None, depth: int) -> Any:
         if kind in ("tuple", "list") and isinstance(content, list):
             items_ = [_structure(item, inputs, depth + 1) for item in content]
             return tuple(items_) if kind == "tuple" else items_
-        if kind == "dict" and isinstance(content, list):
+        if kind in ("dict", "record", "named_tuple") and isinstance(content, list):
             found = {}
             for pair in content:
                 if not (isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)):
                     raise InvalidArgument("call signature: a dict must be a list of [name, value] pairs")
                 found[pair[0]] = _structure(pair[1], inputs, depth + 1)
-            return found
+            if kind == "named_tuple":  # a name that no field can have becomes its position
+                return namedtuple("Output", found, rename=True)(*found.values())
+            return found if kind == "dict" else Record(found)
     raise InvalidArgument(f"call signature: {str(value)[:60]!r} is no tensor, constant, tuple, list or dict")
 
 

@@ -48,8 +48,10 @@ def load_float_state(module: nn.Module, state_dict: dict[str, Any], prefix: str,
         child_prefix = f"{prefix}{path}." if path else prefix
         if isinstance(child, ModeBatchNorm):
             child.expand_float_state(state_dict, child_prefix)
-        elif isinstance(child, QuantizedLayer) and f"{child_prefix}weight" in state_dict:
-            child.weight_quantizer.initialise(state_dict[f"{child_prefix}weight"].detach())
+        elif isinstance(child, QuantizedLayer):
+            weight = child.float_weight(lambda name: state_dict.get(prefix + name), path)
+            if weight is not None:
+                child.weight_quantizer.initialise(weight.detach())
         elif isinstance(child, ModeModule):
             child.forget()
     for path, child in module.named_modules():

@@ -16,6 +16,7 @@ from .folded import FoldedModes, handle_of, run_integers
 from .modes import ActiveMode, Mode, Policy
 from .multi_mode import MultiModeModel, example_shapes
 from .passes.branches import row_graph
+from .passes.computed_weights import ComputedLayer, ComputedWeights
 from .passes.convert import convert_graph
 from .passes.integer_model import IntegerModel
 from .passes.mode_input import ModeModule
@@ -92,6 +93,9 @@ class QuantModel(MultiModeModel):
         self._buffers.update(graph_module._buffers)
         self._non_persistent_buffers_set.update(graph_module._non_persistent_buffers_set)
         self._link_users_modules()
+        for module in self.modules():
+            if isinstance(module, (ComputedLayer, ComputedWeights)):
+                module.program.bind(self)
         self.row_graphs = tuple(row_graph(self.graph, row) for row in range(len(scheme.modes)))
         self.copies = graph_module.meta.get("copies", {})
         functions = {id(graph): _function(graph) for graph in self.row_graphs}

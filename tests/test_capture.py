@@ -296,3 +296,41 @@ def test_examples_of_the_wrong_kind() -> None:
 def test_a_model_that_fails_on_its_own_examples() -> None:
     with pytest.raises(CaptureError, match=r"test_capture.py:\d+.*the model itself fails on example_inputs"):
         capture(SmallResNet(), torch.randn(2, 4, 8, 8))
+
+
+class DropsLayers(nn.Module):
+    """Leaves out a layer at random in training, as speech encoders do, by control flow on a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or torch.rand([]) > 0.1:
+            x = self.first(x)
+        return self.second(x)
+
+
+class Auxiliary(nn.Module):
+    """Returns something else in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.second(x).exp() if self.training else self.second(x)
+
+
+@pytest.mark.parametrize("kind", [DropsLayers, Auxiliary])
+def test_evaluation_alone_is_captured_of_a_model_that_is_passed_in_evaluation(kind: type[nn.Module]) -> None:
+    model, x = kind().eval(), torch.randn(3, 4)
+    with pytest.warns(
+        UserWarning, match=f"training mode of {kind.__name__} cannot be captured .*test_capture"
+    ):
+        captured = capture(model, x)
+    assert "test_capture.py:" in captured.only_evaluation
+    torch.testing.assert_close(captured.graph_module(x)[0], model(x))
+    with pytest.raises(CaptureError, match=r"test_capture\.py:"):
+        capture(model.train(), x)

@@ -133,17 +133,42 @@ class Functional(nn.Module):
         return F.linear(x, self.scaled.weight * 2, self.scaled.bias)
 
 
-def test_weights_without_a_module_form_stay_calls() -> None:
+def test_weights_that_no_module_owns_become_layers() -> None:
     for graph_module in both_ways(Functional(), torch.randn(2, 3, 6, 6)):
-        assert layers(graph_module) == {}
-        assert {aten.conv2d.default, aten.linear.default} <= set(functions(graph_module))
+        assert {name: one.kind for name, one in layers(graph_module).items()} == {
+            "conv2d": nn.Conv2d,
+            "linear": nn.Linear,
+        }
+        assert functions(graph_module) == [aten.mean.dim]
+        assert len(list(graph_module.parameters())) == 3
+
+
+def test_products_with_matrices_become_layers() -> None:
+    class Products(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.matrix, self.offset = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            rows = torch.addmm(self.offset, x, self.matrix) + torch.mm(x, self.matrix) + x @ self.matrix
+            scaled = torch.addmm(self.offset, x, self.matrix, beta=0.5)
+            return rows @ rows.t() @ ((rows + scaled) @ self.matrix.t())
+
+    model, x = Products(), torch.randn(5, 3)
+    for graph_module in both_ways(model, x):
+        names = [node.target for node in graph_module.graph.nodes if node.op == "call_module"]
+        # equal products are one layer; those with a summand and with the transposed matrix are others
+        assert names == ["linear", "linear_1", "linear_1", "linear_2"]
+        assert functions(graph_module).count(aten.addmm.default) == 1
+        assert sum(one in (aten.matmul.default, aten.mm.default) for one in functions(graph_module)) == 2
+        torch.testing.assert_close(graph_module(x)[0], model(x))
 
 
 def test_weight_norm_keeps_its_parameters() -> None:
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)), nn.Linear(4, 2))
     graph_module = capture(model, torch.randn(2, 3)).graph_module
     assert list(graph_module.state_dict()) == list(model.state_dict())
-    assert list(layers(graph_module)) == ["1"]
+    assert list(layers(graph_module)) == ["0.linear", "1"]
     x = torch.randn(5, 3)
     torch.testing.assert_close(graph_module(x)[0], model(x))
 
@@ -157,10 +182,10 @@ class TwoGeometries(nn.Module):
         return self.conv(x) + F.conv2d(x, self.conv.weight, self.conv.bias, padding=2, dilation=2)
 
 
-def test_one_weight_with_two_geometries_stays_calls() -> None:
+def test_one_weight_with_two_geometries_becomes_two_layers() -> None:
     for graph_module in both_ways(TwoGeometries(), torch.randn(2, 3, 6, 6)):
-        assert layers(graph_module) == {}
-        assert functions(graph_module).count(aten.conv2d.default) == 2
+        assert [one.dilation for one in layers(graph_module).values()] == [(1, 1), (2, 2)]
+        assert len(list(graph_module.parameters())) == 2
 
 
 class Shared(nn.Module):
@@ -197,8 +222,9 @@ class TiedEmbedding(nn.Module):
 
 def test_the_owner_of_a_tied_weight_becomes_the_module() -> None:
     for graph_module in both_ways(TiedEmbedding(), torch.randint(0, 7, (2, 3))):
-        assert list(layers(graph_module)) == ["embed"]
-        assert functions(graph_module) == [aten.linear.default]
+        assert list(layers(graph_module)) == ["embed", "linear"]
+        assert functions(graph_module) == []
+        assert len(list(graph_module.parameters())) == 1
 
 
 def test_extra_parameters_of_a_layer_keep_their_keys() -> None:
@@ -286,7 +312,7 @@ def test_pruned_layers_keep_their_keys() -> None:
     prune.l1_unstructured(model[0], "weight", 0.5)
     graph_module = capture(model, torch.randn(2, 3, 4, 4)).graph_module
     assert list(graph_module.state_dict()) == list(model.state_dict())
-    assert list(layers(graph_module)) == ["1"]
+    assert list(layers(graph_module)) == ["0.conv2d", "1"]
 
 
 def test_synchronised_batch_norm_becomes_batch_norm() -> None:

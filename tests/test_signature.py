@@ -109,11 +109,50 @@ class Named(nn.Module):
         return Point(x * 2, x + 1)
 
 
-def test_structures_that_json_cannot_express_are_named() -> None:
+def test_named_structures_keep_their_names() -> None:
     signature = capture(Named(), torch.randn(2, 3)).signature
-    x = torch.ones(1)
-    assert signature.restore((x, x)) == Point(x, x)
-    with pytest.raises(InvalidArgument, match="the output holds a Point, which a file cannot express"):
+    x, y = torch.ones(1), torch.zeros(1)
+    assert signature.restore((x, y)) == Point(x, y)
+    again = CallSignature.from_json(json.loads(json.dumps(signature.to_json()))).restore((x, y))
+    first, second = again
+    assert again._fields == Point._fields
+    assert first is x
+    assert second is y
+
+
+class Answer(dict):
+    """A mapping of the user's own type, as language models return."""
+
+
+torch.utils._pytree.register_pytree_node(
+    Answer,
+    lambda answer: (list(answer.values()), list(answer)),
+    lambda values, names: Answer(zip(names, values, strict=True)),
+)
+
+
+def test_types_of_the_user_become_records() -> None:
+    class Model(nn.Module):
+        def forward(self, x: Tensor) -> Answer:
+            return Answer(logits=x * 2, hidden=(x + 1, x))
+
+    signature = capture(Model(), torch.randn(2, 3)).signature
+    x, y, z = torch.ones(1), torch.zeros(1), torch.ones(2)
+    assert isinstance(signature.restore((x, y, z)), Answer)
+    again = CallSignature.from_json(json.loads(json.dumps(signature.to_json()))).restore((x, y, z))
+    assert again.logits is again["logits"] is again[0] is x
+    assert again.hidden == (y, z)
+    with pytest.raises(AttributeError, match="no 'loss'; it has logits, hidden"):
+        _ = again.loss
+
+
+def test_structures_that_json_cannot_express_are_named() -> None:
+    class Model(nn.Module):
+        def forward(self, x: Tensor) -> dict[int, Tensor]:
+            return {1: x * 2}
+
+    signature = capture(Model(), torch.randn(2, 3)).signature
+    with pytest.raises(InvalidArgument, match="the output holds a dict, which a file cannot express"):
         signature.to_json()
 
 

@@ -39,6 +39,22 @@ _COMPOSITES = (
     | {"upsample_bilinear2d", "upsample_bicubic2d", "upsample_linear1d", "upsample_trilinear3d", "dropout"}
     | {"sym_size", "sym_numel", "embedding", "to", "type_as", "concat", "tile", "unfold", "im2col", "roll"}
     | {"gru", "lstm", "rnn_tanh", "rnn_relu", "linalg_vector_norm", "norm", "cumsum", "_weight_norm"}
+    | {"__and__", "__or__", "__xor__", "addcmul", "argsort", "baddbmm", "broadcast_to", "bucketize", "cdist"}
+    | {
+        "complex",
+        "cosine_similarity",
+        "cumprod",
+        "diff",
+        "dot",
+        "eye",
+        "floor_divide",
+        "isin",
+        "kron",
+        "lerp",
+    }
+    | {"linspace", "logsumexp", "masked_fill", "max", "meshgrid", "min", "moveaxis", "mv", "nan_to_num"}
+    | {"one_hot", "outer", "polar", "rsub", "sort", "std", "swapaxes", "take_along_dim", "tensor_split"}
+    | {"tril", "triu", "unsafe_chunk", "unsafe_split", "var", "view_as_complex", "view_as_real", "all", "any"}
     | {"expand_as", "reshape_as", "view_as", "clamp_min", "clamp_max", "numpy_T", "movedim", "flatten"}
     | {"zeros", "ones", "full", "arange", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones"}
 )

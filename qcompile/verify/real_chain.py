@@ -21,8 +21,8 @@ from torch.utils import _pytree as pytree
 from ..model import QuantModel
 from ..modes import Mode
 from ..passes.batchnorm import ModeBatchNorm
+from ..passes.borrowed_weights import BorrowedWeights
 from ..passes.eval_identities import IDENTITIES_IN_EVAL
-from ..passes.half_layers import SlicedWeights
 from ..passes.integer_model import IntegerModel
 from ..passes.layers import QuantizedLayer
 from ..passes.mode_input import MODE_INPUT
@@ -235,7 +235,7 @@ class RealChain:
             return self._bent(module, args[0])
         if isinstance(module, IDENTITIES_IN_EVAL):
             return args[0]
-        if isinstance(module, SlicedWeights):
+        if isinstance(module, BorrowedWeights):
             module = module.untied()
         tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         doubles = {name: _double(value.detach().cpu()) for name, value in tensors.items()}
