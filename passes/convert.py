@@ -10,25 +10,21 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import fx, nn
 
-from qcompile.errors import FoldError, InvalidArgument
-from qcompile.modes import ActiveMode, Mode, Policy
+from qcompile.errors import FoldError
+from qcompile.modes import Mode, Policy
 
 from .aten import aten_name
-from .convert_emit import Emitter, Value, input_dtype
+from .convert_emit import Emitter, Value
 from .convert_modules import convert_module
 from .convert_rules import RULES
 from .eval_identities import IDENTITIES_IN_EVAL
+from .fake_run import FakeRun
 from .fold import Affine
 from .integer_model import IntegerModel
-from .layers import QuantizedLayer
 from .mode_input import MODE_INPUT, ModeModule
-from .module_tree import float_dtype
 from .quantizers import ActivationQuantizer
 
 
@@ -61,8 +57,8 @@ def convert_graph(
                 f"layer {path!r}: its activation step for mode {mode.label} was never set; "
                 "train a step or run qcompile.calibrate(model, batches) first"
             )
-    ranks = _Shapes(fx.GraphModule(model, graph)).trace(shapes)
-    emitter = Emitter(model, row_of, ranks, lambda node: _keeps_integers(model, node))
+    traced = FakeRun(fx.GraphModule(model, graph)).trace(shapes)
+    emitter = Emitter(model, row_of, traced, lambda node: _keeps_integers(model, node))
     values: dict[fx.Node, Value] = {}
     for node in graph.nodes:
         if node.op == "placeholder":
@@ -100,53 +96,3 @@ def _keeps_integers(model: nn.Module, node: fx.Node) -> bool:
     name = aten_name(node)
     products = name in ("mul", "div") and len(node.all_input_nodes) > 1
     return node.target is operator.getitem or (name in RULES and not products)
-
-
-def _as_parameters(dtype: torch.dtype, own: torch.dtype | None) -> torch.dtype:
-    return own if own is not None and dtype.is_floating_point else dtype
-
-
-class _Shapes(fx.Interpreter):
-    """Shapes of every node's value, without running anything."""
-
-    def trace(self, shapes: Sequence[Sequence[int]]) -> dict[fx.Node, tuple[int, ...]]:
-        """Shapes by node for inputs of the given shapes.
-
-        Raises:
-            InvalidArgument: if the model cannot run on such inputs.
-        """
-        self.shapes: dict[fx.Node, tuple[int, ...]] = {}
-        inputs = [
-            node
-            for node in self.module.graph.nodes
-            if node.op == "placeholder" and not node.meta.get(MODE_INPUT)
-        ]
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-            own = float_dtype(self.module)
-            values = [
-                torch.empty(tuple(shape), dtype=_as_parameters(input_dtype(node), own))
-                for node, shape in zip(inputs, shapes, strict=True)
-            ]
-            try:
-                self.run(*values, ActiveMode())
-            except RuntimeError as cause:
-                given = ", ".join(str(tuple(shape)) for shape in shapes)
-                reason = str(cause).splitlines()[0]
-                raise InvalidArgument(
-                    f"the model does not run on inputs of shape {given}: {reason}"
-                ) from cause
-        return self.shapes
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        if isinstance(result, Tensor):
-            self.shapes[n] = tuple(result.shape)
-        return result
-
-    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        module = self.module.get_submodule(target)
-        if isinstance(module, QuantizedLayer):
-            return module.geometry.apply(args[0], module.weight, module.bias)
-        if isinstance(module, (ModeModule, *IDENTITIES_IN_EVAL)):
-            return args[0]
-        return module(*args, **kwargs)

@@ -35,7 +35,8 @@ def weighted_nodes(graph_module: fx.GraphModule) -> list[fx.Node]:
 
 
 def first_and_last(graph_module: fx.GraphModule) -> tuple[frozenset[str], frozenset[str]]:
-    """Module paths of the layers that no weighted layer precedes, and of those that none follows.
+    """Module paths of the layers before which no weighted layer and no embedding comes, and of the layers
+    that no weighted layer follows.
 
     A network with several inputs or outputs has several of each. A layer that is called more than once
     counts as first or last only if all its calls are.
@@ -43,10 +44,15 @@ def first_and_last(graph_module: fx.GraphModule) -> tuple[frozenset[str], frozen
     flow = data_flow(graph_module.graph)
     weighted = weighted_nodes(graph_module)
     names = {node.name for node in weighted}
+    before = names | {
+        node.name
+        for node in graph_module.graph.find_nodes(op="call_module", sort=False)
+        if isinstance(graph_module.get_submodule(str(node.target)), nn.Embedding)
+    }
     first: dict[str, bool] = {}
     last: dict[str, bool] = {}
     for node in weighted:
         path = str(node.target)
-        first[path] = first.get(path, True) and not names & nx.ancestors(flow, node.name)
+        first[path] = first.get(path, True) and not before & nx.ancestors(flow, node.name)
         last[path] = last.get(path, True) and not names & nx.descendants(flow, node.name)
     return frozenset(p for p, yes in first.items() if yes), frozenset(p for p, yes in last.items() if yes)

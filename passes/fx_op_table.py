@@ -47,8 +47,8 @@ OVERLOADS: dict[str, tuple[OpOverload, ...]] = _table(
     relu relu_ relu6 relu6_ hardtanh hardtanh_ sigmoid sigmoid_ silu silu_ gelu tanh tanh_ leaky_relu
     leaky_relu_ prelu hardswish hardswish_ hardsigmoid hardsigmoid_ elu elu_ celu celu_ selu selu_ mish
     mish_ softplus log_sigmoid hardshrink softshrink exp exp_ log log_ sqrt sqrt_ rsqrt abs abs_ neg neg_
-    floor floor_ ceil round sign erf reciprocal matmul bmm mm addmm baddbmm linear clamp_ clamp_min clamp_max threshold
-    square conv_transpose1d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
+    floor floor_ ceil round sign erf reciprocal matmul bmm mm addmm baddbmm linear clamp_ clamp_min clamp_max
+    threshold square conv_transpose1d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
     adaptive_avg_pool3d reshape view permute t contiguous clone detach unsqueeze expand repeat roll flip
     stack chunk maximum minimum amax amin pixel_shuffle pixel_unshuffle channel_shuffle
     scaled_dot_product_attention rand new_empty full new_full zeros ones zeros_like ones_like rand_like

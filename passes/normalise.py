@@ -9,6 +9,7 @@ from qcompile.passes.normalise_arguments import NormaliseArguments
 from qcompile.passes.normalise_attention import LiftAttention
 from qcompile.passes.normalise_computed import LiftComputedLayers, MatricesAsLinear
 from qcompile.passes.normalise_dropout import LiftDropout
+from qcompile.passes.normalise_einsum import EinsumAsLinear
 from qcompile.passes.normalise_inplace import RemoveInPlace
 from qcompile.passes.normalise_layers import LiftLayers
 from qcompile.passes.normalise_no_ops import RemoveMemoryLayout, RemoveNoOps, RemoveUnused
@@ -74,5 +75,6 @@ _FUNCTIONAL: tuple[Pass, ...] = (
     NormaliseArguments(),
     RemoveMemoryLayout(),
     RemoveNoOps(),
+    EinsumAsLinear(),
     MatricesAsLinear(),
 )

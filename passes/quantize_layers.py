@@ -19,6 +19,9 @@ from .mode_input import mode_placeholder
 from .quantizers import ActivationQuantizer, WeightQuantizer
 from .sign import NonNegative
 
+FIRST, LAST = "float: first weighted layer", "float: last weighted layer"
+SKIPPED = "float: listed in skip"
+
 
 @dataclass(frozen=True)
 class LayerRecord:
@@ -33,6 +36,11 @@ class LayerRecord:
     name: str
     quantized: bool
     reason: str
+
+    @property
+    def by_rule(self) -> bool:
+        """Whether it stayed in float because schemes leave such layers, or the caller this one, in float."""
+        return self.reason in (FIRST, LAST, SKIPPED)
 
 
 def _unquantized_input(graph_module: fx.GraphModule) -> str | None:
@@ -137,11 +145,11 @@ class QuantizeLayers(Pass):
         copies = graph_module.meta.get("copies", {})
         users_path = copies[path].source if path in copies else path
         if any(users_path == name or users_path.startswith(f"{name}.") for name in self.skip):
-            return "float: listed in skip"
+            return SKIPPED
         if path in first:
-            return "float: first weighted layer"
+            return FIRST
         if path in last:
-            return "float: last weighted layer"
+            return LAST
         module = graph_module.get_submodule(path)
         try:
             Geometry.of(module)

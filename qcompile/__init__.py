@@ -16,6 +16,7 @@ from .own_parameters import param_groups as param_groups
 from .prepare import prepare as prepare
 from .registry import schemes as schemes
 from .registry import targets as targets
+from .summary import summary as summary
 from .switching import at as at
 from .switching import bits as bits
 from .switching import modes as modes

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from .errors import InvalidInputType
+from .errors import InvalidArgument, InvalidInputType
 from .float_state import load_float_state, note_loaded_steps
 from .model import QuantModel
 from .modes import Mode, parse_modes
@@ -16,6 +16,7 @@ from .passes.manager import PassManager
 from .passes.mode_slots import AssignSlots
 from .passes.module_tree import module_at
 from .registry import find_scheme
+from .summary import left_in_float
 
 
 def prepare(
@@ -26,6 +27,7 @@ def prepare(
     modes: Sequence[int | str | Mode] | None = None,
     skip: Collection[str] = (),
     config: Any = None,
+    strict: bool = False,
 ) -> QuantModel:
     """Rewrite a float model into one trainable model that runs at several precisions.
 
@@ -38,13 +40,15 @@ def prepare(
         modes: in place of `bits`, names such as `("w2a2", "w4a8")`.
         skip: module paths that stay in float.
         config: the scheme's options, for example `VerticalConfig(batch_norm="stats")`.
+        strict: refuse a model of which an operator with weights stays in float for another reason than the
+            scheme's rule (the first and the last layer) or `skip`. `qcompile.summary` lists them otherwise.
 
     Returns:
         The prepared model, every layer in the training mode it has in `model`, its highest mode active.
 
     Raises:
         CaptureError: if the model cannot be captured; names the user's line.
-        InvalidArgument: for an unknown scheme or layer, or modes out of range.
+        InvalidArgument: for an unknown scheme or layer, modes out of range, or what `strict` refuses.
         InvalidInputType: if an argument has another type, or `model` is prepared already.
     """
     if not isinstance(model, nn.Module):
@@ -67,4 +71,8 @@ def prepare(
         users = module_at(model, path)
         if users is not None:
             module.training = users.training  # a layer that the user froze stays frozen
+    left = left_in_float(prepared) if strict else {}
+    if left:
+        listed = "; ".join(f"{name}: {reason}" for name, reason in left.items())
+        raise InvalidArgument(f"strict=True, but this would stay in float: {listed}")
     return prepared

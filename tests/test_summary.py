@@ -1,0 +1,100 @@
+"""What is quantised of a model's multiplications, and that nothing stays in float silently."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import qcompile
+from qcompile.errors import InvalidArgument
+
+
+class Everything(nn.Module):
+    """One of each kind of multiplication, of sizes that give different counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, 8)
+        self.project, self.back = nn.Linear(8, 12), nn.Linear(6, 8)
+        self.lstm = nn.LSTM(12, 6, batch_first=True)
+        self.mix = nn.Conv1d(8, 8, 3, padding=1, groups=2)
+        self.filters, self.head = nn.Linear(8, 3), nn.Linear(8, 5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x, _ = self.lstm(self.project(self.embed(tokens)).relu())
+        x = self.back(x).relu()
+        x = self.mix(x.transpose(1, 2)).transpose(1, 2)
+        x = x + functional.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None])[:, 0]
+        x = x + (x @ x.transpose(1, 2)).softmax(-1) @ x
+        taps = self.filters(x.mean((0, 1))).reshape(1, 1, 3)
+        return self.head(x + functional.conv1d(x.reshape(-1, 1, 8), taps, padding=1).reshape(x.shape))
+
+
+TOKENS = torch.randint(0, 20, (4, 10), generator=torch.Generator().manual_seed(0))
+
+
+def test_every_multiplication_is_counted() -> None:
+    ready = qcompile.prepare(Everything(), TOKENS, bits=(2, 4))
+    found = qcompile.summary(ready)
+    counts = {one.name: (one.operator, one.multiplications) for one in found.operators}
+    length = 10
+    assert counts == {
+        "project": ("Linear", length * 8 * 12),
+        "lstm": ("lstm", length * 4 * 6 * (12 + 6)),
+        "back": ("Linear", length * 6 * 8),
+        "mix": ("Conv1d", length * 8 * 4 * 3),
+        "scaled_dot_product_attention": ("scaled_dot_product_attention", 2 * length * length * 8),
+        "matmul": ("matmul", length * length * 8),
+        "matmul_1": ("matmul", length * length * 8),
+        "filters": ("Linear", 8 * 3 // 2),  # once for the two samples of a captured batch
+        "conv1d_1": ("conv1d", length * 8 * 3),
+        "head": ("Linear", length * 8 * 5),
+    }
+    quantized = {one.name for one in found.operators if one.quantized}
+    assert quantized == {"project", "back", "mix", "filters"}
+    share = sum(counts[name][1] for name in quantized) / sum(number for _, number in counts.values())
+    assert found.quantized_share == pytest.approx(share)
+    text = str(found)
+    assert "float: a product of activations" in text
+    assert "float: a recurrent layer is one operator" in text
+    assert f"{100 * share:.1f} % of the multiplications" in text
+    assert found.to_dict()["operators"][0]["name"] == "project"
+
+
+def test_calls_of_one_layer_add_up_and_only_branches_that_run_count() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.middle, self.last = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.middle(self.middle(self.first(x).relu()).relu()).relu())
+
+    for scheme, branches in (("vertical", 1), ("multibranch", 2)):
+        ready = qcompile.prepare(Twice(), torch.randn(3, 4), scheme=scheme, bits=(2, 4))
+        total = sum(one.multiplications for one in qcompile.summary(ready).operators if one.quantized)
+        assert total == branches * 2 * 36
+
+
+def test_sizes_must_be_known() -> None:
+    ready = qcompile.prepare(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)))
+    with pytest.raises(InvalidArgument, match="input shapes are unknown"):
+        qcompile.summary(ready)
+    ready(torch.randn(2, 4))
+    assert qcompile.summary(ready).quantized_share == pytest.approx(1 / 3)
+
+
+def test_strict_refuses_what_stays_in_float() -> None:
+    with pytest.raises(
+        InvalidArgument, match=r"strict=True, but .*: lstm: float: a recurrent .*conv1d_1: float: its weight"
+    ):
+        qcompile.prepare(Everything(), TOKENS, strict=True)
+    plain = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    ready = qcompile.prepare(plain, torch.randn(2, 4), strict=True, skip=["1"])
+    assert [one.quantized for one in ready.records] == [False, False, True, False]
+    layers = [nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.ConvTranspose2d(4, 4, 2), nn.Conv2d(4, 2, 1)]
+    upsampling = nn.Sequential(*layers)
+    with pytest.raises(InvalidArgument, match="2: float: ConvTranspose2d is no convolution"):
+        qcompile.prepare(upsampling, torch.randn(2, 3, 4, 4), strict=True)
