@@ -2,55 +2,104 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
 
 from .errors import InvalidArgument, InvalidInputType
 from .model import QuantModel
 from .modes import ActiveMode
+from .passes.agreement import Agreement
 from .passes.batchnorm import ModeBatchNorm
 from .passes.quantizers import ActivationQuantizer
+from .passes.step_search import Sample, clipped_at
 from .wrappers import as_prepared
 
+Method = Literal["mse", "minmax", "percentile"]
 
-def calibrate(model: nn.Module, batches: Iterable[Any], reset_steps: bool = False) -> None:
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    reset_steps: bool = False,
+    method: Method = "mse",
+    percentile: float = 99.99,
+    statistics: bool = True,
+    progress: bool = False,
+) -> None:
     """Set activation steps that were never set, and re-estimate every mode's batch normalisation.
 
-    Steps come from the first batch, layer after layer, each on inputs that the layers before it have already
-    quantised: the step with the least squared rounding error (`multibranch` has its own rule for bounds).
-    Steps that were trained are kept unless `reset_steps` is given. Running means and variances become the
-    averages over all batches.
+    Steps come from all batches, layer after layer, each on inputs that the layers before it have already
+    quantised. Steps that were trained are kept unless `reset_steps` is given. Running means and variances
+    become the averages over all batches.
 
     Args:
         model: from `prepare`; its training flags are as before afterwards.
         batches: tensors, dicts of keyword inputs, or tuples of which the first entries are the model's
-            inputs (labels behind them are ignored). Any iterable; it is read once.
+            inputs (labels behind them are ignored). Any iterable; it is read once and kept meanwhile.
         reset_steps: search all activation steps anew; those that no batch ever sets stay as they are.
+        method: `mse` takes the step with the least squared rounding error (`multibranch` has its own rule for
+            bounds); `minmax` what the scheme takes in training, from the largest magnitude;
+            `percentile` the same after clipping the largest magnitudes.
+        percentile: of the magnitudes, where `percentile` clips them.
+        statistics: whether to re-estimate batch normalisation; without, every mode keeps what it has.
+        progress: show a bar on standard error.
 
     Raises:
-        InvalidArgument: if there are no batches, they do not fit the model's inputs, or hold NaN or infinity.
+        InvalidArgument: if there are no batches, they do not fit the model's inputs, or hold NaN or infinity;
+            or for an unknown method or a percentile outside of 0 to 100.
         InvalidInputType: if the model was not prepared, or `batches` cannot be iterated.
     """
     prepared = as_prepared(model)
     if not isinstance(batches, Iterable):
         raise InvalidInputType(f"batches must be an iterable of inputs, not {type(batches).__name__}")
-    seen = 0
-    with torch.no_grad(), _statistics_from_scratch(prepared, reset_steps):
-        for batch in batches:
-            args, kwargs = _inputs(prepared, batch)
-            _check_finite(prepared, args, kwargs)
-            inputs = prepared.signature.bind(args, kwargs, prepared.float_dtype())
-            for row in range(len(prepared.prepared_modes)):
-                with _step_search(prepared, row):
-                    prepared.float_chain(ActiveMode(row), inputs)
-            prepared.last_shapes = tuple(tuple(one.shape) for one in inputs)
-            seen += 1
-        if not seen:
+    if method not in get_args(Method):
+        raise InvalidArgument(f"method={method!r} is none of {', '.join(get_args(Method))}")
+    if not 0.0 < percentile <= 100.0:
+        raise InvalidArgument(f"percentile={percentile!r} must be above 0 and at most 100")
+    rows = range(len(prepared.prepared_modes))
+    with torch.no_grad(), _evaluating(prepared, reset_steps, statistics):
+        searches = [_StepSearch(prepared, row, method, percentile) for row in rows]
+        kept = [_checked(prepared, one) for one in _track(batches, "reading", progress)]
+        if not kept:
             raise InvalidArgument("calibrate needs at least one batch, and the iterable was empty")
+        wanted = any(one.quantizers for one in searches)
+        for inputs in _track(kept if wanted else [], "steps", progress):
+            for row in rows:
+                with searches[row].watching():
+                    prepared.float_chain(ActiveMode(row), inputs)
+        for search in searches:
+            search.finish()
+        _average_from_zero(prepared)
+        for inputs in _track(kept if statistics else [], "statistics", progress):
+            for row in rows:
+                prepared.float_chain(ActiveMode(row), inputs)
+        prepared.last_shapes = tuple(tuple(one.shape) for one in kept[-1])
+
+
+def _track(values: Iterable[Any], what: str, shown: bool) -> Iterable[Any]:
+    return track(values, what, console=Console(stderr=True), transient=True) if shown else values
+
+
+def _checked(model: QuantModel, batch: Any) -> list[Any]:
+    """The flat inputs of a batch.
+
+    Raises:
+        InvalidArgument: if they do not fit the model or are not finite.
+    """
+    args, kwargs = _inputs(model, batch)
+    inputs = model.signature.bind(args, kwargs, model.float_dtype())
+    for one, value in zip(model.signature.inputs, inputs, strict=True):
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise InvalidArgument(
+                f"cannot calibrate on a batch that holds NaN or infinity (input {one.name!r})"
+            )
+    return inputs
 
 
 def _inputs(model: QuantModel, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -61,33 +110,21 @@ def _inputs(model: QuantModel, batch: Any) -> tuple[tuple[Any, ...], dict[str, A
     return (batch,), {}
 
 
-def _check_finite(model: QuantModel, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-    for one, value in zip(
-        model.signature.inputs, model.signature.bind(args, kwargs, model.float_dtype()), strict=True
-    ):
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise InvalidArgument(
-                f"cannot calibrate on a batch that holds NaN or infinity (input {one.name!r})"
-            )
-
-
 @contextmanager
-def _statistics_from_scratch(model: QuantModel, reset_steps: bool) -> Iterator[None]:
-    """Float chain, everything in eval mode but batch normalisation, which averages from zero."""
+def _evaluating(model: QuantModel, reset_steps: bool, statistics: bool) -> Iterator[None]:
+    """Everything in eval mode, but batch normalisation, if its statistics are wanted; back if it fails."""
     flags = {module: module.training for module in model.modules()}
+    saved = {name: value.clone() for name, value in model.state_dict().items()}
     norms = [module for module in model.modules() if isinstance(module, ModeBatchNorm)]
     momenta = [norm.momentum for norm in norms]
-    saved = {name: value.clone() for name, value in model.state_dict().items()}
     if reset_steps:
         for module in model.modules():
             if isinstance(module, ActivationQuantizer) and module.from_data:
                 module.forget()
     model.eval()
     for norm in norms:
-        norm.train()
-        norm.momentum = None
-        if norm.num_batches_tracked is not None:
-            norm.num_batches_tracked.zero_()
+        norm.train(statistics)
+        norm.momentum = None  # plain averages
     try:
         yield
     except BaseException:
@@ -102,25 +139,54 @@ def _statistics_from_scratch(model: QuantModel, reset_steps: bool) -> Iterator[N
             module.training = flag
 
 
-@contextmanager
-def _step_search(model: QuantModel, row: int) -> Iterator[None]:
-    """Quantisers of this mode that are not set yet are searched when their tensor first comes by."""
+def _average_from_zero(model: QuantModel) -> None:
+    for module in model.modules():
+        if isinstance(module, ModeBatchNorm) and module.num_batches_tracked is not None:
+            module.num_batches_tracked.zero_()
 
-    def search(module: nn.Module, args: tuple[Any, ...]) -> None:
-        assert isinstance(module, ActivationQuantizer)
-        if not bool(module.initialised[row]):
+
+class _StepSearch:
+    """Steps of one mode that are not set yet: from the first batch, and then from all.
+
+    A quantiser is set when its tensor first comes by, so that the layers behind it see quantised inputs; when
+    all batches have passed, it is set again from a sample of all of them.
+    """
+
+    def __init__(self, model: QuantModel, row: int, method: Method, percentile: float) -> None:
+        self.row, self.method, self.percentile = row, method, percentile
+        modules = model.quantizers_of(row)
+        self.quantizers = {one: Sample() for one in modules if not bool(one.initialised[row])}
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Look at what passes through the quantisers."""
+
+        def look(module: nn.Module, args: tuple[Any, ...]) -> None:
+            assert isinstance(module, ActivationQuantizer)
             x = args[0].detach()
             if not bool(torch.isfinite(x).all()):
                 raise InvalidArgument("cannot calibrate on a batch that holds NaN or infinity")
-            module.search(x, row)
+            self.quantizers[module].add(x)
+            if not bool(module.initialised[self.row]):
+                self._set(module, x)
 
-    hooks = [
-        module.register_forward_pre_hook(search)
-        for module in model.modules()
-        if isinstance(module, ActivationQuantizer) and not bool(module.initialised[row])
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+        hooks = [one.register_forward_pre_hook(look) for one in self.quantizers]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def finish(self) -> None:
+        """Set all of them from their samples."""
+        for one, sample in self.quantizers.items():
+            if sample.batches > 1:
+                self._set(one, sample.values())
+
+    def _set(self, module: ActivationQuantizer, values: Tensor) -> None:
+        if self.method == "mse":
+            module.search(values, self.row)
+            return
+        if self.method == "percentile":
+            values = clipped_at(values, self.percentile)
+        module.initialise(values, self.row, Agreement())

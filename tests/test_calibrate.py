@@ -10,6 +10,7 @@ from nets import example, trained
 import qcompile
 from qcompile.errors import FoldError, InvalidArgument
 from qcompile.passes.lsq import least_squares_step
+from qcompile.passes.step_search import Sample
 
 
 def test_the_step_is_the_best_of_its_grid():
@@ -88,3 +89,66 @@ def test_a_batch_with_nan_changes_nothing():
         qcompile.calibrate(prepared, [x, spoilt])
     assert all(torch.equal(value, before[name]) for name, value in prepared.state_dict().items())
     assert all(torch.equal(value, before[key]) for key, value in prepared.state_dict().items())
+
+
+def _of_first_quantizer(batches, **options):
+    """Its step per mode, and what it saw, of a network whose first layer stays in float."""
+    model, x = example("plain")
+    prepared = qcompile.prepare(model, x)
+    inputs = [x, 3.0 * x[:2], 0.5 * x] if batches is None else batches
+    qcompile.calibrate(prepared, iter(inputs), **options)
+    with torch.no_grad():
+        seen = torch.cat([model.conv1(one).relu().flatten() for one in inputs])
+    return prepared.get_submodule("conv2.input_quantizer").step.detach(), seen
+
+
+def test_steps_come_from_all_batches():
+    found, seen = _of_first_quantizer(None)
+    for step, bits in zip(found, (2, 3, 4), strict=True):
+        assert float(step) == pytest.approx(least_squares_step(seen, 0, 2**bits - 1), rel=1e-6)
+
+
+def test_ranges_from_extremes_and_percentiles():
+    found, seen = _of_first_quantizer(None, method="minmax")
+    highest = torch.tensor([3.0, 7.0, 15.0])
+    torch.testing.assert_close(found, seen.max() / highest)
+    found, _ = _of_first_quantizer(None, method="percentile", percentile=90.0)
+    bound = np.sort(seen.numpy())[int(np.ceil(0.9 * len(seen))) - 1]
+    torch.testing.assert_close(found, torch.tensor(bound) / highest)
+
+
+def test_samples_are_bounded_even_and_keep_extremes():
+    sample, generator = Sample(), torch.Generator().manual_seed(0)
+    for index in range(40):
+        sample.add(torch.rand(5000, generator=generator) + index)
+    sample.add(torch.tensor([-7.0]))
+    values = sample.values()
+    assert sample.batches == 41
+    assert 2**16 <= len(values) <= 2**17 + 2
+    assert (float(values.min()), float(values.max())) == (-7.0, pytest.approx(40.0, abs=1e-3))
+    counts = torch.bincount(values[values >= 0].long(), minlength=40)
+    assert int(counts[:40].max()) - int(counts[:40].min()) <= 2
+
+
+def test_statistics_stay_if_they_are_not_wanted():
+    model, x = example("residual")
+    prepared = qcompile.prepare(model, x)
+    before = {key: value.clone() for key, value in prepared.state_dict().items() if "running" in key}
+    qcompile.calibrate(prepared, [x, 2 * x], statistics=False)
+    assert before
+    assert all(torch.equal(value, prepared.state_dict()[key]) for key, value in before.items())
+
+
+def test_options_out_of_range_are_named():
+    model, x = example("residual")
+    prepared = qcompile.prepare(model, x)
+    with pytest.raises(InvalidArgument, match="method='entropy' is none of mse, minmax, percentile"):
+        qcompile.calibrate(prepared, [x], method="entropy")
+    with pytest.raises(InvalidArgument, match=r"percentile=0 must be above 0 and at most 100"):
+        qcompile.calibrate(prepared, [x], method="percentile", percentile=0)
+
+
+def test_progress_goes_to_standard_error(capsys):
+    model, x = example("residual")
+    qcompile.calibrate(qcompile.prepare(model, x), [x, x], progress=True)
+    assert capsys.readouterr().out == ""

@@ -40,10 +40,7 @@ def quantize_command(
     names = None if modes is None else modes.split(",")
     prepared = prepare(model.eval(), part(inputs, 0, 2), scheme=scheme, bits=widths, modes=names, skip=skip)
     starts = range(0, len(next(iter(inputs.values()))), batch)
-    from rich.progress import track
-
-    batches = (part(inputs, start, start + batch) for start in starts)
-    calibrate(prepared, track(batches, description="calibrating", total=len(starts), transient=True))
+    calibrate(prepared, (part(inputs, start, start + batch) for start in starts), progress=True)
     save(prepared.eval(), output)
     print(f"wrote {output}")
 
