@@ -147,6 +147,9 @@ class WeightQuantizer(nn.Module):
         """Set parameters from a float weight (after construction and after loading float weights)."""
         raise TypeError(f"{type(self).__name__} does not define initialise()")
 
+    def search(self, weight: Tensor) -> None:
+        """Set parameters that training has not moved with care, for use without training."""
+
 
 class ActivationQuantizer(ModeModule):
     """Base of activation quantisers; parameters are stacked over the modes along dimension 0.

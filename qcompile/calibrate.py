@@ -16,6 +16,7 @@ from .model import QuantModel
 from .modes import ActiveMode
 from .passes.agreement import Agreement
 from .passes.batchnorm import ModeBatchNorm
+from .passes.layers import QuantizedLayer
 from .passes.quantizers import ActivationQuantizer
 from .passes.step_search import Sample, clipped_at
 from .wrappers import as_prepared
@@ -29,6 +30,7 @@ def calibrate(
     reset_steps: bool = False,
     method: Method = "mse",
     percentile: float = 99.99,
+    weights: bool = True,
     statistics: bool = True,
     progress: bool = False,
 ) -> None:
@@ -47,6 +49,7 @@ def calibrate(
             bounds); `minmax` what the scheme takes in training, from the largest magnitude;
             `percentile` the same after clipping the largest magnitudes.
         percentile: of the magnitudes, where `percentile` clips them.
+        weights: whether to search weight steps, too, where the scheme can: those that training has not moved.
         statistics: whether to re-estimate batch normalisation; without, every mode keeps what it has.
         progress: show a bar on standard error.
 
@@ -64,6 +67,10 @@ def calibrate(
         raise InvalidArgument(f"percentile={percentile!r} must be above 0 and at most 100")
     rows = range(len(prepared.prepared_modes))
     with torch.no_grad(), _evaluating(prepared, reset_steps, statistics):
+        if weights:
+            for module in prepared.modules():
+                if isinstance(module, QuantizedLayer):
+                    module.weight_quantizer.search(module.weight.detach())
         searches = [_StepSearch(prepared, row, method, percentile) for row in rows]
         kept = [_checked(prepared, one) for one in _track(batches, "reading", progress)]
         if not kept:

@@ -7,9 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nets import example
 from reference import vertical as reference
 from torch import nn
 
+import qcompile
 from qcompile.errors import InvalidArgument
 from qcompile.passes.distillation import cosine_distance, divergence
 from qcompile.passes.schemes.vertical import VerticalConfig, VerticalWeightQuantizer
@@ -128,3 +130,60 @@ def test_a_vanished_step_can_recover():
 def test_config_lists_its_choices(option, value):
     with pytest.raises(InvalidArgument, match=f"{option}=.* is not one of"):
         VerticalConfig(**{option: value})
+
+
+@given(st.integers(0, 2**31), st.sampled_from([(1, 2), (2, 4), (2, 3, 8)]))
+@settings(max_examples=40, deadline=None)
+def test_a_step_per_channel_is_the_quantiser_of_every_channel_alone(seed: int, bits: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(3, 2, 3, 3, generator=generator, requires_grad=True)
+    whole = VerticalWeightQuantizer(bits, VerticalConfig(weight_step="channel"), 3)
+    whole.initialise(weight.detach() * torch.tensor([1.0, 0.1, 4.0]).reshape(3, 1, 1, 1))
+    upstream = torch.randn(weight.shape, generator=generator)
+    for row in range(len(bits)):
+        weight.grad = whole.step.grad = None
+        output = whole(weight, row)
+        output.backward(upstream)
+        for channel in range(3):
+            part = weight.detach()[channel : channel + 1].clone().requires_grad_()
+            alone = VerticalWeightQuantizer(bits, VerticalConfig())
+            alone.step.data = whole.step.data[channel : channel + 1].clone()
+            expected = alone(part, row)
+            expected.backward(upstream[channel : channel + 1])
+            assert torch.equal(output[channel], expected[0])
+            assert torch.equal(weight.grad[channel], part.grad[0])
+            torch.testing.assert_close(whole.step.grad[channel], alone.step.grad[0], rtol=1e-4, atol=1e-6)
+            found, wanted = whole.codes(weight, row), alone.codes(part, row)
+            assert torch.equal(found.codes[channel], wanted.codes[0])
+            assert found.scale[channel] == wanted.scale
+
+
+@pytest.mark.parametrize("kind", ["layer", "channel"])
+def test_the_searched_step_has_the_least_errors(kind: str) -> None:
+    weight = torch.randn(4, 6, generator=torch.Generator().manual_seed(3)) ** 3
+    quantizer = VerticalWeightQuantizer((2, 4), VerticalConfig(weight_step=kind), 4)
+    quantizer.initialise(weight)
+    quantizer.search(weight)
+    rows = weight.double().numpy() if kind == "channel" else weight.double().numpy().reshape(1, -1)
+    for step, row in zip(quantizer.step.tolist(), rows, strict=True):
+        candidates = np.abs(row).max() / 7 * np.arange(1, 65) / 64
+        errors = []
+        for one in candidates:
+            highest = np.clip(np.rint(row / one), -8, 7)
+            four = highest * one
+            two = (np.floor(highest / 4) + 0.375) * 4 * one  # z = (1 - 2^-2) / 2
+            errors.append(np.square(four - row).sum() * np.square(two - row).sum())
+        assert step == pytest.approx(candidates[int(np.argmin(errors))], rel=1e-6)
+    trained = quantizer.step.detach() * 1.01
+    quantizer.step.data = trained.clone()
+    quantizer.search(weight)
+    assert torch.equal(quantizer.step.detach(), trained)
+
+
+@pytest.mark.parametrize("target", [None, "onnx-qdq", "onnx-packed"])
+def test_steps_per_channel_are_exact_everywhere(target: str | None) -> None:
+    model, x = example("mobile")
+    ready = qcompile.prepare(model, x, bits=(2, 8), config=VerticalConfig(weight_step="channel"))
+    qcompile.calibrate(ready, [x])
+    for bits in (2, 8):
+        assert qcompile.verify(ready.eval(), x, bits=bits, target=target).exact

@@ -23,6 +23,7 @@ from ..mode_input import Row, picked
 from ..quantize_layers import QuantizeLayers
 from ..quantizers import WeightCodes, WeightQuantizer
 from ..rounding import Bound, save_operands, saved_operands
+from ..step_search import SEARCH_GRID
 from .base import ModeOutput, Scheme, choice
 
 
@@ -38,6 +39,7 @@ class VerticalConfig:
         distillation: how a mode learns from the next higher one (Sec. 4.2.3): `cosine`, `kl`, or None.
         step_gradient: `compensated` differentiates the compensated weight; `printed` leaves z out, as
             Eq. 8 is printed.
+        weight_step: one step s for a layer's weight, as in the paper, or one for each output channel.
     """
 
     compensation: bool = True
@@ -45,6 +47,7 @@ class VerticalConfig:
     moo: Literal["us", "mgd"] = "us"
     distillation: Literal["cosine", "kl"] | None = "cosine"
     step_gradient: Literal["compensated", "printed"] = "compensated"
+    weight_step: Literal["layer", "channel"] = "layer"
 
     def __post_init__(self) -> None:
         choice("compensation", self.compensation, (True, False))
@@ -52,6 +55,7 @@ class VerticalConfig:
         choice("moo", self.moo, ("us", "mgd"))
         choice("distillation", self.distillation, ("cosine", "kl", None))
         choice("step_gradient", self.step_gradient, ("compensated", "printed"))
+        choice("weight_step", self.weight_step, ("layer", "channel"))
 
 
 def highest_code(weight: Tensor, step: Tensor, highest_bits: int) -> Tensor:
@@ -105,9 +109,10 @@ class _VerticalWeight(torch.autograd.Function):
         if not ctx.printed:
             error = error + z * power
         error = error - torch.where(inside, ratio, 0.0)
-        scale = 1.0 / math.sqrt(max(1, ctx.top) * weight.numel())
-        d_step = (gradient * error).sum() * scale
-        return torch.where(inside, gradient, 0.0), d_step.reshape(step.shape), None, None, None, None, None
+        scale = 1.0 / math.sqrt(max(1, ctx.top) * (weight.numel() // max(1, step.numel())))
+        product = gradient * error
+        d_step = product.sum() if step.dim() == 0 else product.flatten(1).sum(1).reshape(step.shape)
+        return torch.where(inside, gradient, 0.0), d_step * scale, None, None, None, None, None
 
 
 class VerticalWeightQuantizer(WeightQuantizer):
@@ -116,21 +121,24 @@ class VerticalWeightQuantizer(WeightQuantizer):
     Args:
         bits: weight bits of every mode, by row.
         config: options of the scheme.
+        channels: output channels of the weight, its dimension 0.
 
     Attributes:
-        step: (1,) float parameter, the step size s of the highest mode (fully_shard takes no scalars).
+        step: float parameter, the step size s of the highest mode: (1,), as fully_shard takes no scalars, or
+            (channels,).
         powers, offsets: (rows,) 2^d and z, for the rows of policies.
     """
 
     powers: Tensor
     offsets: Tensor
 
-    def __init__(self, bits: Sequence[int], config: VerticalConfig) -> None:
+    def __init__(self, bits: Sequence[int], config: VerticalConfig, channels: int = 1) -> None:
         super().__init__()
         self.bits, self.highest_bits = tuple(bits), max(bits)
         self.compensation = config.compensation
         self.printed = config.step_gradient == "printed"
-        self.step = nn.Parameter(torch.ones(1))
+        self.per_channel = config.weight_step == "channel"
+        self.step = nn.Parameter(torch.ones(channels if self.per_channel else 1))
         numbers = torch.tensor([self._numbers(row) for row in range(len(bits))])
         self.register_buffer("powers", numbers[:, 0].clone(), persistent=False)
         self.register_buffer("offsets", numbers[:, 1].clone(), persistent=False)
@@ -146,9 +154,38 @@ class VerticalWeightQuantizer(WeightQuantizer):
 
     def initialise(self, weight: Tensor) -> None:
         """s = 2 mean|W| / sqrt(2^K - 1) (Sec. 6.1, printed there for K = 4)."""
-        step = 2.0 * weight.abs().mean() / math.sqrt(2**self.highest_bits - 1)
         with torch.no_grad():
-            self.step.data = step.clamp_min(SMALLEST_STEP).to(weight.dtype).reshape(1)
+            self.step.data = self._first_step(weight)
+
+    def _rows_of(self, weight: Tensor) -> Tensor:
+        """(steps, weights of each)."""
+        return weight.flatten(1) if self.per_channel else weight.reshape(1, -1)
+
+    def _first_step(self, weight: Tensor) -> Tensor:
+        step = 2.0 * self._rows_of(weight).abs().mean(1) / math.sqrt(2**self.highest_bits - 1)
+        return step.clamp_min(SMALLEST_STEP).to(weight.dtype)
+
+    def search(self, weight: Tensor) -> None:
+        """The step for which the product of all modes' squared errors is least; a trained one stays."""
+        if not torch.allclose(self.step.detach(), self._first_step(weight), rtol=1e-4, atol=0.0):
+            return
+        rows = self._rows_of(weight).double()
+        whole = rows.abs().amax(1, keepdim=True) / max(1, 2 ** (self.highest_bits - 1) - 1)
+        fractions = [index / SEARCH_GRID for index in range(1, SEARCH_GRID + 1)]
+        found = torch.stack([self._log_errors(rows, whole * one) for one in fractions])
+        best = found.argmin(0)
+        step = whole.squeeze(1) * torch.tensor(fractions, dtype=whole.dtype, device=whole.device)[best]
+        self.step.data = step.clamp_min(SMALLEST_STEP).to(weight.dtype)
+
+    def _log_errors(self, rows: Tensor, step: Tensor) -> Tensor:
+        """Sum over the modes of the logarithm of each row's squared error."""
+        step = step.clamp_min(SMALLEST_STEP)
+        highest, total = highest_code(rows, step, self.highest_bits), rows.new_zeros(len(rows))
+        for row in range(len(self.bits)):
+            power, z = self._numbers(row)
+            error = (torch.floor(highest / power) + z) * (step * power) - rows
+            total += error.square().sum(1).clamp_min(SMALLEST_STEP**2).log()
+        return total
 
     def forward(self, weight: Tensor, row: Row) -> Tensor:
         """s_b (c_b + z_b), the shape of `weight`."""
@@ -158,10 +195,14 @@ class VerticalWeightQuantizer(WeightQuantizer):
             power, z = self._numbers(row)
         else:
             power, z = picked(self.powers, row), picked(self.offsets, row)
-        step = hold_positive(self.step.squeeze(0))
+        step = hold_positive(self._shaped(self.step, weight))
         highest = self.once_per_step(self._highest, weight, step.detach())
         top = 2 ** (self.highest_bits - 1) - 1
         return _VerticalWeight.apply(weight, step, highest, power, z, self.printed, top)
+
+    def _shaped(self, step: Tensor, weight: Tensor) -> Tensor:
+        """The step as it broadcasts against the weight."""
+        return step.reshape(-1, *[1] * (weight.dim() - 1)) if self.per_channel else step.squeeze(0)
 
     def _highest(self, weight: Tensor, step: Tensor) -> Tensor:
         return highest_code(weight, step, self.highest_bits).to(torch.int8)
@@ -169,10 +210,14 @@ class VerticalWeightQuantizer(WeightQuantizer):
     def codes(self, weight: Tensor, row: int) -> WeightCodes:
         """The mode's integer codes, from W and s in float64."""
         dropped = self.highest_bits - self.bits[row]
-        step = hold_positive(self.step[0].detach()).double()
+        step = hold_positive(self._shaped(self.step.detach(), weight)).double()
         code = lower_code(highest_code(weight.detach().double(), step, self.highest_bits), dropped)
         return WeightCodes(
-            code.to(torch.int16), self.bits[row], True, step * 2.0**dropped, *self._offset(row)
+            code.to(torch.int16),
+            self.bits[row],
+            True,
+            (step.flatten() if self.per_channel else step) * 2.0**dropped,
+            *self._offset(row),
         )
 
     def extra_repr(self) -> str:
@@ -198,7 +243,9 @@ class VerticalScheme(Scheme):
         weight_bits = [mode.weight_bits for mode in self.modes]
         return [
             QuantizeLayers(
-                weight_quantizer=lambda layer: VerticalWeightQuantizer(weight_bits, self.config),
+                weight_quantizer=lambda layer: VerticalWeightQuantizer(
+                    weight_bits, self.config, layer.weight.shape[0]
+                ),
                 activation_quantizer=lambda signed: LsqActivationQuantizer(activation_bits, signed),
                 skip=skip,
             ),

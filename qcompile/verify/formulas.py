@@ -145,8 +145,10 @@ class VerticalFormulas:
         highest = max(one.weight_bits for one in model.prepared_modes)
         dropped = highest - mode.weight_bits
         quantizer: Any = layer.weight_quantizer
-        step = max(float(as_array(quantizer.step)[0]), float(np.float32(self.smallest_step)))
-        ratio = as_array(layer.weight).astype(np.float64) / step
+        steps = np.maximum(as_array(quantizer.step).astype(np.float64), np.float32(self.smallest_step))
+        latent = as_array(layer.weight).astype(np.float64)
+        ratio = latent / steps.reshape(-1, *[1] * (latent.ndim - 1))
+        step = steps if len(steps) > 1 else steps[0]
         code = np.clip(np.rint(ratio), -(2 ** (highest - 1)), 2 ** (highest - 1) - 1).astype(np.int64)
         offset = (2**dropped - 1, dropped + 1) if dropped and quantizer.compensation else (0, 0)
         return ReferenceWeight(code >> dropped, np.asarray(step * 2.0**dropped), *offset)
