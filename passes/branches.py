@@ -22,6 +22,7 @@ from .computed_weights import ComputedWeights
 from .half_branch import HalfPlan, LayerSlice, half_branch
 from .half_layers import kept_weight
 from .manager import Pass, PassResult
+from .module_tree import free_name
 from .slicing import applied_edges
 
 _ATEN = torch.ops.aten
@@ -231,7 +232,7 @@ class _Copier:
     ) -> None:
         self.owner = owner
         self.graph_module, self.graph, self.body, self.plan = graph_module, graph_module.graph, body, plan
-        self.prefix, self.noise, self.number = _free_name(graph_module, prefix), noise, number
+        self.prefix, self.noise, self.number = free_name(graph_module, prefix), noise, number
         self.modules: dict[str, str] = {}
         self.copies: dict[str, Copied] = graph_module.meta.setdefault("copies", {})
 
@@ -267,9 +268,3 @@ class _Copier:
             self.graph_module.add_submodule(path, copied.module(self.graph_module.get_submodule(source)))
             self.copies[path] = copied
         return self.modules[source]
-
-
-def _free_name(graph_module: fx.GraphModule, name: str) -> str:
-    while hasattr(graph_module, name):
-        name += "_"
-    return name

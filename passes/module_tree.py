@@ -109,6 +109,13 @@ def module_at(module: nn.Module, path: str) -> nn.Module | None:
     return current
 
 
+def free_name(module: nn.Module, name: str) -> str:
+    """The name, with as many underscores behind it as no attribute of the module has."""
+    while hasattr(module, name):
+        name += "_"
+    return name
+
+
 def place_module(root: nn.Module, path: str, module: nn.Module) -> None:
     """Put a module at a dotted path of a bare tree, keeping everything else that lives at or below that path.
 

@@ -18,6 +18,7 @@ from .eval_identities import IDENTITIES_IN_EVAL
 from .first_last import WEIGHTED, data_flow, first_and_last, weighted_nodes
 from .manager import Pass, PassResult
 from .mode_input import ModeModule, mode_placeholder, picked
+from .module_tree import free_name
 from .quantizers import scale_gradient
 
 #: Operators whose result has the channels of their first input.
@@ -113,7 +114,7 @@ class ReplaceReLU(Pass):
                 reason = "no quantised layer follows" if channels else "its channels are not known"
                 notes.append(f"{where}: kept, {reason}")
                 continue
-            path = _free_name(graph_module, f"rprelu_{count}")
+            path = free_name(graph_module, f"rprelu_{count}")
             count += 1
             module = ModePReLU(self.rows, channels, self.slope)
             graph_module.add_submodule(path, module.to(*_device_and_dtype(graph_module)))
@@ -148,12 +149,6 @@ def channels_of(graph_module: fx.GraphModule, node: fx.Node) -> int | None:
     (common,) = found if len(found) == 1 else (None,)
     agrees = not isinstance(value, Tensor) or (value.dim() > 1 and value.shape[1] == common)
     return common if agrees else None
-
-
-def _free_name(graph_module: fx.GraphModule, name: str) -> str:
-    while hasattr(graph_module, name):
-        name += "_"
-    return name
 
 
 def _device_and_dtype(graph_module: fx.GraphModule) -> tuple[torch.device, torch.dtype]:

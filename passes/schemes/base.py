@@ -33,7 +33,7 @@ class ModeOutput:
 
     def distance(self, guide: Tensor, measure: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """How far this mode's logits are from a guide's."""
-        assert self.logits is not None, "the joint loss has checked it"
+        assert self.logits is not None, "a scheme that compares logits says so by `needs_logits`"
         return measure(guide, self.logits)
 
 
