@@ -192,7 +192,9 @@ def main() -> None:
         "--jobs", type=int, default=2, help="runs at a time in the comparisons, one thread each"
     )
     parser.add_argument("--save", type=Path, help="write the trained model to this .qcm file")
-    parser.add_argument("--log", type=Path, help="append one JSON record per run to this file")
+    parser.add_argument(
+        "--log", type=Path, help="append one JSON record per run to this file; comparisons go on from it"
+    )
     parser.add_argument("--one-run", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if not (options.data / "cifar10_exact" / "labels.npz").exists():
@@ -271,9 +273,13 @@ def print_main_table(base: Recipe, options: argparse.Namespace) -> None:
 
 
 def run_many(runs: list[Recipe], options: argparse.Namespace) -> list[dict]:
-    """Run recipes in processes of one thread each, several at a time."""
+    """Run recipes in processes of one thread each, several at a time; those in the log are not run again."""
     command = [sys.executable, __file__, "--data", str(options.data), "--one-run"]
-    waiting, active, records = list(runs), [], []
+    logged = {json.dumps(one["recipe"]): one for one in read_log(options) if "exact" in one}
+    keys = [json.dumps(run.__dict__) for run in runs]
+    records = [logged[key] for key in keys if key in logged]
+    waiting = [run for run, key in zip(runs, keys, strict=True) if key not in logged]
+    active: list[subprocess.Popen[bytes]] = []
     while waiting or active:
         while waiting and len(active) < options.jobs:
             job = json.dumps(waiting.pop(0).__dict__)
@@ -290,6 +296,13 @@ def run_many(runs: list[Recipe], options: argparse.Namespace) -> list[dict]:
             print(f"{len(records)}/{len(runs)} runs", file=sys.stderr)
         time.sleep(1.0)
     return records
+
+
+def read_log(options: argparse.Namespace) -> list[dict]:
+    """Records of the log, if there is one."""
+    if not options.log or not options.log.exists():
+        return []
+    return [json.loads(line) for line in options.log.read_text().splitlines()]
 
 
 def write_log(options: argparse.Namespace, record: dict) -> None:

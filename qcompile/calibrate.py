@@ -12,6 +12,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from .errors import InvalidArgument, InvalidInputType
+from .float_statistics import float_statistics, measured, move, without_rounding
 from .model import QuantModel
 from .modes import ActiveMode
 from .passes.agreement import Agreement
@@ -38,7 +39,8 @@ def calibrate(
 
     Steps come from all batches, layer after layer, each on inputs that the layers before it have already
     quantised. Steps that were trained are kept unless `reset_steps` is given. Running means and variances
-    become the averages over all batches.
+    become the averages over all batches; as long as the weights are the float model's, its own statistics
+    moved by what rounding changes on these batches.
 
     Args:
         model: from `prepare`; its training flags are as before afterwards.
@@ -75,6 +77,13 @@ def calibrate(
         kept = [_checked(prepared, one) for one in _track(batches, "reading", progress)]
         if not kept:
             raise InvalidArgument("calibrate needs at least one batch, and the iterable was empty")
+        base = float_statistics(prepared) if statistics else None
+        if base:
+            _average_from_zero(prepared)
+            with without_rounding(prepared):
+                for inputs in kept:
+                    prepared.float_chain(ActiveMode(0), inputs)
+            unrounded = measured(prepared, 0)
         wanted = any(one.quantizers for one in searches)
         for inputs in _track(kept if wanted else [], "steps", progress):
             for row in rows:
@@ -86,6 +95,8 @@ def calibrate(
         for inputs in _track(kept if statistics else [], "statistics", progress):
             for row in rows:
                 prepared.float_chain(ActiveMode(row), inputs)
+        if base:
+            move(prepared, base, unrounded)
         prepared.last_shapes = tuple(tuple(one.shape) for one in kept[-1])
 
 

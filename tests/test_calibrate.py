@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from nets import example, trained
+from torch import nn
+from torch.nn import functional
 
 import qcompile
 from qcompile.errors import FoldError, InvalidArgument
@@ -21,9 +23,11 @@ def test_the_step_is_the_best_of_its_grid():
     assert step == pytest.approx(candidates[int(np.argmin(errors))], rel=1e-5)
 
 
-def test_statistics_are_the_averages_over_all_batches():
+def test_statistics_of_other_weights_are_the_averages_over_all_batches():
     model, x = example("residual")
     prepared = qcompile.prepare(model, x)
+    with torch.no_grad():
+        prepared.get_submodule("conv1").weight.mul_(1.01)  # as training does
     batches = [x, x * 1.5 + 0.2, x - 0.3]
     qcompile.calibrate(prepared, iter(batches))
     stem = model.stem(torch.cat(batches)).view(3, 4, 8, 12, 12)
@@ -32,6 +36,42 @@ def test_statistics_are_the_averages_over_all_batches():
     for row in range(3):
         torch.testing.assert_close(prepared.get_submodule("bn0").running_mean[row], means.detach())
         torch.testing.assert_close(prepared.get_submodule("bn0").running_var[row], variances.detach())
+
+
+def test_statistics_of_the_float_weights_are_moved_by_what_rounding_changes():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 8, 3, bias=False), nn.BatchNorm2d(8), nn.Conv2d(8, 2, 1)
+    )
+    model[3].running_mean.normal_()
+    model[3].running_var.uniform_(0.5, 2.0)
+    batches = [torch.randn(5, 3, 9, 9), torch.randn(5, 3, 9, 9) + 0.5]
+    prepared = qcompile.prepare(model, batches[0])
+    qcompile.calibrate(prepared, batches)
+    quantizer, layer = prepared.get_submodule("2.input_quantizer"), prepared.get_submodule("2")
+
+    def statistics(weight, rounded):
+        with torch.no_grad():
+            sums = [
+                functional.conv2d(rounded(model[0](one).relu().double()), weight.double()) for one in batches
+            ]
+        means = torch.stack([one.mean((0, 2, 3)) for one in sums]).mean(0)
+        return means, torch.stack([one.var((0, 2, 3)) for one in sums]).mean(0)  # unbiased, as torch's
+
+    mean_before, variance_before = statistics(model[2].weight, lambda x: x)
+    for row, bits in enumerate((2, 3, 4)):
+        step, codes = quantizer.step[row].double(), layer.weight_quantizer.codes(layer.weight, row)
+        weight = codes.scale * (codes.codes + codes.offset_numerator * 2.0**-codes.offset_shift)
+        mean, variance = statistics(weight, lambda x: (x / step).round().clamp(0, 2**bits - 1) * step)  # noqa: B023
+        norm = prepared.get_submodule("3")
+        moved = model[3].running_mean + mean - mean_before, model[3].running_var * variance / variance_before
+        torch.testing.assert_close(norm.running_mean[row].double(), moved[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(norm.running_var[row].double(), moved[1], rtol=1e-4, atol=0)
+        assert not torch.allclose(mean, mean_before, rtol=0.01)
+    once = {key: value.clone() for key, value in prepared.state_dict().items()}
+    qcompile.calibrate(prepared, batches)
+    for key, value in prepared.state_dict().items():
+        torch.testing.assert_close(value, once[key], msg=key)
 
 
 def test_parameters_with_nan_are_named():
