@@ -121,7 +121,9 @@ def _accumulate(emitter: Emitter, node: fx.Node, module: QuantizedLayer, value: 
     weight = module.weight_quantizer.codes(module.weight, emitter.row_of(module))
     if isinstance(weight, Tensor):
         return _float_layer(emitter, path, module, weight, emitter.to_float(value))
-    if not (isinstance(value, Affine) and value.is_plain):
+    if isinstance(value, fx.Node):
+        return _weight_only_layer(emitter, path, module, weight, value)
+    if not value.is_plain:
         raise FoldError(f"layer {path!r}: its input is not quantised")
     term = value.terms[0]
     low, high, bound = _accumulator_bounds(weight, int(term.low), int(term.high), path)
@@ -166,6 +168,31 @@ def _accumulator_bounds(
         )
     bound = int(np.abs(codes).sum(1).max()) * max(high, -low)
     return smallest, largest, bound
+
+
+def _weight_only_layer(
+    emitter: Emitter, path: str, module: QuantizedLayer, weight: WeightCodes, x: fx.Node
+) -> fx.Node:
+    """A layer in float whose weight is stored as codes."""
+    scale = np.asarray(weight.scale.double().cpu().numpy())
+    offset = scale * weight.offset_numerator * 2.0**-weight.offset_shift
+    rank = weight.codes.dim()
+    arguments = (
+        emitter.constant(f"{path}.weight_codes", weight.codes, torch.int8),
+        emitter.constant(f"{path}.weight_scale", broadcastable(scale, rank, 0), torch.float32),
+        emitter.constant(f"{path}.weight_offset", broadcastable(offset, rank, 0), torch.float32),
+    )
+    real = emitter.call(
+        _OPS.dequantize.default,
+        arguments,
+        f"{path}.weight",
+        layer=path,
+        weight_bits=weight.bits,
+        weight_signed=weight.signed,
+    )
+    bias = None if module.bias is None else emitter.constant(f"{path}.bias", module.bias, torch.float32)
+    made = layer_call(module.geometry, x, real, bias)
+    return emitter.call(made.target, made.args, path, layer=path)
 
 
 def _float_layer(emitter: Emitter, path: str, module: QuantizedLayer, weight: Tensor, x: fx.Node) -> fx.Node:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -47,6 +48,15 @@ class IntegerModel(fx.GraphModule):
             owner = getattr(owner, part)
         assert isinstance(owner, torch.Tensor)
         return owner
+
+    def weights(self) -> Iterator[tuple[fx.Node, fx.Node]]:
+        """Nodes that read weight codes, with the constants that hold these.
+
+        Layers with sums of products of codes, and `dequantize` in front of layers in float.
+        """
+        for node in self.graph.nodes:
+            if "weight_bits" in node.meta:
+                yield node, node.args[0 if self.operator_name(node) == "dequantize" else 1]
 
     def operator_name(self, node: fx.Node) -> str:
         """`requantize` and so on for qcompile operators, `aten.relu` for others, else ""."""

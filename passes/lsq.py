@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from qcompile.errors import InvalidArgument
-from qcompile.modes import ActiveMode
+from qcompile.modes import FLOAT_BITS, ActiveMode
 
 from .agreement import Agreement
 from .cpu_gradients import dot, has_kernels, within
 from .mode_input import picked
-from .quantizers import ActivationGrid, ActivationQuantizer, write_row
+from .quantizers import ActivationGrid, ActivationQuantizer, FloatRange, write_row
 from .rounding import Again, Bound, Rounding, rounded, save_operands, saved_operands, with_note
 from .step_search import least_squares
 
@@ -108,7 +108,7 @@ class LsqActivationQuantizer(ActivationQuantizer):
     """Uniform activation quantiser with one learned step per mode.
 
     Args:
-        bits: activation bits of every mode, by row.
+        bits: activation bits of every mode, by row; 32 for a mode that leaves activations in float.
         signed: two's complement codes where the tensor can be negative, unsigned codes otherwise.
 
     Attributes:
@@ -126,6 +126,12 @@ class LsqActivationQuantizer(ActivationQuantizer):
         ranges = torch.tensor([self.code_range(row) for row in range(len(bits))], dtype=torch.float32)
         self.register_buffer("lows", ranges[:, 0].clone(), persistent=False)
         self.register_buffer("highs", ranges[:, 1].clone(), persistent=False)
+        self._mark_float_rows()
+
+    def _mark_float_rows(self) -> None:
+        for row, bits in enumerate(self.bits):
+            if bits == FLOAT_BITS:
+                self.initialised[row] = True
 
     def code_range(self, row: int) -> tuple[int, int]:
         """(lowest, highest) code of a mode."""
@@ -153,6 +159,7 @@ class LsqActivationQuantizer(ActivationQuantizer):
         super().forget()
         with torch.no_grad():
             self.step.fill_(1.0)
+        self._mark_float_rows()
 
     def set_step(self, row: int, value: float) -> None:
         """Write one mode's step and mark it as initialised."""
@@ -165,6 +172,8 @@ class LsqActivationQuantizer(ActivationQuantizer):
         low: Bound
         high: Bound
         if isinstance(row, int):
+            if self.bits[row] == FLOAT_BITS:
+                return x
             low, high = self.code_range(row)
             root: Bound = max(1, high) ** -0.5
         else:
@@ -176,8 +185,10 @@ class LsqActivationQuantizer(ActivationQuantizer):
         output = _LsqActivation.apply(x, step, low, high, scale, again)
         return with_note(output, Rounding(rounded, (x, step, low, high), again))
 
-    def grid(self, row: int) -> ActivationGrid:
+    def grid(self, row: int) -> ActivationGrid | FloatRange:
         """The mode's grid; the scale is the float32 step, exactly."""
+        if self.bits[row] == FLOAT_BITS:
+            return FloatRange()
         low, high = self.code_range(row)
         return ActivationGrid(float(self.step[row].detach().clamp_min(SMALLEST_STEP)), low, high)
 

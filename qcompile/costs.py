@@ -60,16 +60,16 @@ def layer_costs(model: IntegerModel, input_shapes: Sequence[Sequence[int]]) -> t
         name = model.operator_name(node)
         if not (name.startswith("accumulate") or name in _FLOAT_LAYERS):
             continue
-        weight = model.constant(node.args[1])
+        source, bits = node.args[1], node.meta.get("weight_bits")
+        activation_bits = 32 if name in _FLOAT_LAYERS else _activation_bits(model, node)
+        if model.operator_name(source) == "dequantize":  # of a weight that is multiplied in float
+            source, bits = source.args[0], source.meta["weight_bits"]
+        weight = model.constant(source)
         positions = values[node].numel() // max(1, weight.shape[0])
         macs = positions * weight.numel() // batch
         layer = str(node.meta.get("layer", node.name))
-        if name in _FLOAT_LAYERS:
-            costs.append(LayerCost(layer, 32, 32, macs, 4 * weight.numel()))
-        else:
-            bits = int(node.meta["weight_bits"])
-            size = bits * plane_bytes(weight.numel())
-            costs.append(LayerCost(layer, bits, _activation_bits(model, node), macs, size))
+        size = 4 * weight.numel() if bits is None else bits * plane_bytes(weight.numel())
+        costs.append(LayerCost(layer, bits or 32, activation_bits, macs, size))
     return tuple(costs)
 
 

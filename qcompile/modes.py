@@ -16,14 +16,18 @@ from .errors import InvalidArgument, InvalidInputType
 if TYPE_CHECKING:
     from torch import Tensor
 
-_MODE_NAME = re.compile(r"w(\d{1,3})a(\d{1,3})", re.ASCII)
+_MODE_NAME = re.compile(r"w(\d{1,3})(?:a(\d{1,3}))?", re.ASCII)
+
+#: Bits of what is not rounded.
+FLOAT_BITS = 32
 
 
 @dataclass(frozen=True, order=True)
 class Mode:
     """One precision of a model: bits of the weights and bits of the activations, each from 1 to 8.
 
-    `Mode(32, 32)` is the float parent that some schemes train along with the others.
+    `Mode(4, 32)`, written `w4`, quantises weights only. `Mode(32, 32)` is the float parent that some schemes
+    train along with the others.
     """
 
     weight_bits: int
@@ -32,19 +36,25 @@ class Mode:
     def __post_init__(self) -> None:
         if self.is_float:
             return
-        for kind, bits in (("weight", self.weight_bits), ("activation", self.activation_bits)):
+        rounded = [("weight", self.weight_bits), ("activation", self.activation_bits)]
+        for kind, bits in rounded[: 1 if self.is_weight_only else 2]:
             if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
                 raise InvalidArgument(f"{kind} bits must be a whole number from 1 to 8, not {bits!r}")
 
     @property
     def is_float(self) -> bool:
         """Whether nothing is rounded in this mode."""
-        return self.weight_bits == 32 and self.activation_bits == 32
+        return self.weight_bits == FLOAT_BITS and self.activation_bits == FLOAT_BITS
+
+    @property
+    def is_weight_only(self) -> bool:
+        """Whether weights are rounded and activations are not."""
+        return self.weight_bits != FLOAT_BITS and self.activation_bits == FLOAT_BITS
 
     @property
     def name(self) -> str:
-        """The canonical name, for example `w2a4`."""
-        return f"w{self.weight_bits}a{self.activation_bits}"
+        """The canonical name, for example `w2a4`, or `w4` for weights only."""
+        return f"w{self.weight_bits}" + ("" if self.is_weight_only else f"a{self.activation_bits}")
 
     @property
     def label(self) -> int | str:
@@ -56,7 +66,7 @@ class Mode:
         """Read one mode as users write it.
 
         Raises:
-            InvalidArgument: if `value` is no bit-width from 1 to 8 and no name such as `w2a4`.
+            InvalidArgument: if `value` is no bit-width from 1 to 8 and no name such as `w2a4` or `w4`.
         """
         if isinstance(value, Mode):
             return value
@@ -65,11 +75,12 @@ class Mode:
         if isinstance(value, str):
             match = _MODE_NAME.fullmatch(value)
             if match:
-                return Mode(int(match[1]), int(match[2]))
+                return Mode(int(match[1]), FLOAT_BITS if match[2] is None else int(match[2]))
             if value.isdecimal() and len(value) <= 3:
                 return Mode(int(value), int(value))
         raise InvalidArgument(
-            f"{reprlib.repr(value)} is not a mode; write a bit-width from 1 to 8 or a name such as 'w2a4'"
+            f"{reprlib.repr(value)} is not a mode; write a bit-width from 1 to 8 or a name such as 'w2a4', "
+            "or 'w4' for weights only"
         )
 
 

@@ -38,7 +38,7 @@ def check_policy(model: QuantModel, policy: Policy) -> Policy:
     if missing:
         raise InvalidArgument(f"the policy says nothing of layer {missing[0]!r}; name every quantised layer")
     for name, mode in policy.items:
-        if mode.is_float:
+        if mode.is_float or mode.is_weight_only:
             raise InvalidArgument(f"layer {name!r} of the policy: mode {mode.label} is for whole models only")
         try:
             find_mode(mode, model.prepared_modes)

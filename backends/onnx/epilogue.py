@@ -29,7 +29,8 @@ from .forms import (
     zero_point_of,
 )
 from .fused import ROUNDING
-from .values import Accumulators, Array, Codes, Deferred, Plain, Real, Value, as_stored, scalar
+from .values import Accumulators, Array, Codes, Constant, Deferred, Plain, Real, Value, as_stored, scalar
+from .weights import real_weight
 
 #: Relative difference up to which a factor counts as 1, and two requantisations share one sum. Their integer
 #: multipliers are rounded by up to this much; what is left out is part of the stated error.
@@ -257,6 +258,8 @@ def _fixed_point(emitter: Emitter, node: fx.Node, source: str, step: float, low:
 def dequantize(emitter: Emitter, node: fx.Node) -> Value:
     """Emit integers to float: value * scale + bias."""
     layer, value = layer_of(node), emitter.value(node.args[0])
+    if isinstance(value, Constant):
+        return Plain(real_weight(emitter, node, value.array))
     if not isinstance(value, (Accumulators, Codes, Real)):
         raise LoweringError(f"layer {layer!r}: dequantize reads {node.args[0]}, which holds no integers")
     scale, bias = (emitter.constant(one).astype(np.float64) for one in node.args[1:3])

@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
+from torch import fx
 
 from .emit import Emitter
 
@@ -54,6 +55,25 @@ def stored_weight(
         )
         name = builder.node(operator, [name, operand], f"{layer}/{what}_mapped", f"{layer}/{what}_{part}")
     return _cast(emitter, name, layer, what, TensorProto.INT8)
+
+
+def real_weight(emitter: Emitter, node: fx.Node, codes: NDArray[Any]) -> str:
+    """Name of the float tensor that `dequantize` makes of weight codes; runtimes compute it once.
+
+    Args:
+        emitter: the walk.
+        node: the `dequantize`.
+        codes: the integers that it reads, dimension 0 the output channels.
+    """
+    layer = str(node.meta["layer"])
+    name = stored_weight(emitter, layer, "weight", codes, codes, axis=0)
+    name = emitter.builder.node("Cast", [name], f"{node.name}.values", f"{layer}/weight_values", to=1)
+    for operator, constant in (("Mul", node.args[1]), ("Add", node.args[2])):
+        values, what = emitter.constant(constant), f"{layer}/weight_{operator.lower()}"
+        if operator == "Mul" or values.any():
+            operand = emitter.builder.initializer(f"{what}_by", values, np.float32)
+            name = emitter.builder.node(operator, [name, operand], f"{node.name}.{operator}", what)
+    return name
 
 
 def _cast(emitter: Emitter, tensor: str, layer: str, what: str, to: int) -> str:

@@ -53,6 +53,7 @@ class Scheme:
         default_bits: modes where the caller names none.
         prefix_decodable: whether the b-bit weight code is the top of the K-bit code for every b.
         takes_float_mode: whether a mode of 32 bits, the float parent, may be among the modes.
+        takes_weight_only: whether a mode may leave activations in float.
         without_logits: the option that does without comparing outputs, as users write it.
     """
 
@@ -61,6 +62,7 @@ class Scheme:
     default_bits: ClassVar[tuple[int, ...]] = (2, 3, 4)
     prefix_decodable: ClassVar[bool] = False
     takes_float_mode: ClassVar[bool] = False
+    takes_weight_only: ClassVar[bool] = False
     without_logits: ClassVar[str] = ""
 
     def __init__(self, modes: Sequence[Mode], config: Any = None) -> None:
@@ -72,6 +74,12 @@ class Scheme:
                 "needs another mode beside the float one" if self.takes_float_mode else "has no float mode"
             )
             raise InvalidArgument(f"scheme {self.name!r} {other}: pass bit-widths from 1 to 8")
+        alone = [mode.name for mode in modes if mode.is_weight_only]
+        if alone and not self.takes_weight_only:
+            raise InvalidArgument(
+                f"scheme {self.name!r} has no mode {alone[0]!r} for weights only: name the activations' "
+                f"bits, for example '{alone[0]}a8', or pass scheme='vertical'"
+            )
         self.modes = tuple(modes)
         self.config: Any = self.config_type() if config is None else config
 

@@ -236,6 +236,7 @@ class VerticalScheme(Scheme):
     config_type: ClassVar[type] = VerticalConfig
     without_logits: ClassVar[str] = "VerticalConfig(distillation=None)"
     prefix_decodable: ClassVar[bool] = True
+    takes_weight_only: ClassVar[bool] = True
 
     def passes(self, skip: Collection[str]) -> list[Pass]:
         """Quantise the layers between the first and the last, then split batch normalisation."""

@@ -76,11 +76,10 @@ class PlaneSection:
 
 
 def weight_codes(graph: IntegerModel) -> dict[str, Codes]:
-    """Constants that are stored as bit-planes: the codes of accumulating layers, by name."""
+    """Constants that are stored as bit-planes: the codes of layers, by name."""
     return {
-        str(node.args[1].target): Codes(graph.constant(node.args[1]).cpu().numpy(), node.meta["weight_bits"])
-        for node in graph.graph.nodes
-        if graph.operator_name(node).startswith("accumulate")
+        str(codes.target): Codes(graph.constant(codes).cpu().numpy(), node.meta["weight_bits"])
+        for node, codes in graph.weights()
     }
 
 

@@ -6,6 +6,7 @@ own quantisers declare, still checks every fold against the real chain, and says
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -155,8 +156,10 @@ class VerticalFormulas:
 
     def activation(
         self, model: QuantModel, quantizer: ActivationQuantizer, mode: Mode
-    ) -> ReferenceGrid | None:
+    ) -> ReferenceGrid | ReferenceRange | None:
         """Unsigned codes 0 .. 2^b - 1 where the tensor cannot be negative, two's complement elsewhere."""
+        if mode.is_weight_only:
+            return ReferenceRange(-math.inf, math.inf)
         given: Any = quantizer
         step = max(float(as_array(given.step)[model.row(mode)]), float(np.float32(self.smallest_step)))
         bits = mode.activation_bits

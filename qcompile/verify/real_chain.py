@@ -91,24 +91,34 @@ class RealChain:
     def weight_differences(self) -> list[str]:
         """One line per layer whose codes or offset in the integer graph are not those of the formula."""
         lines = []
-        for node in self.expected.graph.nodes:
-            if not self.expected.operator_name(node).startswith("accumulate_"):
-                continue
+        for node, constant in self.expected.weights():
             path = str(node.meta["layer"])
             weight = self._weight(path)
             if not isinstance(weight, ReferenceWeight):
                 lines.append(f"layer {path!r}: its weight has codes in a float mode")
                 continue
-            codes = as_array(self.expected.constant(node.args[1])).astype(np.int64)
+            codes = as_array(self.expected.constant(constant)).astype(np.int64)
             found = array_difference(weight.codes, codes)
             if found is not None:
                 lines.append(f"layer {path!r}: weight code {found} by the scheme's formula")
-            if (weight.numerator, weight.shift) != (node.args[2], node.args[3]):
+            if self.expected.operator_name(node) == "dequantize":
+                lines.extend(self._scale_differences(path, node, weight))
+            elif (weight.numerator, weight.shift) != (node.args[2], node.args[3]):
                 lines.append(
                     f"layer {path!r}: weight offset is {node.args[2]} / 2^{node.args[3]}, "
                     f"expected {weight.numerator} / 2^{weight.shift} by the scheme's formula"
                 )
         return lines
+
+    def _scale_differences(self, path: str, node: fx.Node, weight: ReferenceWeight) -> list[str]:
+        """Of a weight that is multiplied in float."""
+        _, scale, offset = (as_array(self.expected.constant(one)) for one in node.args)
+        wanted = weight.scale, weight.scale * weight.numerator * 2.0**-weight.shift
+        return [
+            f"layer {path!r}: weight {what} differs from the scheme's formula"
+            for what, found, exact in zip(("scale", "offset"), (scale, offset), wanted, strict=True)
+            if not np.array_equal(found.reshape(-1), np.float32(exact).reshape(-1))
+        ]
 
     def _weight(self, path: str) -> ReferenceWeight | NDArray[np.float64]:
         if path not in self._weights:
