@@ -176,11 +176,15 @@ def _weight_only_layer(
     """A layer in float whose weight is stored as codes."""
     scale = np.asarray(weight.scale.double().cpu().numpy())
     offset = scale * weight.offset_numerator * 2.0**-weight.offset_shift
-    rank = weight.codes.dim()
+    codes = weight.codes
+    if scale.ndim == 2:  # steps of groups
+        codes = codes.reshape(*scale.shape, -1)
+        scale, offset = scale[..., None], offset[..., None]
+    rank = codes.dim()
     arguments = (
-        emitter.constant(f"{path}.weight_codes", weight.codes, torch.int8),
-        emitter.constant(f"{path}.weight_scale", broadcastable(scale, rank, 0), torch.float32),
-        emitter.constant(f"{path}.weight_offset", broadcastable(offset, rank, 0), torch.float32),
+        emitter.constant(f"{path}.weight_codes", codes, torch.int8),
+        emitter.constant(f"{path}.weight_scale", _leading(scale, rank), torch.float32),
+        emitter.constant(f"{path}.weight_offset", _leading(offset, rank), torch.float32),
     )
     real = emitter.call(
         _OPS.dequantize.default,
@@ -190,9 +194,17 @@ def _weight_only_layer(
         weight_bits=weight.bits,
         weight_signed=weight.signed,
     )
+    if codes.shape != weight.codes.shape:
+        shape = list(weight.codes.shape)
+        real = emitter.call(_ATEN.reshape.default, (real, shape), f"{path}.weight_of_groups", layer=path)
     bias = None if module.bias is None else emitter.constant(f"{path}.bias", module.bias, torch.float32)
     made = layer_call(module.geometry, x, real, bias)
     return emitter.call(made.target, made.args, path, layer=path)
+
+
+def _leading(values: Any, rank: int) -> Any:
+    """Values of the first dimensions, shaped to broadcast against a tensor of `rank` dimensions."""
+    return values if values.ndim == 0 else values.reshape(*values.shape, *[1] * (rank - values.ndim))
 
 
 def _float_layer(emitter: Emitter, path: str, module: QuantizedLayer, weight: Tensor, x: fx.Node) -> fx.Node:

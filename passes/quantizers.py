@@ -28,7 +28,8 @@ class WeightCodes:
         codes: int16 tensor of the weight's shape.
         bits: bits of each code.
         signed: two's complement codes if true, else unsigned.
-        scale: float64 tensor, a scalar or one value per output channel.
+        scale: float64 tensor, a scalar, one value per output channel, or in modes for weights only
+            (channels, groups), the groups being equal parts of a channel's weights in order.
         offset_numerator, offset_shift: the offset `numerator / 2**shift` that is added to every code.
     """
 

@@ -132,39 +132,44 @@ def test_config_lists_its_choices(option, value):
         VerticalConfig(**{option: value})
 
 
-@given(st.integers(0, 2**31), st.sampled_from([(1, 2), (2, 4), (2, 3, 8)]))
+@given(st.integers(0, 2**31), st.sampled_from([(1, 2), (2, 4), (2, 3, 8)]), st.sampled_from(["channel", 6]))
 @settings(max_examples=40, deadline=None)
-def test_a_step_per_channel_is_the_quantiser_of_every_channel_alone(seed: int, bits: tuple[int, ...]) -> None:
+def test_a_step_of_some_weights_is_the_quantiser_of_these_alone(seed, bits, kind):
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(3, 2, 3, 3, generator=generator, requires_grad=True)
-    whole = VerticalWeightQuantizer(bits, VerticalConfig(weight_step="channel"), 3)
+    whole = VerticalWeightQuantizer(bits, VerticalConfig(weight_step=kind), weight.shape)
     whole.initialise(weight.detach() * torch.tensor([1.0, 0.1, 4.0]).reshape(3, 1, 1, 1))
+    count = len(whole.step)
+    assert count == (3 if kind == "channel" else 9)
     upstream = torch.randn(weight.shape, generator=generator)
     for row in range(len(bits)):
         weight.grad = whole.step.grad = None
         output = whole(weight, row)
         output.backward(upstream)
-        for channel in range(3):
-            part = weight.detach()[channel : channel + 1].clone().requires_grad_()
+        found = whole.codes(weight, row)
+        parts = [
+            one.reshape(count, -1) for one in (weight.detach(), upstream, output, weight.grad, found.codes)
+        ]
+        for index, (part, above, rounded, slope, codes) in enumerate(zip(*parts, strict=True)):
             alone = VerticalWeightQuantizer(bits, VerticalConfig())
-            alone.step.data = whole.step.data[channel : channel + 1].clone()
-            expected = alone(part, row)
-            expected.backward(upstream[channel : channel + 1])
-            assert torch.equal(output[channel], expected[0])
-            assert torch.equal(weight.grad[channel], part.grad[0])
-            torch.testing.assert_close(whole.step.grad[channel], alone.step.grad[0], rtol=1e-4, atol=1e-6)
-            found, wanted = whole.codes(weight, row), alone.codes(part, row)
-            assert torch.equal(found.codes[channel], wanted.codes[0])
-            assert found.scale[channel] == wanted.scale
+            alone.step.data = whole.step.data[index : index + 1].clone()
+            own = part.clone().requires_grad_()
+            expected = alone(own, row)
+            expected.backward(above)
+            assert torch.equal(rounded, expected)
+            assert torch.equal(slope, own.grad)
+            torch.testing.assert_close(whole.step.grad[index], alone.step.grad[0], rtol=1e-4, atol=1e-6)
+            assert torch.equal(codes, alone.codes(own, row).codes)
+            assert found.scale.flatten()[index] == alone.codes(own, row).scale
 
 
-@pytest.mark.parametrize("kind", ["layer", "channel"])
+@pytest.mark.parametrize("kind", ["layer", "channel", 3])
 def test_the_searched_step_has_the_least_errors(kind: str) -> None:
     weight = torch.randn(4, 6, generator=torch.Generator().manual_seed(3)) ** 3
-    quantizer = VerticalWeightQuantizer((2, 4), VerticalConfig(weight_step=kind), 4)
+    quantizer = VerticalWeightQuantizer((2, 4), VerticalConfig(weight_step=kind), weight.shape)
     quantizer.initialise(weight)
     quantizer.search(weight)
-    rows = weight.double().numpy() if kind == "channel" else weight.double().numpy().reshape(1, -1)
+    rows = weight.double().numpy().reshape({"layer": 1, "channel": 4, 3: 8}[kind], -1)
     for step, row in zip(quantizer.step.tolist(), rows, strict=True):
         candidates = np.abs(row).max() / 7 * np.arange(1, 65) / 64
         errors = []
@@ -187,3 +192,35 @@ def test_steps_per_channel_are_exact_everywhere(target: str | None) -> None:
     qcompile.calibrate(ready, [x])
     for bits in (2, 8):
         assert qcompile.verify(ready.eval(), x, bits=bits, target=target).exact
+
+
+@pytest.mark.parametrize("target", [None, "onnx-qdq", "onnx-packed"])
+@pytest.mark.parametrize("kind", ["layer", "channel", 4])
+def test_weights_only(target, kind, tmp_path):
+    model, x = example("mobile")
+    ready = qcompile.prepare(model, x, modes=("w2", "w4", "w8"), config=VerticalConfig(weight_step=kind))
+    qcompile.calibrate(ready, [x])
+    ready.eval()
+    errors = []
+    for name in ("w2", "w4", "w8"):
+        assert qcompile.verify(ready, x, bits=name, target=target).exact
+        errors.append(float((qcompile.at(ready, name)(x) - model.eval()(x)).detach().abs().max()))
+    assert errors[2] < errors[1] < errors[0]
+    assert errors[2] < 0.02 * float(model(x).std())
+    qcompile.save(ready, tmp_path / "model.qcm")
+    for name in ("w2", "w8"):
+        assert torch.equal(qcompile.load(tmp_path / "model.qcm", bits=name)(x), qcompile.at(ready, name)(x))
+
+
+def test_what_weights_only_cannot_be():
+    model, x = example("mobile")
+    with pytest.raises(
+        InvalidArgument, match=r"weight_step=64 is for modes that quantise weights only.*mode 4"
+    ):
+        qcompile.prepare(model, x, modes=("w4a4", "w4"), config=VerticalConfig(weight_step=64))
+    for scheme in ("quantizable", "n2uq", "multibranch"):
+        with pytest.raises(InvalidArgument, match=f"scheme '{scheme}' has no mode 'w4' for weights only"):
+            qcompile.prepare(model, x, modes=("w4",), scheme=scheme)
+    for step in ("group", 0, True, 2.5):
+        with pytest.raises(InvalidArgument, match="neither 'layer' nor 'channel' nor a size of groups"):
+            VerticalConfig(weight_step=step)

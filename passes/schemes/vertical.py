@@ -15,6 +15,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from qcompile.errors import InvalidArgument
+
 from ..batchnorm import BatchNormVariant, SplitBatchNorm
 from ..distillation import cosine_distance, divergence
 from ..lsq import SMALLEST_STEP, LsqActivationQuantizer, hold_positive
@@ -39,7 +41,9 @@ class VerticalConfig:
         distillation: how a mode learns from the next higher one (Sec. 4.2.3): `cosine`, `kl`, or None.
         step_gradient: `compensated` differentiates the compensated weight; `printed` leaves z out, as
             Eq. 8 is printed.
-        weight_step: one step s for a layer's weight, as in the paper, or one for each output channel.
+        weight_step: one step s for a layer's weight, as in the paper, one for each output `channel`, or, in
+            modes for weights only, one for each group of so many weights of a channel. A layer whose channels
+            are not so many groups has one for each channel.
     """
 
     compensation: bool = True
@@ -47,7 +51,7 @@ class VerticalConfig:
     moo: Literal["us", "mgd"] = "us"
     distillation: Literal["cosine", "kl"] | None = "cosine"
     step_gradient: Literal["compensated", "printed"] = "compensated"
-    weight_step: Literal["layer", "channel"] = "layer"
+    weight_step: Literal["layer", "channel"] | int = "layer"
 
     def __post_init__(self) -> None:
         choice("compensation", self.compensation, (True, False))
@@ -55,7 +59,11 @@ class VerticalConfig:
         choice("moo", self.moo, ("us", "mgd"))
         choice("distillation", self.distillation, ("cosine", "kl", None))
         choice("step_gradient", self.step_gradient, ("compensated", "printed"))
-        choice("weight_step", self.weight_step, ("layer", "channel"))
+        group = isinstance(self.weight_step, int) and not isinstance(self.weight_step, bool)
+        if not (self.weight_step in ("layer", "channel") or (group and int(self.weight_step) >= 1)):
+            raise InvalidArgument(
+                f"weight_step={self.weight_step!r} is neither 'layer' nor 'channel' nor a size of groups"
+            )
 
 
 def highest_code(weight: Tensor, step: Tensor, highest_bits: int) -> Tensor:
@@ -115,30 +123,39 @@ class _VerticalWeight(torch.autograd.Function):
         return torch.where(inside, gradient, 0.0), d_step * scale, None, None, None, None, None
 
 
+def _scale_shape(weight_step: str | int, shape: Sequence[int]) -> tuple[int, ...]:
+    """() for one step, (channels,) or (channels, groups)."""
+    if weight_step == "layer":
+        return ()
+    length = math.prod(shape[1:])
+    grouped = isinstance(weight_step, int) and length % weight_step == 0
+    return (shape[0], length // int(weight_step)) if grouped else (shape[0],)
+
+
 class VerticalWeightQuantizer(WeightQuantizer):
     """Nested floor codes of one weight.
 
     Args:
         bits: weight bits of every mode, by row.
         config: options of the scheme.
-        channels: output channels of the weight, its dimension 0.
+        shape: of the weight; dimension 0 are the output channels.
 
     Attributes:
-        step: float parameter, the step size s of the highest mode: (1,), as fully_shard takes no scalars, or
-            (channels,).
+        step: (steps,) float parameter, step sizes s of the highest mode; (1,) for one, as fully_shard takes
+            no scalars.
         powers, offsets: (rows,) 2^d and z, for the rows of policies.
     """
 
     powers: Tensor
     offsets: Tensor
 
-    def __init__(self, bits: Sequence[int], config: VerticalConfig, channels: int = 1) -> None:
+    def __init__(self, bits: Sequence[int], config: VerticalConfig, shape: Sequence[int] = ()) -> None:
         super().__init__()
         self.bits, self.highest_bits = tuple(bits), max(bits)
         self.compensation = config.compensation
         self.printed = config.step_gradient == "printed"
-        self.per_channel = config.weight_step == "channel"
-        self.step = nn.Parameter(torch.ones(channels if self.per_channel else 1))
+        self.scale_shape = _scale_shape(config.weight_step, shape)
+        self.step = nn.Parameter(torch.ones(math.prod(self.scale_shape)))
         numbers = torch.tensor([self._numbers(row) for row in range(len(bits))])
         self.register_buffer("powers", numbers[:, 0].clone(), persistent=False)
         self.register_buffer("offsets", numbers[:, 1].clone(), persistent=False)
@@ -159,7 +176,7 @@ class VerticalWeightQuantizer(WeightQuantizer):
 
     def _rows_of(self, weight: Tensor) -> Tensor:
         """(steps, weights of each)."""
-        return weight.flatten(1) if self.per_channel else weight.reshape(1, -1)
+        return weight.reshape(len(self.step), -1)
 
     def _first_step(self, weight: Tensor) -> Tensor:
         step = 2.0 * self._rows_of(weight).abs().mean(1) / math.sqrt(2**self.highest_bits - 1)
@@ -195,14 +212,13 @@ class VerticalWeightQuantizer(WeightQuantizer):
             power, z = self._numbers(row)
         else:
             power, z = picked(self.powers, row), picked(self.offsets, row)
-        step = hold_positive(self._shaped(self.step, weight))
-        highest = self.once_per_step(self._highest, weight, step.detach())
+        one = not self.scale_shape
+        rows = weight if one else self._rows_of(weight)
+        step = hold_positive(self.step.squeeze(0) if one else self.step.unsqueeze(1))
+        highest = self.once_per_step(self._highest, rows, step.detach())
         top = 2 ** (self.highest_bits - 1) - 1
-        return _VerticalWeight.apply(weight, step, highest, power, z, self.printed, top)
-
-    def _shaped(self, step: Tensor, weight: Tensor) -> Tensor:
-        """The step as it broadcasts against the weight."""
-        return step.reshape(-1, *[1] * (weight.dim() - 1)) if self.per_channel else step.squeeze(0)
+        output: Tensor = _VerticalWeight.apply(rows, step, highest, power, z, self.printed, top)
+        return output.reshape(weight.shape)
 
     def _highest(self, weight: Tensor, step: Tensor) -> Tensor:
         return highest_code(weight, step, self.highest_bits).to(torch.int8)
@@ -210,13 +226,14 @@ class VerticalWeightQuantizer(WeightQuantizer):
     def codes(self, weight: Tensor, row: int) -> WeightCodes:
         """The mode's integer codes, from W and s in float64."""
         dropped = self.highest_bits - self.bits[row]
-        step = hold_positive(self._shaped(self.step.detach(), weight)).double()
-        code = lower_code(highest_code(weight.detach().double(), step, self.highest_bits), dropped)
+        step = hold_positive(self.step.detach()).double()
+        rows = self._rows_of(weight.detach().double())
+        code = lower_code(highest_code(rows, step.unsqueeze(1), self.highest_bits), dropped)
         return WeightCodes(
-            code.to(torch.int16),
+            code.to(torch.int16).reshape(weight.shape),
             self.bits[row],
             True,
-            (step.flatten() if self.per_channel else step) * 2.0**dropped,
+            step.reshape(self.scale_shape) * 2.0**dropped,
             *self._offset(row),
         )
 
@@ -239,13 +256,23 @@ class VerticalScheme(Scheme):
     takes_weight_only: ClassVar[bool] = True
 
     def passes(self, skip: Collection[str]) -> list[Pass]:
-        """Quantise the layers between the first and the last, then split batch normalisation."""
+        """Quantise the layers between the first and the last, then split batch normalisation.
+
+        Raises:
+            InvalidArgument: for steps of groups in a mode that multiplies codes with codes.
+        """
+        rounded = [mode.label for mode in self.modes if not mode.is_weight_only]
+        if isinstance(self.config.weight_step, int) and rounded:
+            raise InvalidArgument(
+                f"weight_step={self.config.weight_step} is for modes that quantise weights only, such as "
+                f"'w4', and mode {rounded[0]} quantises activations; pass weight_step='channel'"
+            )
         activation_bits = [mode.activation_bits for mode in self.modes]
         weight_bits = [mode.weight_bits for mode in self.modes]
         return [
             QuantizeLayers(
                 weight_quantizer=lambda layer: VerticalWeightQuantizer(
-                    weight_bits, self.config, layer.weight.shape[0]
+                    weight_bits, self.config, layer.weight.shape
                 ),
                 activation_quantizer=lambda signed: LsqActivationQuantizer(activation_bits, signed),
                 skip=skip,

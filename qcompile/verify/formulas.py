@@ -27,7 +27,7 @@ class ReferenceWeight:
 
     Attributes:
         codes: int64, the weight's shape.
-        scale: float64, a scalar or one value per output channel.
+        scale: float64, a scalar, one value per output channel, or per group of equal size (channels, groups).
         numerator, shift: the offset.
     """
 
@@ -39,8 +39,8 @@ class ReferenceWeight:
     @property
     def real(self) -> NDArray[np.float64]:
         """The dequantised weight."""
-        scale = self.scale.reshape(-1, *[1] * (self.codes.ndim - 1)) if self.scale.ndim else self.scale
-        return np.asarray(scale * (self.codes + self.numerator * 2.0**-self.shift))
+        codes = self.codes.reshape(max(1, self.scale.size), -1) + self.numerator * 2.0**-self.shift
+        return np.asarray(self.scale.reshape(-1, 1) * codes).reshape(self.codes.shape)
 
 
 @dataclass(frozen=True)
@@ -148,8 +148,9 @@ class VerticalFormulas:
         quantizer: Any = layer.weight_quantizer
         steps = np.maximum(as_array(quantizer.step).astype(np.float64), np.float32(self.smallest_step))
         latent = as_array(layer.weight).astype(np.float64)
-        ratio = latent / steps.reshape(-1, *[1] * (latent.ndim - 1))
-        step = steps if len(steps) > 1 else steps[0]
+        ratio = (latent.reshape(len(steps), -1) / steps[:, None]).reshape(latent.shape)
+        groups = len(steps) // len(latent)
+        step = steps[0] if len(steps) == 1 else steps.reshape((-1, groups) if groups > 1 else -1)
         code = np.clip(np.rint(ratio), -(2 ** (highest - 1)), 2 ** (highest - 1) - 1).astype(np.int64)
         offset = (2**dropped - 1, dropped + 1) if dropped and quantizer.compensation else (0, 0)
         return ReferenceWeight(code >> dropped, np.asarray(step * 2.0**dropped), *offset)

@@ -98,7 +98,7 @@ class RealChain:
                 lines.append(f"layer {path!r}: its weight has codes in a float mode")
                 continue
             codes = as_array(self.expected.constant(constant)).astype(np.int64)
-            found = array_difference(weight.codes, codes)
+            found = array_difference(weight.codes, codes.reshape(weight.codes.shape))
             if found is not None:
                 lines.append(f"layer {path!r}: weight code {found} by the scheme's formula")
             if self.expected.operator_name(node) == "dequantize":
