@@ -53,7 +53,7 @@ def calibrate(
         percentile: of the magnitudes, where `percentile` clips them.
         weights: whether to search weight steps, too, where the scheme can: those that training has not moved.
         statistics: whether to re-estimate batch normalisation; without, every mode keeps what it has.
-        progress: show a bar on standard error.
+        progress: show a bar on standard error, if that is a terminal.
 
     Raises:
         InvalidArgument: if there are no batches, they do not fit the model's inputs, or hold NaN or infinity;
@@ -101,7 +101,10 @@ def calibrate(
 
 
 def _track(values: Iterable[Any], what: str, shown: bool) -> Iterable[Any]:
-    return track(values, what, console=Console(stderr=True), transient=True) if shown else values
+    console = Console(stderr=True)
+    if not (shown and console.is_terminal):  # a bar in a log is noise
+        return values
+    return track(values, what, console=console, transient=True)
 
 
 def _checked(model: QuantModel, batch: Any) -> list[Any]:
