@@ -38,6 +38,9 @@ def arguments_of(node: fx.Node) -> dict[str, Any]:
     return values
 
 
+#: Operators that run over time by themselves.
+RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+
 #: Operators that only move elements.
 LAYOUT = frozenset(
     ("flatten", "view", "reshape", "permute", "transpose", "t", "squeeze", "unsqueeze", "slice", "select")

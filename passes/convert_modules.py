@@ -20,6 +20,7 @@ from .float_layers import float_call, layer_call
 from .fold import Affine, Term, broadcastable, integer_epilogue, staircase_epilogue
 from .layers import QuantizedLayer
 from .mode_input import MODE_INPUT, ModeModule
+from .quantized_tensor import QuantizedTensor
 from .quantizers import ActivationGrid, ActivationQuantizer, FloatRange, ThresholdGrid, WeightCodes
 from .rprelu import ModePReLU
 
@@ -37,6 +38,8 @@ def convert_module(emitter: Emitter, node: fx.Node, module: nn.Module, values: d
         return _quantize(emitter, node, module, inputs[0])
     if isinstance(module, QuantizedLayer):
         return _accumulate(emitter, node, module, inputs[0])
+    if isinstance(module, QuantizedTensor):
+        return _rounded_tensor(emitter, str(node.target), module)
     if isinstance(module, ModeBatchNorm):
         return _normalise(emitter, node, module, inputs[0])
     if isinstance(module, ModePReLU):
@@ -174,6 +177,22 @@ def _weight_only_layer(
     emitter: Emitter, path: str, module: QuantizedLayer, weight: WeightCodes, x: fx.Node
 ) -> fx.Node:
     """A layer in float whose weight is stored as codes."""
+    real = _real_weight(emitter, path, weight)
+    bias = None if module.bias is None else emitter.constant(f"{path}.bias", module.bias, torch.float32)
+    made = layer_call(module.geometry, x, real, bias)
+    return emitter.call(made.target, made.args, path, layer=path)
+
+
+def _rounded_tensor(emitter: Emitter, path: str, module: QuantizedTensor) -> fx.Node:
+    """Parameters of an operator in float."""
+    weight = module.weight_quantizer.codes(module.weight, emitter.row_of(module))
+    if isinstance(weight, Tensor):
+        return emitter.constant(f"{path}.weight", weight, torch.float32)
+    return _real_weight(emitter, path, weight)
+
+
+def _real_weight(emitter: Emitter, path: str, weight: WeightCodes) -> fx.Node:
+    """The float tensor that codes stand for."""
     scale = np.asarray(weight.scale.double().cpu().numpy())
     offset = scale * weight.offset_numerator * 2.0**-weight.offset_shift
     codes = weight.codes
@@ -197,9 +216,7 @@ def _weight_only_layer(
     if codes.shape != weight.codes.shape:
         shape = list(weight.codes.shape)
         real = emitter.call(_ATEN.reshape.default, (real, shape), f"{path}.weight_of_groups", layer=path)
-    bias = None if module.bias is None else emitter.constant(f"{path}.bias", module.bias, torch.float32)
-    made = layer_call(module.geometry, x, real, bias)
-    return emitter.call(made.target, made.args, path, layer=path)
+    return real
 
 
 def _leading(values: Any, rank: int) -> Any:

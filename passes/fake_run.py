@@ -18,6 +18,7 @@ from .eval_identities import IDENTITIES_IN_EVAL
 from .layers import QuantizedLayer
 from .mode_input import MODE_INPUT, ModeModule
 from .module_tree import float_dtype
+from .quantized_tensor import QuantizedTensor
 
 
 def _as_parameters(dtype: torch.dtype, own: torch.dtype | None) -> torch.dtype:
@@ -72,6 +73,9 @@ class FakeRun(fx.Interpreter):
                 module = module.untied()
         if isinstance(module, QuantizedLayer):
             return module.geometry.apply(args[0], weight, bias)
+        if isinstance(module, QuantizedTensor):
+            with unset_fake_temporarily(), torch.no_grad():
+                return torch.empty_like(module.weight)
         if isinstance(module, (ModeModule, *IDENTITIES_IN_EVAL)):
             return args[0]
         return module(*args, **kwargs)

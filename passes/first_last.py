@@ -5,6 +5,8 @@ from __future__ import annotations
 import networkx as nx
 from torch import fx, nn
 
+from .aten import RECURRENT, aten_name
+
 WEIGHTED = (
     nn.Conv1d,
     nn.Conv2d,
@@ -36,14 +38,15 @@ def weighted_nodes(graph_module: fx.GraphModule) -> list[fx.Node]:
 
 def first_and_last(graph_module: fx.GraphModule) -> tuple[frozenset[str], frozenset[str]]:
     """Module paths of the layers before which no weighted layer and no embedding comes, and of the layers
-    that no weighted layer follows.
+    that no weighted layer follows. Recurrent layers count among the others, and are neither.
 
     A network with several inputs or outputs has several of each. A layer that is called more than once
     counts as first or last only if all its calls are.
     """
     flow = data_flow(graph_module.graph)
     weighted = weighted_nodes(graph_module)
-    names = {node.name for node in weighted}
+    recurrent = {node.name for node in graph_module.graph.nodes if aten_name(node) in RECURRENT}
+    names = recurrent | {node.name for node in weighted}
     before = names | {
         node.name
         for node in graph_module.graph.find_nodes(op="call_module", sort=False)

@@ -9,6 +9,7 @@ from torch import fx
 from .layers import QuantizedLayer
 from .manager import Pass, PassResult
 from .mode_input import ModeModule
+from .quantized_tensor import QuantizedTensor
 from .quantizers import ActivationQuantizer
 
 
@@ -29,7 +30,7 @@ class AssignSlots(Pass):
 
         def is_layer(node: fx.Node) -> bool:
             return node.op == "call_module" and isinstance(
-                graph_module.get_submodule(str(node.target)), QuantizedLayer
+                graph_module.get_submodule(str(node.target)), (QuantizedLayer, QuantizedTensor)
             )
 
         order = {node: place for place, node in enumerate(graph_module.graph.nodes)}
@@ -41,7 +42,7 @@ class AssignSlots(Pass):
             before = sorted(
                 _nearest(nodes, lambda node: node.all_input_nodes, is_layer), key=order.__getitem__
             )
-            if isinstance(module, QuantizedLayer):
+            if isinstance(module, (QuantizedLayer, QuantizedTensor)):
                 deciding = nodes[:1]
             elif isinstance(module, ActivationQuantizer):
                 deciding = after

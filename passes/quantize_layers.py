@@ -10,14 +10,17 @@ from torch import fx, nn
 from qcompile.errors import InvalidArgument
 
 from .aten import commutes_with_quantizer
+from .borrowed_weights import BorrowedWeights
 from .computed_weights import ComputedLayer, ComputedWeights
 from .first_last import WEIGHTED, first_and_last, weighted_nodes
 from .geometry import Geometry
 from .layers import QuantizedLayer
 from .manager import Condition, Pass, PassResult
 from .mode_input import mode_placeholder
+from .quantized_tensor import as_function, is_transposed, quantize_parameters
 from .quantizers import ActivationQuantizer, WeightQuantizer
 from .sign import NonNegative
+from .static_tensors import StaticTensors
 
 FIRST, LAST = "float: first weighted layer", "float: last weighted layer"
 SKIPPED = "float: listed in skip"
@@ -67,6 +70,7 @@ class QuantizeLayers(Pass):
         activation_quantizer: builds the quantiser of one tensor, told whether it can be negative.
         skip: module paths (or prefixes of paths) that stay in float.
         reason_for_float: says of a layer why the scheme leaves it in float, None if it does not.
+        parameters: whether to round the parameters of other operators that multiply, too.
     """
 
     ensures = (Condition("feeds every quantised layer from an activation quantiser", _unquantized_input),)
@@ -77,7 +81,9 @@ class QuantizeLayers(Pass):
         activation_quantizer: Callable[[bool], ActivationQuantizer],
         skip: Collection[str] = (),
         reason_for_float: Callable[[nn.Module], str | None] | None = None,
+        parameters: bool = True,
     ) -> None:
+        self.parameters = parameters
         self.reason_for_float = reason_for_float
         self.weight_quantizer = weight_quantizer
         self.activation_quantizer = activation_quantizer
@@ -111,13 +117,14 @@ class QuantizeLayers(Pass):
             for name, reason in reasons.items()
         ]
         chosen = [node for node in nodes if reasons[str(node.target)] is None]
-        if not chosen:
+        mode = mode_placeholder(graph_module.graph)
+        rounded = self._round_parameters(graph_module, mode, reasons) if self.parameters else []
+        if not chosen and not rounded:
             detail = (
                 "; ".join(f"{name}: {reasons[name]}" for name in _users_paths(graph_module, reasons))
                 or "it has no weighted layer"
             )
             raise InvalidArgument(f"nothing to quantise in this model ({detail})")
-        mode = mode_placeholder(graph_module.graph)
         quantizers: dict[fx.Node, fx.Node] = {}
         non_negative = NonNegative(graph_module)
         for node in chosen:  # decided before any rewrite, on the float graph
@@ -134,9 +141,30 @@ class QuantizeLayers(Pass):
             graph_module.set_submodule(path, layer)
         for node in chosen:
             node.args = (node.args[0], mode)
+        self.records += rounded
         graph_module.meta["layers"] = tuple(self.records)
         notes = tuple(f"{record.name}: {record.reason}" for record in self.records)
         return PassResult(graph_module, True, notes)
+
+    def _round_parameters(
+        self, graph_module: fx.GraphModule, mode: fx.Node, reasons: dict[str, str | None]
+    ) -> list[LayerRecord]:
+        """Of recurrent layers, transposed convolutions and products with parameters that are no layer."""
+        for node in weighted_nodes(graph_module):
+            path, module = str(node.target), graph_module.get_submodule(str(node.target))
+            by_rule = LayerRecord(path, False, reasons[path] or "").by_rule
+            if is_transposed(module) and not by_rule and not isinstance(module, BorrowedWeights):
+                as_function(graph_module, node)
+                self.records = [one for one in self.records if one.name != path]
+        static, done, found = StaticTensors(graph_module), dict[object, str](), dict[str, LayerRecord]()
+        for node in list(graph_module.graph.nodes):
+            owner = node.meta.get("layer") or node.meta.get("module_path", "")
+            if any(owner == name or owner.startswith(f"{name}.") for name in self.skip):
+                continue
+            for path in quantize_parameters(graph_module, node, mode, static, self.weight_quantizer, done):
+                found[path] = LayerRecord(path, True, "weight quantised, multiplied in float")
+        graph_module.graph.eliminate_dead_code()
+        return list(found.values())
 
     def _reason_for_float(
         self, graph_module: fx.GraphModule, node: fx.Node, first: Collection[str], last: Collection[str]

@@ -18,6 +18,7 @@ from .modes import ActiveMode
 from .passes.agreement import Agreement
 from .passes.batchnorm import ModeBatchNorm
 from .passes.layers import QuantizedLayer
+from .passes.quantized_tensor import QuantizedTensor
 from .passes.quantizers import ActivationQuantizer
 from .passes.step_search import Sample, clipped_at
 from .wrappers import as_prepared
@@ -71,7 +72,7 @@ def calibrate(
     with torch.no_grad(), _evaluating(prepared, reset_steps, statistics):
         if weights:
             for module in prepared.modules():
-                if isinstance(module, QuantizedLayer):
+                if isinstance(module, (QuantizedLayer, QuantizedTensor)):
                     module.weight_quantizer.search(module.weight.detach())
         searches = [_StepSearch(prepared, row, method, percentile) for row in rows]
         kept = [_checked(prepared, one) for one in _track(batches, "reading", progress)]

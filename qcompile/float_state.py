@@ -12,6 +12,7 @@ from .modes import Mode
 from .passes.batchnorm import ModeBatchNorm
 from .passes.layers import QuantizedLayer
 from .passes.mode_input import ModeModule
+from .passes.quantized_tensor import QuantizedTensor
 from .passes.quantizers import WeightQuantizer
 from .wrappers import as_prepared
 
@@ -48,7 +49,7 @@ def load_float_state(module: nn.Module, state_dict: dict[str, Any], prefix: str,
         child_prefix = f"{prefix}{path}." if path else prefix
         if isinstance(child, ModeBatchNorm):
             child.expand_float_state(state_dict, child_prefix)
-        elif isinstance(child, QuantizedLayer):
+        elif isinstance(child, (QuantizedLayer, QuantizedTensor)):
             weight = child.float_weight(lambda name: state_dict.get(prefix + name), path)
             if weight is not None:
                 child.weight_quantizer.initialise(weight.detach())

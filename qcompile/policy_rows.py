@@ -12,6 +12,7 @@ from .errors import InvalidArgument
 from .modes import Policy, find_mode
 from .passes.layers import QuantizedLayer
 from .passes.mode_input import ModeModule
+from .passes.quantized_tensor import QuantizedTensor
 
 if TYPE_CHECKING:
     from .model import QuantModel
@@ -68,6 +69,6 @@ def policy_of(model: QuantModel, rows: Sequence[int]) -> Policy:
         {
             module.layers[0]: model.prepared_modes[rows[module.slot]]
             for module in model.modules()
-            if isinstance(module, QuantizedLayer)
+            if isinstance(module, (QuantizedLayer, QuantizedTensor))
         }
     )

@@ -14,15 +14,13 @@ from torch import fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .model import QuantModel
-from .passes.aten import aten_name
+from .passes.aten import RECURRENT, aten_name
 from .passes.attention import ScaledDotProductAttention
 from .passes.borrowed_weights import BorrowedWeights
 from .passes.fake_run import FakeRun
 from .passes.layers import QuantizedLayer
+from .passes.quantized_tensor import QuantizedTensor
 from .wrappers import as_prepared
-
-#: Operators of aten that run over time by themselves.
-RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
 _ATTENTION = "scaled_dot_product_attention"
 
@@ -116,7 +114,14 @@ def _described(model: QuantModel, node: fx.Node, name: str, record: Any, number:
         operator = _kind(model.get_submodule(name))
         return OperatorSummary(name, operator, record.quantized, record.reason, number)
     operator = _kind(model.get_submodule(name)) if node.op == "call_module" else aten_name(node)
+    if _reads_rounded(model, node):
+        return OperatorSummary(name, operator, True, "weights quantised, multiplied in float", number)
     return OperatorSummary(name, operator, False, _reason(operator), number)
+
+
+def _reads_rounded(model: QuantModel, node: fx.Node) -> bool:
+    modules = [one for one in node.all_input_nodes if one.op == "call_module"]
+    return any(isinstance(model.get_submodule(str(one.target)), QuantizedTensor) for one in modules)
 
 
 def _kind(module: nn.Module) -> str:
@@ -139,7 +144,8 @@ def left_in_float(model: QuantModel) -> dict[str, str]:
     left = {one.name: one.reason for one in model.records if not (one.quantized or one.by_rule)}
     for node in model.row_graphs[-1].nodes:
         operator = aten_name(node)
-        if operator in RECURRENT or operator.startswith(("conv", "linear")):
+        weighted = operator in RECURRENT or operator.startswith(("conv", "linear"))
+        if weighted and not _reads_rounded(model, node):
             left[node.name] = _reason(operator)
     return left
 

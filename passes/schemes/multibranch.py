@@ -145,6 +145,7 @@ class MultiBranchScheme(Scheme):
                     activation_bits, config.activation_deviations
                 ),
                 skip=skip,
+                parameters=False,  # copies of the body would share them
             ),
             TieHalves(),
             SplitBatchNorm(len(self.modes), config.batch_norm),

@@ -27,6 +27,7 @@ from ..passes.integer_model import IntegerModel
 from ..passes.layers import QuantizedLayer
 from ..passes.mode_input import MODE_INPUT
 from ..passes.module_tree import tensor_at
+from ..passes.quantized_tensor import QuantizedTensor
 from ..passes.quantizers import ActivationQuantizer
 from ..passes.rprelu import ModePReLU
 from . import reference
@@ -123,7 +124,7 @@ class RealChain:
     def _weight(self, path: str) -> ReferenceWeight | NDArray[np.float64]:
         if path not in self._weights:
             layer = self.model.get_submodule(path)
-            assert isinstance(layer, QuantizedLayer)
+            assert isinstance(layer, (QuantizedLayer, QuantizedTensor))
             self._weights[path] = self.formulas.weight(self.model, layer, self.mode)
         return self._weights[path]
 
@@ -239,6 +240,9 @@ class RealChain:
     def _module(self, path: str, module: nn.Module, args: Sequence[Any]) -> Any:
         if isinstance(module, QuantizedLayer):
             return self._layer(path, module, args[0])
+        if isinstance(module, QuantizedTensor):
+            found = self._weight(path)
+            return torch.from_numpy(found.real if isinstance(found, ReferenceWeight) else found)
         if isinstance(module, ModeBatchNorm):
             return self._normalised(module, args[0])
         if isinstance(module, ModePReLU):
