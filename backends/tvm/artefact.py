@@ -14,6 +14,7 @@ from qcompile.errors import LoweringError
 from . import api, kernel_op
 from .build import LIBRARY, Constants, Part, build, check_compiler
 from .families import choose
+from .float_weights import with_float_weights
 from .grouped import split_grouped_layers
 from .kernel_graph import Builder, Tap
 from .lowering import culprits, import_graph, optimise
@@ -90,7 +91,7 @@ def _variant(
     request: LoweringRequest, architecture: Architecture, processor: Processor, tapped: bool
 ) -> tuple[Variant, Part]:
     builder = Builder(
-        split_grouped_layers(request.model),
+        split_grouped_layers(with_float_weights(request.model)),
         request.input_shapes,
         lambda layer: choose(layer, processor.features),
         RULES,

@@ -1,0 +1,151 @@
+"""Parameters that are multiplied in float and stored as codes: recurrent layers, upsampling, batched products."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qcompile
+from qcompile.passes.quantized_tensor import QuantizedTensor
+
+
+class Tagger(nn.Module):
+    """A label for every word."""
+
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, 6)
+        self.layer = kind(6, 5, num_layers=2, bidirectional=True, batch_first=True)
+        self.mix, self.head = nn.Linear(10, 8), nn.Linear(8, 3)
+
+    def forward(self, words: Tensor) -> Tensor:
+        return self.head(self.mix(self.layer(self.embed(words))[0]).relu())
+
+
+class Upsampler(nn.Module):
+    """A transposed convolution, and experts that are one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.up = nn.ConvTranspose2d(8, 6, 2, stride=2)
+        self.experts = nn.Parameter(0.3 * torch.randn(4, 6, 6))
+        self.head = nn.Conv2d(6, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(self.body(self.stem(x).relu()).relu()).relu()
+        pooled = x.mean((2, 3)).expand(4, -1, -1)
+        return self.head(x + torch.bmm(pooled, self.experts).mean(0)[:, :, None, None])
+
+
+WORDS = torch.randint(0, 20, (3, 7), generator=torch.Generator().manual_seed(0))
+IMAGES = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+RECURRENT = {
+    f"layer.weight_{part}_l{number}{back}_rounded"
+    for part in ("ih", "hh")
+    for number in (0, 1)
+    for back in ("", "_reverse")
+}
+CASES = {
+    "lstm": (lambda: Tagger(nn.LSTM), WORDS, RECURRENT),
+    "gru": (lambda: Tagger(nn.GRU), WORDS, RECURRENT),
+    "rnn": (lambda: Tagger(nn.RNN), WORDS, RECURRENT),
+    "upsampler": (Upsampler, IMAGES, {"up.weight_rounded", "experts_rounded"}),
+}
+
+
+def prepared(case: str, **options: object) -> tuple[nn.Module, qcompile.model.QuantModel, Tensor]:
+    build, x, _ = CASES[case]
+    torch.manual_seed(0)
+    model = build()
+    ready = qcompile.prepare(model, x, bits=(2, 4, 8), **options)
+    qcompile.calibrate(ready, [x])
+    return model.eval(), ready.eval(), x
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_weights_are_rounded_and_the_file_holds_their_codes(case: str, tmp_path: Path) -> None:
+    model, ready, x = prepared(case)
+    assert {one.name for one in ready.records if "in float" in one.reason} == CASES[case][2]
+    assert all(one.quantized for one in ready.records if not one.by_rule)
+    errors = []
+    for bits in (2, 4, 8):
+        assert qcompile.verify(ready, x, bits=bits).exact
+        errors.append(float((qcompile.at(ready, bits)(x) - model(x)).detach().abs().max()))
+    assert errors[2] < errors[1] < errors[0]
+    assert errors[2] < 0.05 * float(model(x).detach().std())
+    qcompile.save(ready, tmp_path / "model.qcm")
+    for bits in (2, 8):
+        loaded = qcompile.load(tmp_path / "model.qcm", bits=bits)
+        assert torch.equal(loaded(x), qcompile.at(ready, bits)(x))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_multiplied_is_the_rounded_weight(case: str) -> None:
+    model, ready, x = prepared(case)
+    layers = {name: one for name, one in ready.named_modules() if isinstance(one, QuantizedTensor)}
+    assert layers.keys() == CASES[case][2]
+    with torch.no_grad():
+        for name, layer in layers.items():
+            codes = layer.weight_quantizer.codes(layer.weight, 1)
+            real = codes.scale * (codes.codes + codes.offset_numerator * 2.0**-codes.offset_shift)
+            model.get_parameter(name.removesuffix("_rounded")).copy_(real)
+    # the float model with these weights, but for the layers between that are rounded in both factors
+    reference = qcompile.prepare(model, x, modes=("w8a8",), skip=["layer"] if case != "upsampler" else ["up"])
+    qcompile.calibrate(reference, [x])
+    ready.train()
+    qcompile.set_bits(ready, 4)
+    found = dict(ready.named_modules())["head"]
+    assert found is not None
+    for name, layer in layers.items():
+        rounded = layer(ready.active_rows)
+        torch.testing.assert_close(rounded, model.get_parameter(name.removesuffix("_rounded")))
+
+
+@pytest.mark.parametrize("case", ["lstm", "upsampler"])
+def test_gradients_and_float_weights(case: str) -> None:
+    model, ready, x = prepared(case)
+    ready.train()
+    ready(x).square().sum().backward()
+    for name, parameter in ready.named_parameters():
+        assert parameter.grad is not None, name
+    assert qcompile.float_state_dict(ready).keys() == model.state_dict().keys()
+    torch.manual_seed(7)
+    other = CASES[case][0]().eval()
+    ready.load_state_dict(other.state_dict())
+    qcompile.calibrate(ready, [x])
+    error = float((ready.eval()(x) - other(x)).detach().abs().max())
+    assert error < 0.05 * float(other(x).detach().std())
+
+
+@pytest.mark.parametrize("target", ["onnx-qdq", "onnx-packed"])
+@pytest.mark.parametrize("case", ["lstm", "upsampler"])
+def test_targets_multiply_the_same(case: str, target: str) -> None:
+    _, ready, x = prepared(case)
+    assert qcompile.verify(ready, x, bits=4, target=target).exact
+
+
+def test_names_in_skip_stay_in_float() -> None:
+    _, ready, _ = prepared("lstm", skip=["mix"])
+    assert {one.name for one in ready.records if one.quantized} == RECURRENT
+    _, ready, _ = prepared("upsampler", skip=["up"])
+    assert "up.weight_rounded" not in {one.name for one in ready.records}
+    assert [one.reason for one in ready.records if one.name == "up"] == ["float: listed in skip"]
+
+
+def test_policies_name_them() -> None:
+    _, ready, x = prepared("upsampler")
+    names = [one.name for one in ready.records if one.quantized]
+    mixed = qcompile.Policy({name: 8 if "rounded" in name else 2 for name in names})
+    assert qcompile.verify(ready, x, bits=mixed).exact
+    low, high = qcompile.at(ready, 2)(x), qcompile.at(ready, mixed)(x)
+    assert not torch.equal(low, high)
+
+
+def test_branches_leave_them_in_float() -> None:
+    build, x, _ = CASES["upsampler"]
+    ready = qcompile.prepare(build(), x, scheme="multibranch", bits=(2, 4))
+    assert not any(isinstance(one, QuantizedTensor) for one in ready.modules())
