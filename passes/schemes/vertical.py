@@ -269,11 +269,13 @@ class VerticalScheme(Scheme):
             )
         activation_bits = [mode.activation_bits for mode in self.modes]
         weight_bits = [mode.weight_bits for mode in self.modes]
+
+        def weight_quantizer(layer: Any) -> VerticalWeightQuantizer:
+            return VerticalWeightQuantizer(weight_bits, self.config, layer.weight.shape)
+
         return [
             QuantizeLayers(
-                weight_quantizer=lambda layer: VerticalWeightQuantizer(
-                    weight_bits, self.config, layer.weight.shape
-                ),
+                weight_quantizer=weight_quantizer,
                 activation_quantizer=lambda signed: LsqActivationQuantizer(activation_bits, signed),
                 skip=skip,
             ),
