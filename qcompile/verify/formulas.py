@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +17,12 @@ from torch import Tensor
 from ..model import QuantModel
 from ..modes import Mode
 from ..passes.layers import QuantizedLayer
+from ..passes.quantized_tensor import QuantizedTensor
 from ..passes.quantizers import ActivationQuantizer, FloatRange, ThresholdGrid
 from .chain import as_array
+
+#: What holds a weight quantiser and the latent weight.
+Weighted: TypeAlias = QuantizedLayer | QuantizedTensor
 
 
 @dataclass(frozen=True)
@@ -97,9 +101,7 @@ class ReferenceRange:
 class SchemeFormulas(Protocol):
     """What `verify` knows of one scheme."""
 
-    def weight(
-        self, model: QuantModel, layer: QuantizedLayer, mode: Mode
-    ) -> ReferenceWeight | NDArray[np.float64]:
+    def weight(self, model: QuantModel, layer: Weighted, mode: Mode) -> ReferenceWeight | NDArray[np.float64]:
         """The integers of a layer's weight in one mode, from its latent weight; real in a float mode."""
 
     def activation(
@@ -111,9 +113,7 @@ class SchemeFormulas(Protocol):
 class DeclaredFormulas:
     """What the scheme's own quantisers declare; not independent of the conversion."""
 
-    def weight(
-        self, model: QuantModel, layer: QuantizedLayer, mode: Mode
-    ) -> ReferenceWeight | NDArray[np.float64]:
+    def weight(self, model: QuantModel, layer: Weighted, mode: Mode) -> ReferenceWeight | NDArray[np.float64]:
         """The quantiser's codes."""
         codes = layer.weight_quantizer.codes(layer.weight.detach(), model.row(mode))
         if isinstance(codes, Tensor):
@@ -141,7 +141,7 @@ class VerticalFormulas:
     #: Steps are held at least this large.
     smallest_step = 1e-8
 
-    def weight(self, model: QuantModel, layer: QuantizedLayer, mode: Mode) -> ReferenceWeight:
+    def weight(self, model: QuantModel, layer: Weighted, mode: Mode) -> ReferenceWeight:
         """c_b = floor(clip(round(W / s), -2^(K-1), 2^(K-1) - 1) / 2^d), s_b = 2^d s, z_b = (1 - 2^-d) / 2."""
         highest = max(one.weight_bits for one in model.prepared_modes)
         dropped = highest - mode.weight_bits
@@ -172,9 +172,7 @@ class VerticalFormulas:
 class QuantizableFormulas:
     """Quantizable networks: Eq. 7 on tanh-normalised weights and clipped activations; 32 bits stay float."""
 
-    def weight(
-        self, model: QuantModel, layer: QuantizedLayer, mode: Mode
-    ) -> ReferenceWeight | NDArray[np.float64]:
+    def weight(self, model: QuantModel, layer: Weighted, mode: Mode) -> ReferenceWeight | NDArray[np.float64]:
         """c = clip(floor(2^b r), 0, 2^b - 1) for r = tanh(W) / (2 max|tanh W|) + 1/2, or a smaller range."""
         squashed = np.tanh(as_array(layer.weight).astype(np.float64))
         largest, deviations = float(np.abs(squashed).max()), model.scheme.config.weight_deviations
@@ -202,7 +200,7 @@ class QuantizableFormulas:
 class N2UQFormulas:
     """N2UQ: thresholds in the middle of learned intervals; weights over 2^b levels of [-alpha, alpha]."""
 
-    def weight(self, model: QuantModel, layer: QuantizedLayer, mode: Mode) -> ReferenceWeight:
+    def weight(self, model: QuantModel, layer: Weighted, mode: Mode) -> ReferenceWeight:
         """c = round((clip(W / alpha, -1, 1) + 1) (2^b - 1) / 2), alpha = (2^b - 1) / 2^(b-1) mean|W|."""
         quantizer: Any = layer.weight_quantizer
         bits, weight = mode.weight_bits, as_array(layer.weight).astype(np.float64)
@@ -236,7 +234,7 @@ class MultiBranchFormulas:
     #: Bounds are held at least this far apart.
     smallest_width = 1e-6
 
-    def weight(self, model: QuantModel, layer: QuantizedLayer, mode: Mode) -> ReferenceWeight:
+    def weight(self, model: QuantModel, layer: Weighted, mode: Mode) -> ReferenceWeight:
         """c = round((2^b - 1) clip((W - l) / (u - l), 0, 1)), value 2 c / (2^b - 1) - 1."""
         quantizer: Any = layer.weight_quantizer
         lower, upper = self._bounds(quantizer, 0)
