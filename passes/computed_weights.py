@@ -72,7 +72,7 @@ class WeightProgram:
         return weight, bias
 
 
-class _Computed:
+class Computed:
     """Weight and bias of a program, which is not registered."""
 
     @property
@@ -92,11 +92,11 @@ class _Computed:
         return self.program()[1]
 
 
-class ComputedWeights(_Computed, BorrowedWeights):
+class ComputedWeights(Computed, BorrowedWeights):
     """A float layer with a program."""
 
 
-class ComputedLayer(_Computed, QuantizedLayer):  # type: ignore[override]
+class ComputedLayer(Computed, QuantizedLayer):  # type: ignore[override]
     """A quantised layer with a program.
 
     Args:

@@ -98,3 +98,19 @@ def test_strict_refuses_what_stays_in_float() -> None:
     upsampling = nn.Sequential(*layers)
     with pytest.raises(InvalidArgument, match="2: float: ConvTranspose2d is no convolution"):
         qcompile.prepare(upsampling, torch.randn(2, 3, 4, 4), strict=True)
+
+
+def test_a_model_that_trains_as_it_evaluates_says_so() -> None:
+    class Auxiliary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.middle, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.last(self.middle(self.first(x)))
+            return x.exp() if self.training else x
+
+    with pytest.warns(UserWarning, match="so the prepared one trains as it evaluates"):
+        ready = qcompile.prepare(Auxiliary().eval(), torch.randn(2, 4))
+    (note,) = qcompile.summary(ready).notes
+    assert note.startswith("trains as it evaluates: test_summary.py:")
