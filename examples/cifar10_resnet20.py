@@ -45,7 +45,7 @@ BITS: dict[str, tuple[int, ...]] = {
 }
 
 #: Optimiser steps that take about 12 minutes on two cores; of n2uq, a model per width.
-STEPS = {"vertical": 1000, "quantizable": 700, "n2uq": 1000, "multibranch": 500}
+STEPS = {"vertical": 1000, "quantizable": 700, "n2uq": 1000, "multibranch": 600}
 
 #: Images in a step. Ten branches run in each of multibranch's, and smaller ones get further in the same time.
 BATCHES = {"vertical": 64, "quantizable": 64, "n2uq": 64, "multibranch": 32}

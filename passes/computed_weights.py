@@ -72,7 +72,7 @@ class WeightProgram:
         return weight, bias
 
 
-class _Computed:
+class Computed:
     """Weight and bias of a program, which is not registered."""
 
     @property
@@ -91,12 +91,17 @@ class _Computed:
         """Computed anew."""
         return self.program()[1]
 
+    def float_weight(self, tensor_of: Callable[[str], Tensor | None], path: str) -> Tensor | None:
+        """What the program makes of other tensors, by their paths."""
+        found = self.program.of(tensor_of)
+        return None if found is None else found[0]
 
-class ComputedWeights(_Computed, BorrowedWeights):
+
+class ComputedWeights(Computed, BorrowedWeights):
     """A float layer with a program."""
 
 
-class ComputedLayer(_Computed, QuantizedLayer):  # type: ignore[override]
+class ComputedLayer(Computed, QuantizedLayer):  # type: ignore[override]
     """A quantised layer with a program.
 
     Args:
@@ -110,11 +115,6 @@ class ComputedLayer(_Computed, QuantizedLayer):  # type: ignore[override]
         self.__dict__["program"] = source.program
         self.weight_quantizer = weight_quantizer
         weight_quantizer.initialise(self.weight.detach())
-
-    def float_weight(self, tensor_of: Callable[[str], Tensor | None], path: str) -> Tensor | None:
-        """What the program makes of them."""
-        found = self.program.of(tensor_of)
-        return None if found is None else found[0]
 
     def forward(self, x: Tensor, active: ActiveMode) -> Tensor:
         """As of any quantised layer; weight and bias are computed once."""

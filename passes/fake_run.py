@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
-from qcompile.errors import InvalidArgument
 from qcompile.modes import ActiveMode
 
 from .borrowed_weights import BorrowedWeights
@@ -19,13 +18,14 @@ from .layers import QuantizedLayer
 from .mode_input import MODE_INPUT, ModeModule
 from .module_tree import float_dtype
 from .quantized_tensor import QuantizedTensor
+from .tensor_shapes import ShapeRecorder
 
 
 def _as_parameters(dtype: torch.dtype, own: torch.dtype | None) -> torch.dtype:
     return own if own is not None and dtype.is_floating_point else dtype
 
 
-class FakeRun(fx.Interpreter):
+class FakeRun(ShapeRecorder):
     """A run of a training graph in evaluation on tensors without values: only their shapes count."""
 
     def trace(self, shapes: Sequence[Sequence[int]]) -> dict[fx.Node, tuple[int, ...]]:
@@ -34,7 +34,6 @@ class FakeRun(fx.Interpreter):
         Raises:
             InvalidArgument: if the model cannot run on such inputs.
         """
-        self.shapes: dict[fx.Node, tuple[int, ...]] = {}
         inputs = [
             node
             for node in self.module.graph.nodes
@@ -46,21 +45,8 @@ class FakeRun(fx.Interpreter):
                 torch.empty(tuple(shape), dtype=_as_parameters(input_dtype(node), own))
                 for node, shape in zip(inputs, shapes, strict=True)
             ]
-            try:
-                self.run(*values, ActiveMode())
-            except RuntimeError as cause:
-                given = ", ".join(str(tuple(shape)) for shape in shapes)
-                reason = str(cause).splitlines()[0]
-                raise InvalidArgument(
-                    f"the model does not run on inputs of shape {given}: {reason}"
-                ) from cause
+            self.record(*values, ActiveMode())
         return self.shapes
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        if isinstance(result, Tensor):
-            self.shapes[n] = tuple(result.shape)
-        return result
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module = self.module.get_submodule(target)

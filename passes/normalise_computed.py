@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import torch
 from torch import fx, nn
 
@@ -111,16 +109,17 @@ class LiftComputedLayers(Pass):
                 module = layer.build()
                 ComputedWeights.lend(module, program=program)
                 name = str(node.target).split(".")[1]
-                paths[key] = _free_path(graph_module, f"{inner}.{name}" if inner else name, paths.values())
+                paths[key] = _free_path(graph_module, inner, name)
                 place_module(graph_module, paths[key], module)
             replace_call(graph_module, node, paths[key], (x,))
         notes = tuple(f"{one}: its weight is computed" for one in paths.values())
         return PassResult(graph_module, bool(paths), notes)
 
 
-def _free_path(graph_module: fx.GraphModule, path: str, taken: Collection[str]) -> str:
-    number, found = 0, path
-    while found in taken or module_at(graph_module, found) is not None:
+def _free_path(graph_module: fx.GraphModule, owner_path: str, name: str) -> str:
+    """A path below a module's that nothing has, parameters and buffers included."""
+    owner, number, found = module_at(graph_module, owner_path), 0, name
+    while owner is not None and hasattr(owner, found):
         number += 1
-        found = f"{path}_{number}"
-    return found
+        found = f"{name}_{number}"
+    return f"{owner_path}.{found}" if owner_path else found

@@ -17,7 +17,7 @@ from .geometry import Geometry
 from .layers import QuantizedLayer
 from .manager import Condition, Pass, PassResult
 from .mode_input import mode_placeholder
-from .quantized_tensor import as_function, is_transposed, quantize_parameters
+from .quantized_tensor import as_function, is_transposed, parameters_of, quantize_parameters
 from .quantizers import ActivationQuantizer, WeightQuantizer
 from .sign import NonNegative
 from .static_tensors import StaticTensors
@@ -98,8 +98,12 @@ class QuantizeLayers(Pass):
         """
         paths = {name for name, _ in graph_module.named_modules()}
         weighted = [str(node.target) for node in weighted_nodes(graph_module)]
+        if self.parameters:
+            static = StaticTensors(graph_module)
+            others = [node for node in graph_module.graph.nodes if parameters_of(node, static)]
+            weighted += filter(None, map(_owner, others))  # the model's own code has no path
         for name in self.skip:
-            known = any(one == name or one.startswith(f"{name}.") for one in weighted)
+            known = any(_is_in(one, name) for one in weighted)
             if name in paths and name and not known:
                 raise InvalidArgument(f"skip names {name!r}, which holds no layer that would be quantised")
             if name not in paths or not name:
@@ -158,8 +162,8 @@ class QuantizeLayers(Pass):
                 self.records = [one for one in self.records if one.name != path]
         static, done, found = StaticTensors(graph_module), dict[object, str](), dict[str, LayerRecord]()
         for node in list(graph_module.graph.nodes):
-            owner = node.meta.get("layer") or node.meta.get("module_path", "")
-            if any(owner == name or owner.startswith(f"{name}.") for name in self.skip):
+            if any(_is_in(_owner(node), name) for name in self.skip):
+                node.meta["left_in_float"] = SKIPPED
                 continue
             for path in quantize_parameters(graph_module, node, mode, static, self.weight_quantizer, done):
                 found[path] = LayerRecord(path, True, "weight quantised, multiplied in float")
@@ -172,7 +176,7 @@ class QuantizeLayers(Pass):
         path = str(node.target)
         copies = graph_module.meta.get("copies", {})
         users_path = copies[path].source if path in copies else path
-        if any(users_path == name or users_path.startswith(f"{name}.") for name in self.skip):
+        if any(_is_in(users_path, name) for name in self.skip):
             return SKIPPED
         if path in first:
             return FIRST
@@ -212,6 +216,15 @@ class QuantizeLayers(Pass):
             with graph_module.graph.inserting_after(after):
                 quantizers[source] = graph_module.graph.call_module(path, (source, mode))
         consumer.replace_input_with(source, quantizers[source])
+
+
+def _owner(node: fx.Node) -> str:
+    """Path of the user's module that calls an operator."""
+    return str(node.meta.get("layer") or node.meta.get("module_path", ""))
+
+
+def _is_in(path: str, module: str) -> bool:
+    return path == module or path.startswith(f"{module}.")
 
 
 def _users_paths(graph_module: fx.GraphModule, paths: Iterable[str]) -> list[str]:

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from qcompile.modes import ActiveMode
 
 from .aten import RECURRENT, arguments_of, aten_name
-from .computed_weights import WeightProgram
+from .computed_weights import Computed, WeightProgram
 from .float_layers import float_call
 from .mode_input import ModeModule
 from .module_tree import free_name, module_at, place_module
@@ -34,7 +34,7 @@ _PRODUCTS = {
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
-class QuantizedTensor(ModeModule):
+class QuantizedTensor(Computed, ModeModule):
     """A parameter, or a tensor computed from parameters, rounded to the active mode's codes.
 
     Args:
@@ -43,26 +43,10 @@ class QuantizedTensor(ModeModule):
     """
 
     def __init__(self, program: WeightProgram, weight_quantizer: WeightQuantizer) -> None:
-        super().__init__()
+        ModeModule.__init__(self)
         self.__dict__["program"] = program
         self.weight_quantizer = weight_quantizer
         weight_quantizer.initialise(self.weight.detach())
-
-    @property
-    def program(self) -> WeightProgram:
-        """What computes it."""
-        found: WeightProgram = self.__dict__["program"]
-        return found
-
-    @property
-    def weight(self) -> Tensor:
-        """The latent float tensor."""
-        return self.program()[0]
-
-    def float_weight(self, tensor_of: Callable[[str], Tensor | None], path: str) -> Tensor | None:
-        """What the program makes of other tensors, by their paths."""
-        found = self.program.of(tensor_of)
-        return None if found is None else found[0]
 
     def forward(self, active: ActiveMode) -> Tensor:
         """The rounded tensor."""

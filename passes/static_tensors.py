@@ -28,20 +28,29 @@ class StaticTensors:
         return value if isinstance(value, Tensor) else None
 
     def _value(self, node: fx.Node) -> Any:
-        if node not in self._values:
-            self._values[node] = self._compute(node)
+        # a stack of its own, so that deep networks need no deep recursion
+        waiting = [node]
+        while waiting:
+            one = waiting[-1]
+            if one in self._values:
+                waiting.pop()
+                continue
+            unknown = [source for source in _needed(one) if source not in self._values]
+            if unknown:
+                waiting += unknown
+                continue
+            self._values[one] = self._compute(one)
+            waiting.pop()
         return self._values[node]
 
     def _compute(self, node: fx.Node) -> Any:
         if node.op == "get_attr":
             found = attribute_at(self._graph_module, node)
             return None if found is None else found.detach()
-        if node.op != "call_function" or (is_aten(node) and _is_random(node)):
+        sources = _needed(node)
+        if not sources or any(self._values[one] is None for one in sources):
             return None
-        sources = node.all_input_nodes
-        if not sources or any(self._value(one) is None for one in sources):
-            return None
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._value)
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._values.__getitem__)
         with torch.no_grad():
             target: Any = node.target
             return target(*args, **kwargs)
@@ -81,6 +90,13 @@ class StaticTensors:
                 values[node] = graph.node_copy(node, values.__getitem__)
         graph.output(tuple(None if one is None else values[one] for one in outputs))
         return graph, tuple(paths)
+
+
+def _needed(node: fx.Node) -> list[fx.Node]:
+    """What must be static for the node's value to be; nothing where it cannot be."""
+    if node.op != "call_function" or (is_aten(node) and _is_random(node)):
+        return []
+    return node.all_input_nodes
 
 
 class _Formula(str):

@@ -32,19 +32,14 @@ def tensor_shapes(
     if len(input_shapes) != len(inputs):
         raise InvalidArgument(f"{len(input_shapes)} input shapes given for {len(inputs)} inputs of the model")
     like = next((one for one in graph_module.parameters() if one.is_floating_point()), torch.empty(0))
-    shapes = _Shapes(graph_module)
+    shapes = ShapeRecorder(graph_module)
     with _evaluating(graph_module), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         values = [
             torch.empty(tuple(shape), dtype=_dtype(node, like), device=like.device)
             for node, shape in zip(inputs, input_shapes, strict=True)
         ]
-        try:
-            shapes.run(*values)
-        except RuntimeError as cause:
-            given = ", ".join(str(tuple(shape)) for shape in input_shapes)
-            reason = str(cause).splitlines()[0]
-            raise InvalidArgument(f"the model does not run on inputs of shape {given}: {reason}") from cause
-    return shapes.found
+        shapes.record(*values)
+    return shapes.shapes
 
 
 @contextmanager
@@ -74,13 +69,28 @@ def _dtype(node: fx.Node, like: Tensor) -> torch.dtype:
     return value.dtype if isinstance(value, Tensor) and not value.is_floating_point() else like.dtype
 
 
-class _Shapes(fx.Interpreter):
+class ShapeRecorder(fx.Interpreter):
+    """Runs a graph and notes the shapes of its tensors by node, in `shapes`."""
+
     def __init__(self, graph_module: fx.GraphModule) -> None:
         super().__init__(graph_module)
-        self.found: dict[fx.Node, tuple[int, ...]] = {}
+        self.shapes: dict[fx.Node, tuple[int, ...]] = {}
+
+    def record(self, *inputs: Any) -> None:
+        """Run on inputs, tensors first.
+
+        Raises:
+            InvalidArgument: if the model cannot run on such inputs.
+        """
+        try:
+            self.run(*inputs)
+        except RuntimeError as cause:
+            given = ", ".join(str(tuple(one.shape)) for one in inputs if isinstance(one, Tensor))
+            reason = str(cause).splitlines()[0]
+            raise InvalidArgument(f"the model does not run on inputs of shape {given}: {reason}") from cause
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         if isinstance(result, Tensor):
-            self.found[n] = tuple(result.shape)
+            self.shapes[n] = tuple(result.shape)
         return result

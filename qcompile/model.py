@@ -16,12 +16,11 @@ from .folded import FoldedModes, handle_of, run_integers
 from .modes import ActiveMode, Mode, Policy
 from .multi_mode import MultiModeModel, example_shapes
 from .passes.branches import row_graph
-from .passes.computed_weights import ComputedLayer, ComputedWeights
+from .passes.computed_weights import Computed
 from .passes.convert import convert_graph
 from .passes.integer_model import IntegerModel
 from .passes.mode_input import ModeModule
 from .passes.module_tree import float_dtype, module_at
-from .passes.quantized_tensor import QuantizedTensor
 from .passes.quantizers import ActivationQuantizer, WeightQuantizer
 from .passes.schemes.base import Scheme
 from .passes.segments import Segment
@@ -95,7 +94,7 @@ class QuantModel(MultiModeModel):
         self._non_persistent_buffers_set.update(graph_module._non_persistent_buffers_set)
         self._link_users_modules()
         for module in self.modules():
-            if isinstance(module, (ComputedLayer, ComputedWeights, QuantizedTensor)):
+            if isinstance(module, Computed):
                 module.program.bind(self)
         self.row_graphs = tuple(row_graph(self.graph, row) for row in range(len(scheme.modes)))
         self.copies = graph_module.meta.get("copies", {})

@@ -61,6 +61,9 @@ def prepare(
     parsed = parse_modes(scheme_type.default_bits if bits is None and modes is None else bits, modes)
     chosen = scheme_type(parsed, config)
     captured = capture(model, example_inputs)
+    if captured.only_evaluation:
+        note = f"trains as it evaluates: {captured.only_evaluation}"
+        captured.graph_module.meta["rewritten"] = (note,)
     result = PassManager([*chosen.passes(tuple(skip)), AssignSlots()])(captured.graph_module)
     signature = captured.signature.with_single_floats()
     prepared = QuantModel(result.graph_module, signature, chosen, captured.method, model)

@@ -12,6 +12,7 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations
 
 import qcompile
+from qcompile.passes.capture import capture
 from qcompile.passes.computed_weights import ComputedLayer
 from qcompile.passes.schemes.multibranch import MultiBranchConfig
 
@@ -158,3 +159,57 @@ def test_they_compile() -> None:
     ready.train()
     expected, found = ready(X), torch.compile(ready)(X)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_parameter_may_be_called_like_the_layer() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.linear_1 = nn.Parameter(torch.randn(8, 8)), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear_1((x.mean((2, 3)) @ self.linear).relu())
+
+    _, ready = prepared(Named)
+    assert [one.name for one in ready.records if one.quantized] == ["middle.linear_2", "middle.linear_1"]
+
+
+def test_long_chains_in_front_of_a_product_need_no_deep_recursion() -> None:
+    class Long(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.matrix = nn.Parameter(torch.randn(8, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.mean((2, 3))
+            for _ in range(1500):
+                x = x + 0.001
+            return x @ self.matrix
+
+    graph_module = capture(Long()).graph_module
+    assert [str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"] == ["linear"]
+
+
+def test_a_stream_that_only_normalisation_reads_stays_in_float() -> None:
+    class Tokens(nn.Module):
+        """Rows of very different size, as untrained tokens have."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head = nn.Linear(8, 8), nn.Linear(8, 2)
+            self.norms = nn.ModuleList(nn.LayerNorm(8, eps=1e-12) for _ in range(2))
+            self.linears = nn.ModuleList(nn.Linear(8, 8, bias=False) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x) * torch.tensor([1.0, 1e-7]).reshape(2, 1)
+            for norm, linear in zip(self.norms, self.linears, strict=True):
+                x = x + linear(norm(x)) * torch.tensor([1.0, 1e-7]).reshape(2, 1)
+            return self.head(x)
+
+    torch.manual_seed(0)
+    x = torch.randn(4, 2, 8)
+    ready = qcompile.prepare(Tokens(), x, bits=(2, 8))
+    qcompile.calibrate(ready, [x])
+    graph = qcompile.convert(ready.eval(), bits=8)
+    assert not any("fixed_point" in node.name for node in graph.graph.nodes)
+    assert qcompile.verify(ready, x, bits=8).exact

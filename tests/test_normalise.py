@@ -345,3 +345,15 @@ def test_sharing_survives_deepcopy() -> None:
     graph_module = copy.deepcopy(capture(Shared(), torch.randn(2, 4)).graph_module)
     assert graph_module.first is graph_module.second
     assert graph_module.tied.weight is graph_module.first.weight
+
+
+def test_moves_to_a_device_go_and_casts_stay() -> None:
+    class Moves(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.to("cpu") + x.to("cpu", torch.float64).to(device="cpu", dtype=torch.float32)
+
+    x = torch.randn(2, 3)
+    graph_module = capture(Moves(), x).graph_module
+    assert aten.to.device not in functions(graph_module)
+    assert aten.to.dtype_layout not in functions(graph_module)
+    torch.testing.assert_close(graph_module(x)[0], 2 * x)

@@ -32,6 +32,19 @@ class Everything(nn.Module):
         return self.head(x + functional.conv1d(x.reshape(-1, 1, 8), taps, padding=1).reshape(x.shape))
 
 
+class Tagger(nn.Module):
+    """A recurrent layer between layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.lstm = nn.Embedding(20, 8), nn.LSTM(8, 6, batch_first=True)
+        self.middle, self.head = nn.Linear(6, 6), nn.Linear(6, 5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x, _ = self.lstm(self.embed(tokens))
+        return self.head(self.middle(x).relu())
+
+
 TOKENS = torch.randint(0, 20, (4, 10), generator=torch.Generator().manual_seed(0))
 
 
@@ -53,12 +66,12 @@ def test_every_multiplication_is_counted() -> None:
         "head": ("Linear", length * 8 * 5),
     }
     quantized = {one.name for one in found.operators if one.quantized}
-    assert quantized == {"project", "back", "mix", "filters"}
+    assert quantized == {"project", "lstm", "back", "mix", "filters"}
     share = sum(counts[name][1] for name in quantized) / sum(number for _, number in counts.values())
     assert found.quantized_share == pytest.approx(share)
     text = str(found)
     assert "float: a product of activations" in text
-    assert "float: a recurrent layer is one operator" in text
+    assert "weights quantised, multiplied in float" in text
     assert f"{100 * share:.1f} % of the multiplications" in text
     assert found.to_dict()["operators"][0]["name"] == "project"
 
@@ -87,14 +100,28 @@ def test_sizes_must_be_known() -> None:
 
 
 def test_strict_refuses_what_stays_in_float() -> None:
-    with pytest.raises(
-        InvalidArgument, match=r"strict=True, but .*: lstm: float: a recurrent .*conv1d_1: float: its weight"
-    ):
+    with pytest.raises(InvalidArgument, match=r"strict=True, but [^:]*: conv1d_1: float: its weight"):
         qcompile.prepare(Everything(), TOKENS, strict=True)
     plain = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
     ready = qcompile.prepare(plain, torch.randn(2, 4), strict=True, skip=["1"])
     assert [one.quantized for one in ready.records] == [False, False, True, False]
-    layers = [nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.ConvTranspose2d(4, 4, 2), nn.Conv2d(4, 2, 1)]
-    upsampling = nn.Sequential(*layers)
-    with pytest.raises(InvalidArgument, match="2: float: ConvTranspose2d is no convolution"):
-        qcompile.prepare(upsampling, torch.randn(2, 3, 4, 4), strict=True)
+    ready = qcompile.prepare(Tagger(), TOKENS, strict=True, skip=["lstm"])
+    assert {one.name: one.reason for one in qcompile.summary(ready).operators}[
+        "lstm"
+    ] == "float: listed in skip"
+
+
+def test_a_model_that_trains_as_it_evaluates_says_so() -> None:
+    class Auxiliary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.middle, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.last(self.middle(self.first(x)))
+            return x.exp() if self.training else x
+
+    with pytest.warns(UserWarning, match="so the prepared one trains as it evaluates"):
+        ready = qcompile.prepare(Auxiliary().eval(), torch.randn(2, 4))
+    (note,) = qcompile.summary(ready).notes
+    assert note.startswith("trains as it evaluates: test_summary.py:")
