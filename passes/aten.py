@@ -41,6 +41,9 @@ def arguments_of(node: fx.Node) -> dict[str, Any]:
 #: Operators that run over time by themselves.
 RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
+#: Matrix products of two tensors.
+PRODUCTS = ("matmul", "bmm", "mm")
+
 #: Operators that only move elements.
 LAYOUT = frozenset(
     ("flatten", "view", "reshape", "permute", "transpose", "t", "squeeze", "unsqueeze", "slice", "select")

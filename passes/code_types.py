@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 
+#: Integers up to here are exact in float32, and sums of them in any order.
+FLOAT32_EXACT = 2**24
+
 #: Elements that operators without sums over channels work on at a time: a piece stays in the cache, and they
 #: are memory traffic, not arithmetic.
 PIECE = 1 << 16

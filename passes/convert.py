@@ -16,7 +16,7 @@ from torch import fx, nn
 from qcompile.errors import FoldError
 from qcompile.modes import Mode, Policy
 
-from .aten import aten_name
+from .aten import PRODUCTS, aten_name
 from .convert_emit import Emitter, Value
 from .convert_modules import convert_module
 from .convert_rules import RULES
@@ -94,5 +94,5 @@ def _keeps_integers(model: nn.Module, node: fx.Node) -> bool:
     if node.op == "call_module":
         return isinstance(model.get_submodule(str(node.target)), (ModeModule, *IDENTITIES_IN_EVAL))
     name = aten_name(node)
-    products = name in ("mul", "div") and len(node.all_input_nodes) > 1
+    products = name in ("mul", "div", *PRODUCTS) and len(node.all_input_nodes) > 1
     return node.target is operator.getitem or (name in RULES and not products)

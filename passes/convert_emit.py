@@ -44,7 +44,7 @@ class Emitter:
         shapes: dict[fx.Node, tuple[int, ...]],
         keeps_integers: Callable[[fx.Node], bool],
     ) -> None:
-        assert integer_ops.FLOAT32_EXACT
+        assert integer_ops.__all__
         self.model, self.row_of, self.shapes = model, row_of, shapes
         self.keeps_integers = keeps_integers
         self.graph = fx.Graph()

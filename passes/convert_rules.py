@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
 from torch import fx
 
-from .aten import LAYOUT, arguments_of, is_zero_pad
+from .aten import LAYOUT, PRODUCTS, arguments_of, is_zero_pad
 from .convert_emit import Emitter, Value
 from .fold import Affine, Term, stream_epilogue
 
@@ -244,6 +244,31 @@ def _of_similar_units(emitter: Emitter, plains: list[Affine], name: str) -> list
     return similar
 
 
+def _product(emitter: Emitter, node: fx.Node, values: dict[fx.Node, Value]) -> Value | None:
+    """A product of codes with codes."""
+    left, right = (values[one] for one in node.args if isinstance(one, fx.Node))
+    if not (_holds_codes(left) and _holds_codes(right)) or min(left.rank, right.rank) < 2:
+        return None
+    a, b = left.terms[0], right.terms[0]
+    length = emitter.shapes[node.args[0]][-1]
+    ends = [x * y * length for x in a.bounds for y in b.bounds]
+    bound = int(max(abs(end) for end in ends))
+    if bound >= 2**31:
+        return None
+    sums = emitter.call(
+        _OPS.accumulate_product.default, (a.node, b.node, bound), f"{node.name}.accumulate", layer=node.name
+    )
+    term = Term(sums, a.coefficient * b.coefficient, np.float64(min(ends)), np.float64(max(ends)))
+    return Affine((term,), np.float64(0.0), len(emitter.shapes[node]), 1, layers=(node.name,))
+
+
+def _holds_codes(value: Value) -> TypeGuard[Affine]:
+    if not (isinstance(value, Affine) and value.is_plain):
+        return False
+    low, high = value.terms[0].bounds
+    return low >= -128 and high <= 255
+
+
 def _identity(emitter: Emitter, node: fx.Node, values: dict[fx.Node, Value]) -> Value | None:
     return _input(node, values)
 
@@ -270,6 +295,7 @@ RULES: dict[str, Rule] = {
     "adaptive_avg_pool3d": _adaptive_average,
     "mean": _mean,
     "cat": _cat,
+    **dict.fromkeys(PRODUCTS, _product),
     "pad": _move,
     "constant_pad_nd": _move,
     "dropout": _identity,

@@ -4,6 +4,7 @@ Everything between two quantised layers is exact integer arithmetic, so these de
 a lowered model on every target:
 
     accumulate_conv, accumulate_linear   2^shift * (conv of codes) + numerator * (sum of codes in the window)
+    accumulate_product                   products of codes with codes, see `product_op`
     requantize                           clip((sum_i m_i * a_i + c) >> e, low, high)
     threshold                            low + sum_k [sign * x >= thresholds[k]], see `threshold_op`
     sum_pool, max_pool                   sums and maxima of windows
@@ -22,13 +23,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .code_types import PIECE, code_dtype
+from .code_types import FLOAT32_EXACT, PIECE, code_dtype
 from .geometry import Geometry
+from .product_op import accumulate_product
 from .threshold_op import threshold
 
 __all__ = [
     "accumulate_conv",
     "accumulate_linear",
+    "accumulate_product",
     "code_dtype",
     "dequantize",
     "max_pool",
@@ -37,9 +40,6 @@ __all__ = [
     "sum_pool",
     "threshold",
 ]
-
-#: Integers up to here are exact in float32, and sums of them in any order.
-FLOAT32_EXACT = 2**24
 
 _MAX_POOLS = {1: functional.max_pool1d, 2: functional.max_pool2d, 3: functional.max_pool3d}
 _AVG_POOLS = {1: functional.avg_pool1d, 2: functional.avg_pool2d, 3: functional.avg_pool3d}

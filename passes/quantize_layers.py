@@ -4,26 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import fx, nn
 
 from qcompile.errors import InvalidArgument
 
-from .aten import commutes_with_quantizer
+from .aten import PRODUCTS, aten_name, commutes_with_quantizer
 from .borrowed_weights import BorrowedWeights
 from .computed_weights import ComputedLayer, ComputedWeights
 from .first_last import WEIGHTED, first_and_last, weighted_nodes
 from .geometry import Geometry
+from .input_quantizers import InputQuantizers
 from .layers import QuantizedLayer
 from .manager import Condition, Pass, PassResult
 from .mode_input import mode_placeholder
 from .quantized_tensor import as_function, is_transposed, parameters_of, quantize_parameters
 from .quantizers import ActivationQuantizer, WeightQuantizer
-from .sign import NonNegative
 from .static_tensors import StaticTensors
 
-FIRST, LAST = "float: first weighted layer", "float: last weighted layer"
+FIRST, LAST = "first weighted layer", "last weighted layer"
 SKIPPED = "float: listed in skip"
+
+
+class LayerQuantizers(NamedTuple):
+    """What layers are quantised with.
+
+    Attributes:
+        weight: builds the quantiser of one layer's weight.
+        activation: builds the quantiser of one tensor, told whether it can be negative.
+    """
+
+    weight: Callable[[nn.Module], WeightQuantizer]
+    activation: Callable[[bool], ActivationQuantizer]
 
 
 @dataclass(frozen=True)
@@ -43,7 +56,7 @@ class LayerRecord:
     @property
     def by_rule(self) -> bool:
         """Whether it stayed in float because schemes leave such layers, or the caller this one, in float."""
-        return self.reason in (FIRST, LAST, SKIPPED)
+        return self.reason in (f"float: {FIRST}", f"float: {LAST}", SKIPPED)
 
 
 def _unquantized_input(graph_module: fx.GraphModule) -> str | None:
@@ -61,16 +74,14 @@ def _unquantized_input(graph_module: fx.GraphModule) -> str | None:
 class QuantizeLayers(Pass):
     """Replace layers by `QuantizedLayer` and quantise their inputs.
 
-    A quantiser works element by element and is monotone, so it is placed as early as it can be without
-    changing what others read: before padding, flattening and max pooling. Layers that read the same tensor
-    share its quantiser, and with it one tensor of codes at run time.
-
     Args:
         weight_quantizer: builds the quantiser of one layer's weight.
         activation_quantizer: builds the quantiser of one tensor, told whether it can be negative.
         skip: module paths (or prefixes of paths) that stay in float.
+        first_last: what the first and the last layers are quantised with; None leaves them in float.
         reason_for_float: says of a layer why the scheme leaves it in float, None if it does not.
         parameters: whether to round the parameters of other operators that multiply, too.
+        products: whether to quantise both factors of products of activations, too.
     """
 
     ensures = (Condition("feeds every quantised layer from an activation quantiser", _unquantized_input),)
@@ -80,13 +91,15 @@ class QuantizeLayers(Pass):
         weight_quantizer: Callable[[nn.Module], WeightQuantizer],
         activation_quantizer: Callable[[bool], ActivationQuantizer],
         skip: Collection[str] = (),
+        first_last: LayerQuantizers | None = None,
         reason_for_float: Callable[[nn.Module], str | None] | None = None,
         parameters: bool = True,
+        products: bool = False,
     ) -> None:
-        self.parameters = parameters
+        self.parameters, self.products = parameters, products
         self.reason_for_float = reason_for_float
-        self.weight_quantizer = weight_quantizer
-        self.activation_quantizer = activation_quantizer
+        self.quantizers = LayerQuantizers(weight_quantizer, activation_quantizer)
+        self.first_last = first_last
         self.skip = tuple(skip)
         self.records: list[LayerRecord] = []
 
@@ -102,6 +115,8 @@ class QuantizeLayers(Pass):
             static = StaticTensors(graph_module)
             others = [node for node in graph_module.graph.nodes if parameters_of(node, static)]
             weighted += filter(None, map(_owner, others))  # the model's own code has no path
+        if self.products:
+            weighted += filter(None, map(_owner, self._products(graph_module)))
         for name in self.skip:
             known = any(_is_in(one, name) for one in weighted)
             if name in paths and name and not known:
@@ -113,33 +128,35 @@ class QuantizeLayers(Pass):
                 )
         nodes = weighted_nodes(graph_module)
         first, last = first_and_last(graph_module)
-        reasons = {
-            str(node.target): self._reason_for_float(graph_module, node, first, last) for node in nodes
-        }
+        rules = {**dict.fromkeys(last, LAST), **dict.fromkeys(first, FIRST)}
+        reasons = {str(node.target): self._reason_for_float(graph_module, node, rules) for node in nodes}
         self.records = [
-            LayerRecord(name, reason is None, reason or "weight and input quantised")
+            LayerRecord(name, reason is None, reason or _how_quantized(rules.get(name)))
             for name, reason in reasons.items()
         ]
         chosen = [node for node in nodes if reasons[str(node.target)] is None]
         mode = mode_placeholder(graph_module.graph)
-        rounded = self._round_parameters(graph_module, mode, reasons) if self.parameters else []
-        if not chosen and not rounded:
+        inputs = InputQuantizers(graph_module, mode)
+        products = self._products(graph_module) if self.products else []
+        rounded = self._round_parameters(graph_module, mode, reasons, rules) if self.parameters else []
+        if not (chosen or rounded or products):
             detail = (
                 "; ".join(f"{name}: {reasons[name]}" for name in _users_paths(graph_module, reasons))
                 or "it has no weighted layer"
             )
             raise InvalidArgument(f"nothing to quantise in this model ({detail})")
-        quantizers: dict[fx.Node, fx.Node] = {}
-        non_negative = NonNegative(graph_module)
-        for node in chosen:  # decided before any rewrite, on the float graph
-            non_negative(node)
         for node in chosen:
-            self._quantize_input(graph_module, node, mode, quantizers, non_negative)
+            build, source = self._quantizers_of(str(node.target), rules).activation, node.args[0]
+            like = graph_module.get_submodule(str(node.target)).weight
+            inputs.quantize(node, source, build, f"{node.target}.input_quantizer", like)
+        for node in products:
+            self._quantize_product(graph_module, node, inputs)
         for path in dict.fromkeys(str(node.target) for node in chosen):
             source = graph_module.get_submodule(path)
             children, like = dict(source.named_children()), source.weight
-            kind = ComputedLayer if isinstance(source, ComputedWeights) else QuantizedLayer
-            layer = kind(source, self.weight_quantizer(source).to(like.device, like.dtype))
+            layer_type = ComputedLayer if isinstance(source, ComputedWeights) else QuantizedLayer
+            quantizer = self._quantizers_of(path, rules).weight(source)
+            layer = layer_type(source, quantizer.to(like.device, like.dtype))
             for name, child in children.items():
                 layer.add_module(name, child)
             graph_module.set_submodule(path, layer)
@@ -151,7 +168,11 @@ class QuantizeLayers(Pass):
         return PassResult(graph_module, True, notes)
 
     def _round_parameters(
-        self, graph_module: fx.GraphModule, mode: fx.Node, reasons: dict[str, str | None]
+        self,
+        graph_module: fx.GraphModule,
+        mode: fx.Node,
+        reasons: dict[str, str | None],
+        rules: dict[str, str],
     ) -> list[LayerRecord]:
         """Of recurrent layers, transposed convolutions and products with parameters that are no layer."""
         for node in weighted_nodes(graph_module):
@@ -163,25 +184,24 @@ class QuantizeLayers(Pass):
         static, done, found = StaticTensors(graph_module), dict[object, str](), dict[str, LayerRecord]()
         for node in list(graph_module.graph.nodes):
             if any(_is_in(_owner(node), name) for name in self.skip):
-                node.meta["left_in_float"] = SKIPPED
+                node.meta["record"] = LayerRecord(node.name, False, SKIPPED)
                 continue
-            for path in quantize_parameters(graph_module, node, mode, static, self.weight_quantizer, done):
+            build = self._quantizers_of(_owner(node), rules).weight
+            for path in quantize_parameters(graph_module, node, mode, static, build, done):
                 found[path] = LayerRecord(path, True, "weight quantised, multiplied in float")
         graph_module.graph.eliminate_dead_code()
         return list(found.values())
 
     def _reason_for_float(
-        self, graph_module: fx.GraphModule, node: fx.Node, first: Collection[str], last: Collection[str]
+        self, graph_module: fx.GraphModule, node: fx.Node, rules: dict[str, str]
     ) -> str | None:
         path = str(node.target)
         copies = graph_module.meta.get("copies", {})
         users_path = copies[path].source if path in copies else path
         if any(_is_in(users_path, name) for name in self.skip):
             return SKIPPED
-        if path in first:
-            return FIRST
-        if path in last:
-            return LAST
+        if path in rules and self.first_last is None:
+            return f"float: {rules[path]}"
         module = graph_module.get_submodule(path)
         try:
             Geometry.of(module)
@@ -191,31 +211,33 @@ class QuantizeLayers(Pass):
         reason_of_scheme = None if self.reason_for_float is None else self.reason_for_float(module)
         return None if reason_of_scheme is None else f"float: {reason_of_scheme}"
 
-    def _quantize_input(
-        self,
-        graph_module: fx.GraphModule,
-        node: fx.Node,
-        mode: fx.Node,
-        quantizers: dict[fx.Node, fx.Node],
-        non_negative: NonNegative,
-    ) -> None:
-        consumer, source = node, node.args[0]
-        assert isinstance(source, fx.Node)
-        while commutes_with_quantizer(source) and len(source.users) == 1:
-            consumer, source = source, source.all_input_nodes[0]
-        if source in quantizers.values():
-            return  # a call of the same tensor went the same way
-        if source not in quantizers:
-            path = f"{node.target}.input_quantizer"
-            siblings = sum(one.target.startswith(path) for one in quantizers.values())
-            path = path if not siblings else f"{path}_{siblings}"
-            like = graph_module.get_submodule(str(node.target)).weight
-            quantizer = self.activation_quantizer(not non_negative(source))
-            graph_module.add_submodule(path, quantizer.to(like.device, like.dtype))
-            after = mode if source.op == "placeholder" else source
-            with graph_module.graph.inserting_after(after):
-                quantizers[source] = graph_module.graph.call_module(path, (source, mode))
-        consumer.replace_input_with(source, quantizers[source])
+    def _products(self, graph_module: fx.GraphModule) -> list[fx.Node]:
+        """Products of two tensors that both depend on the inputs."""
+        static = StaticTensors(graph_module)
+        return [
+            node
+            for node in graph_module.graph.nodes
+            if aten_name(node) in PRODUCTS
+            and not any(_is_in(_owner(node), name) for name in self.skip)
+            and not any(static(one) is not None for one in node.all_input_nodes)
+        ]
+
+    def _quantize_product(self, graph_module: fx.GraphModule, node: fx.Node, inputs: InputQuantizers) -> None:
+        owner = _owner(node)
+        like = next(graph_module.parameters())
+        for side, source in zip(("left", "right"), node.args, strict=True):
+            assert isinstance(source, fx.Node)
+            path = f"{owner}.{node.name}_{side}" if owner else f"{node.name}_{side}"
+            inputs.quantize(node, source, self.quantizers.activation, path, like)
+        node.meta["record"] = LayerRecord(node.name, True, "both factors quantised")
+
+    def _quantizers_of(self, path: str, rules: dict[str, str]) -> LayerQuantizers:
+        own = self.first_last if path in rules else None
+        return own or self.quantizers
+
+
+def _how_quantized(rule: str | None) -> str:
+    return "weight and input quantised" + ("" if rule is None else f" as {rule}")
 
 
 def _owner(node: fx.Node) -> str:

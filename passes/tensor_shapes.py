@@ -26,20 +26,27 @@ def tensor_shapes(
         InvalidArgument: if the graph was captured without examples and no shapes are given, if there are too
             few or too many, or if the graph does not run on them.
     """
+    return {node: tuple(one.shape) for node, one in tensors_of(graph_module, input_shapes).items()}
+
+
+def tensors_of(
+    graph_module: fx.GraphModule, input_shapes: Sequence[Sequence[int]] | None = None
+) -> dict[fx.Node, Tensor]:
+    """Tensors without data of every node's shape and type, as `tensor_shapes`."""
     inputs = list(graph_module.graph.find_nodes(op="placeholder"))
     if input_shapes is None:
         input_shapes = [_example_shape(node) for node in inputs]
     if len(input_shapes) != len(inputs):
         raise InvalidArgument(f"{len(input_shapes)} input shapes given for {len(inputs)} inputs of the model")
     like = next((one for one in graph_module.parameters() if one.is_floating_point()), torch.empty(0))
-    shapes = ShapeRecorder(graph_module)
+    recorder = ShapeRecorder(graph_module)
     with _evaluating(graph_module), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         values = [
             torch.empty(tuple(shape), dtype=_dtype(node, like), device=like.device)
             for node, shape in zip(inputs, input_shapes, strict=True)
         ]
-        shapes.record(*values)
-    return shapes.shapes
+        recorder.record(*values)
+    return recorder.tensors
 
 
 @contextmanager
@@ -70,11 +77,16 @@ def _dtype(node: fx.Node, like: Tensor) -> torch.dtype:
 
 
 class ShapeRecorder(fx.Interpreter):
-    """Runs a graph and notes the shapes of its tensors by node, in `shapes`."""
+    """Runs a graph of tensors without data and notes them by node, in `tensors`."""
 
     def __init__(self, graph_module: fx.GraphModule) -> None:
         super().__init__(graph_module)
-        self.shapes: dict[fx.Node, tuple[int, ...]] = {}
+        self.tensors: dict[fx.Node, Tensor] = {}
+
+    @property
+    def shapes(self) -> dict[fx.Node, tuple[int, ...]]:
+        """By node."""
+        return {node: tuple(one.shape) for node, one in self.tensors.items()}
 
     def record(self, *inputs: Any) -> None:
         """Run on inputs, tensors first.
@@ -92,5 +104,5 @@ class ShapeRecorder(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         if isinstance(result, Tensor):
-            self.shapes[n] = tuple(result.shape)
+            self.tensors[n] = result
         return result

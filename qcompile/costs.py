@@ -13,6 +13,7 @@ from .pack import plane_bytes
 from .passes.integer_model import IntegerModel
 from .passes.static_values import static_values
 
+_LAYERS = ("accumulate_conv", "accumulate_linear")
 _FLOAT_LAYERS = ("aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.linear")
 
 
@@ -58,7 +59,7 @@ def layer_costs(model: IntegerModel, input_shapes: Sequence[Sequence[int]]) -> t
     costs = []
     for node in model.graph.nodes:
         name = model.operator_name(node)
-        if not (name.startswith("accumulate") or name in _FLOAT_LAYERS):
+        if name not in (*_LAYERS, *_FLOAT_LAYERS):
             continue
         source, bits = node.args[1], node.meta.get("weight_bits")
         activation_bits = 32 if name in _FLOAT_LAYERS else _activation_bits(model, node)
@@ -74,6 +75,6 @@ def layer_costs(model: IntegerModel, input_shapes: Sequence[Sequence[int]]) -> t
 
 
 def _activation_bits(model: IntegerModel, node: fx.Node) -> int:
-    if isinstance(model.mode, Mode):
-        return model.mode.activation_bits
-    return int(node.meta["code_high"] - node.meta["code_low"]).bit_length()
+    found = int(node.meta["code_high"] - node.meta["code_low"]).bit_length()
+    # a clip may leave fewer codes than the mode has; first and last layers may have more
+    return max(found, model.mode.activation_bits) if isinstance(model.mode, Mode) else found

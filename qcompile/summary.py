@@ -114,9 +114,12 @@ def _described(model: QuantModel, node: fx.Node, name: str, record: Any, number:
         operator = _kind(model.get_submodule(name))
         return OperatorSummary(name, operator, record.quantized, record.reason, number)
     operator = _kind(model.get_submodule(name)) if node.op == "call_module" else aten_name(node)
+    found = node.meta.get("record")
+    if found is not None:
+        return OperatorSummary(name, operator, found.quantized, found.reason, number)
     if _reads_rounded(model, node):
         return OperatorSummary(name, operator, True, "weights quantised, multiplied in float", number)
-    return OperatorSummary(name, operator, False, _reason(node, operator), number)
+    return OperatorSummary(name, operator, False, _reason(operator), number)
 
 
 def _reads_rounded(model: QuantModel, node: fx.Node) -> bool:
@@ -131,9 +134,7 @@ def _kind(module: nn.Module) -> str:
     return (module.kind if isinstance(module, BorrowedWeights) else type(module)).__name__
 
 
-def _reason(node: fx.Node, operator: str) -> str:
-    if "left_in_float" in node.meta:
-        return str(node.meta["left_in_float"])
+def _reason(operator: str) -> str:
     if operator in RECURRENT:
         return "float: a recurrent layer is one operator"
     if operator.startswith(("conv", "linear")):
@@ -147,8 +148,8 @@ def left_in_float(model: QuantModel) -> dict[str, str]:
     for node in model.row_graphs[-1].nodes:
         operator = aten_name(node)
         weighted = operator in RECURRENT or operator.startswith(("conv", "linear"))
-        if weighted and not _reads_rounded(model, node) and "left_in_float" not in node.meta:
-            left[node.name] = _reason(node, operator)
+        if weighted and not _reads_rounded(model, node) and "record" not in node.meta:
+            left[node.name] = _reason(operator)
     return left
 
 

@@ -119,26 +119,6 @@ def test_a_shared_layer_has_one_weight_and_a_quantizer_per_input():
     assert [name for name in constants if name.endswith("weight_codes")] == ["body.weight_codes"]
 
 
-def test_transposed_convolutions_survive_in_float():
-    model = nn.Sequential(
-        nn.Conv2d(1, 4, 3),
-        nn.ReLU(),
-        nn.ConvTranspose2d(4, 4, 2, 2),
-        nn.ReLU(),
-        nn.Conv2d(4, 4, 3),
-        nn.ReLU(),
-        nn.Conv2d(4, 2, 1),
-    )
-    x = torch.randn(2, 1, 8, 8)
-    prepared = qcompile.prepare(model, x)
-    records = {record.name: record for record in prepared.records}
-    assert not records["2"].quantized
-    assert "ConvTranspose2d" in records["2"].reason
-    assert records["4"].quantized
-    qcompile.calibrate(prepared, [x])
-    assert prepared.eval()(x).shape == model(x).shape
-
-
 def test_input_shapes_that_do_not_fit_are_one_line():
     model, x = example("residual")
     prepared = qcompile.prepare(model, x)

@@ -17,7 +17,7 @@ from qcompile.passes.integer_model import IntegerModel
 from qcompile.passes.static_values import static_values
 
 from .graph import OPSET, GraphBuilder
-from .values import Array, Codes, Constant, Plain, Real, Value
+from .values import Accumulators, Array, Codes, Constant, Plain, Real, Value
 
 T = TypeVar("T")
 
@@ -64,7 +64,7 @@ class Deviation:
 class Lowered:
     """What emission learns besides the ONNX graph, by node name of the integer graph."""
 
-    tensors: dict[str, Codes | Real] = field(default_factory=dict)
+    tensors: dict[str, Codes | Real | Accumulators] = field(default_factory=dict)
     probes: dict[str, Probe] = field(default_factory=dict)
     deviations: dict[str, Deviation] = field(default_factory=dict)
 
@@ -126,7 +126,11 @@ class Emitter:
                 self._values[node] = self._fake[node]  # sizes are known
             else:
                 value = self._rule(node)(self, node)
-                if isinstance(value, Codes) or (isinstance(value, Real) and not value.is_sum):
+                if (
+                    isinstance(value, Codes)
+                    or (isinstance(value, Real) and not value.is_sum)
+                    or (isinstance(value, Accumulators) and node.name not in self.lowered.probes)
+                ):
                     self.lowered.tensors[node.name] = value
                 self._values[node] = value
 

@@ -12,6 +12,7 @@ from .emit import Emitter, Rule
 from .epilogue import dequantize, quantize, requantize
 from .float_operators import WRITERS, island
 from .layout import MOVES, identity, moved, pick, split
+from .products import product
 from .threshold import threshold
 from .torch_operator import torch_operator
 from .values import Accumulators, Codes, Real, Value
@@ -31,6 +32,7 @@ def _other(emitter: Emitter, node: fx.Node) -> Value:
 RULES: Mapping[str, Rule] = {
     "accumulate_conv": accumulate,
     "accumulate_linear": accumulate,
+    "accumulate_product": product,
     "requantize": requantize,
     "threshold": threshold,
     "quantize": quantize,

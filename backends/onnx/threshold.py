@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import fx
 
 from qcompile.errors import LoweringError
-from qcompile.passes.integer_ops import FLOAT32_EXACT
+from qcompile.passes.code_types import FLOAT32_EXACT
 from qcompile.passes.threshold_op import NEVER
 
 from .emit import Deviation, Emitter, layer_of

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,16 @@ from qcompile.errors import LoweringError
 from .emit import Lowered, Probe
 from .graph import tensor_info
 from .session import open_session
-from .values import Codes
+from .values import Accumulators, Codes, Real
 
 Arrays = Mapping[str, NDArray[Any]]
+
+#: Element types of what tensors of the integer graph may be; matrices of products with weights have probes.
+_ELEMENTS = {
+    Codes: onnx.TensorProto.UINT8,
+    Real: onnx.TensorProto.FLOAT,
+    Accumulators: onnx.TensorProto.INT32,
+}
 
 
 def trace(model: onnx.ModelProto, lowered: Lowered, feed: Arrays, request: LoweringRequest) -> Trace:
@@ -34,22 +41,21 @@ def trace(model: onnx.ModelProto, lowered: Lowered, feed: Arrays, request: Lower
         LoweringError: if the artefact lacks a tensor or operator of this request.
     """
     names = [one.name for one in model.graph.output]
-    tapped = {value.name: isinstance(value, Codes) for value in lowered.tensors.values()}
-    tapped.update({probe.codes.name: True for probe in lowered.probes.values()})
-    taps = {name: codes for name, codes in tapped.items() if name not in names and name not in feed}
+    tapped = {value.name: _ELEMENTS[type(value)] for value in lowered.tensors.values()}
+    tapped.update({probe.codes.name: onnx.TensorProto.UINT8 for probe in lowered.probes.values()})
+    taps = {name: element for name, element in tapped.items() if name not in names and name not in feed}
     _require(model, taps)
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
-    for name, codes in taps.items():
-        copy.graph.output.append(
-            helper.make_tensor_value_info(
-                name, onnx.TensorProto.UINT8 if codes else onnx.TensorProto.FLOAT, None
-            )
-        )
+    for name, element in taps.items():
+        copy.graph.output.append(helper.make_tensor_value_info(name, element, None))
     results = open_session(copy, request.threads).run([*names, *taps], dict(feed))
     found: dict[str, NDArray[Any]] = {**feed, **dict(zip([*names, *taps], results, strict=True))}
     values: dict[str, NDArray[Any]] = {}
     for node, value in lowered.tensors.items():
+        if isinstance(value, Accumulators):
+            values[node] = found[value.name].reshape(value.shape)
+            continue
         stored = _channels_first(found[value.name], value.last)
         if isinstance(value, Codes):
             values[node] = stored.astype(np.int32) - value.zero_point
@@ -63,7 +69,7 @@ def _channels_first(stored: NDArray[Any], last: bool) -> NDArray[Any]:
     return np.moveaxis(stored, -1, 1) if last else stored
 
 
-def _require(model: onnx.ModelProto, names: Mapping[str, bool]) -> None:
+def _require(model: onnx.ModelProto, names: Iterable[str]) -> None:
     present = {output for node in model.graph.node for output in node.output}
     for name in names:
         if name not in present:

@@ -16,13 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from qcompile.errors import InvalidArgument
+from qcompile.modes import FLOAT_BITS
 
 from ..batchnorm import BatchNormVariant, SplitBatchNorm
 from ..distillation import cosine_distance, divergence
+from ..expand_attention import ExpandAttention
 from ..lsq import SMALLEST_STEP, LsqActivationQuantizer, hold_positive
 from ..manager import Pass
 from ..mode_input import Row, picked
-from ..quantize_layers import QuantizeLayers
+from ..quantize_layers import LayerQuantizers, QuantizeLayers
 from ..quantizers import WeightCodes, WeightQuantizer
 from ..rounding import Bound, save_operands, saved_operands
 from ..step_search import SEARCH_GRID
@@ -44,6 +46,10 @@ class VerticalConfig:
         weight_step: one step s for a layer's weight, as in the paper, one for each output `channel`, or, in
             modes for weights only, one for each group of so many weights of a channel. A layer whose channels
             are not so many groups has one for each channel.
+        first_last: what becomes of the first and the last layers: `float`, as in the paper, or 8 for 8 bits
+            of weights and inputs in every mode.
+        products: whether to quantise both factors of products of activations, as attention has them. The
+            paper has none.
     """
 
     compensation: bool = True
@@ -52,12 +58,16 @@ class VerticalConfig:
     distillation: Literal["cosine", "kl"] | None = "cosine"
     step_gradient: Literal["compensated", "printed"] = "compensated"
     weight_step: Literal["layer", "channel"] | int = "layer"
+    first_last: Literal["float", 8] = "float"
+    products: bool = False
 
     def __post_init__(self) -> None:
         choice("compensation", self.compensation, (True, False))
         choice("batch_norm", self.batch_norm, ("full", "stats", "shared"))
         choice("moo", self.moo, ("us", "mgd"))
         choice("distillation", self.distillation, ("cosine", "kl", None))
+        choice("first_last", self.first_last, ("float", 8))
+        choice("products", self.products, (True, False))
         choice("step_gradient", self.step_gradient, ("compensated", "printed"))
         group = isinstance(self.weight_step, int) and not isinstance(self.weight_step, bool)
         if not (self.weight_step in ("layer", "channel") or (group and int(self.weight_step) >= 1)):
@@ -270,17 +280,26 @@ class VerticalScheme(Scheme):
         activation_bits = [mode.activation_bits for mode in self.modes]
         weight_bits = [mode.weight_bits for mode in self.modes]
 
-        def weight_quantizer(layer: Any) -> VerticalWeightQuantizer:
-            return VerticalWeightQuantizer(weight_bits, self.config, layer.weight.shape)
-
+        fixed = [8] * len(self.modes)
+        first_last = self._quantizers(
+            fixed, [FLOAT_BITS if one == FLOAT_BITS else 8 for one in activation_bits]
+        )
         return [
+            *([ExpandAttention()] if self.config.products else []),
             QuantizeLayers(
-                weight_quantizer=weight_quantizer,
-                activation_quantizer=lambda signed: LsqActivationQuantizer(activation_bits, signed),
+                *self._quantizers(weight_bits, activation_bits),
                 skip=skip,
+                first_last=first_last if self.config.first_last == 8 else None,
+                products=self.config.products,
             ),
             SplitBatchNorm(len(self.modes), self.config.batch_norm),
         ]
+
+    def _quantizers(self, weight_bits: Sequence[int], activation_bits: Sequence[int]) -> LayerQuantizers:
+        def weight(layer: Any) -> VerticalWeightQuantizer:
+            return VerticalWeightQuantizer(weight_bits, self.config, layer.weight.shape)
+
+        return LayerQuantizers(weight, lambda signed: LsqActivationQuantizer(activation_bits, signed))
 
     def mode_weights(self) -> Sequence[float] | None:
         """Equal weights, or None for the min-norm point."""

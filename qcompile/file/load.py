@@ -8,7 +8,7 @@ from os import PathLike
 from typing import Any, BinaryIO
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from ..errors import FileFormatError, InvalidArgument, QCompileError
 from ..modes import Mode, Policy, find_mode
@@ -185,6 +185,10 @@ def _read_mode(container: Container, mode: Mode, metadata: Metadata, cache: dict
     return graph
 
 
+#: Which argument of an operator may be a weight that is stored as bit-planes.
+_WEIGHT_ARGUMENT = {"accumulate_conv": 1, "accumulate_linear": 1, "dequantize": 0}
+
+
 def _check_bits(graph: IntegerModel, metadata: Metadata, sections: Sequence[str]) -> None:
     """Every layer's codes must have as many bits as its graph says.
 
@@ -198,8 +202,15 @@ def _check_bits(graph: IntegerModel, metadata: Metadata, sections: Sequence[str]
         for one in metadata.planes[section]:
             found[one.name] = found.get(one.name, 0) + one.planes
     for node in graph.graph.nodes:
-        if graph.operator_name(node).startswith("accumulate"):
-            name, wanted = str(node.args[1].target), node.meta.get("weight_bits")
+        position = _WEIGHT_ARGUMENT.get(graph.operator_name(node))
+        wanted = node.meta.get("weight_bits")
+        if position is None and wanted is not None:
+            raise FileFormatError(
+                f"node {node.name!r} of mode {graph.mode.name!r} has bits of a weight, and no weight"
+            )
+        if position == 1 or wanted is not None:
+            source = node.args[position or 0]
+            name = str(source.target) if isinstance(source, fx.Node) else repr(source)
             if found.get(name) != wanted:
                 raise FileFormatError(
                     f"mode {graph.mode.name!r} needs {wanted} bit-planes of {name!r}, "

@@ -90,17 +90,19 @@ def nested_planes(weights: Mapping[Mode, Mapping[str, Codes]]) -> tuple[PlaneSec
         FoldError: if a layer is quantised in some modes only.
     """
     sections: list[PlaneSection] = []
-    reached = 0
+    reached: dict[str, int] = {}
     for mode, codes in weights.items():
-        if mode.is_float or mode.weight_bits <= reached:
+        if mode.is_float:
             continue
         for other in weights:
             if not other.is_float and weights[other].keys() != codes.keys():
                 name = next(iter(weights[other].keys() ^ codes.keys()))
                 raise FoldError(f"layer {name!r} is not quantised in every mode")
-        parts = tuple(Stored(name, one, reached, mode.weight_bits) for name, one in codes.items())
-        sections.append(PlaneSection((mode,), parts))
-        reached = mode.weight_bits
+        parts = [Stored(name, one, reached.get(name, 0), one.bits) for name, one in codes.items()]
+        added = tuple(part for part in parts if part.last > part.first)
+        if added:
+            sections.append(PlaneSection((mode,), added))
+            reached.update({part.name: part.last for part in added})
     return tuple(sections)
 
 

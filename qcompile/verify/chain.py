@@ -27,7 +27,8 @@ Values = Mapping[str, Any]
 Kind = Literal["input", "constant", "integer", "moved", "float", "size", "output"]
 
 INTEGER_OPERATORS = frozenset(
-    ("accumulate_conv", "accumulate_linear", "requantize", "threshold", "quantize", "sum_pool", "max_pool")
+    ("accumulate_conv", "accumulate_linear", "accumulate_product", "requantize", "threshold", "quantize")
+    + ("sum_pool", "max_pool")
 )
 
 #: Operators whose results are codes, or integers at high precision.
@@ -227,6 +228,10 @@ def _accumulate_linear(*arguments: Any) -> Array:
     return reference.accumulate_linear(*arguments[:-1])
 
 
+def _accumulate_product(*arguments: Any) -> Array:
+    return reference.accumulate_product(*arguments[:-1])
+
+
 def _dequantize(x: Array, scale: Array, bias: Array) -> Tensor:
     return torch.from_numpy(reference.dequantize(x, scale, bias))
 
@@ -234,6 +239,7 @@ def _dequantize(x: Array, scale: Array, bias: Array) -> Tensor:
 _REFERENCE: dict[str, Callable[..., Any]] = {
     "accumulate_conv": _accumulate_conv,
     "accumulate_linear": _accumulate_linear,
+    "accumulate_product": _accumulate_product,
     "requantize": _requantize,
     "threshold": reference.threshold,
     "quantize": reference.quantize,

@@ -143,9 +143,9 @@ class VerticalFormulas:
 
     def weight(self, model: QuantModel, layer: Weighted, mode: Mode) -> ReferenceWeight:
         """c_b = floor(clip(round(W / s), -2^(K-1), 2^(K-1) - 1) / 2^d), s_b = 2^d s, z_b = (1 - 2^-d) / 2."""
-        highest = max(one.weight_bits for one in model.prepared_modes)
-        dropped = highest - mode.weight_bits
         quantizer: Any = layer.weight_quantizer
+        highest = max(quantizer.bits)
+        dropped = highest - quantizer.bits[model.row(mode)]
         steps = np.maximum(as_array(quantizer.step).astype(np.float64), np.float32(self.smallest_step))
         latent = as_array(layer.weight).astype(np.float64)
         ratio = (latent.reshape(len(steps), -1) / steps[:, None]).reshape(latent.shape)
@@ -163,7 +163,7 @@ class VerticalFormulas:
             return ReferenceRange(-math.inf, math.inf)
         given: Any = quantizer
         step = max(float(as_array(given.step)[model.row(mode)]), float(np.float32(self.smallest_step)))
-        bits = mode.activation_bits
+        bits = given.bits[model.row(mode)]
         if given.signed:
             return ReferenceGrid(step, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
         return ReferenceGrid(step, 0, 2**bits - 1)

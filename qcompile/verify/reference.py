@@ -150,6 +150,13 @@ def accumulate_linear(codes: Array, weight: Array, numerator: int, shift: int) -
     return sums * 2**shift + numerator * codes.sum(-1, keepdims=True)
 
 
+def accumulate_product(left: Array, right: Array) -> Integers:
+    """left @ right: (..., M, K) and (..., K, N) give (..., M, N)."""
+    left, right = as_integers(left), as_integers(right)
+    carrier = exact_dtype(left, right)
+    return np.matmul(left.astype(carrier), right.astype(carrier)).astype(np.int64)
+
+
 def epilogue_sum(inputs: Sequence[Array], multipliers: Sequence[Array], constant: Array) -> Array:
     """sum_i m_i a_i + c, in int64, or in float64 where an input is float."""
     real = any(value.dtype.kind == "f" for value in inputs)

@@ -7,6 +7,7 @@ from .floats import elementwise, float_conv, float_linear, other, scaled_sum
 from .layers import accumulate, requantize
 from .norms import group_norm, instance_norm, layer_norm
 from .pools import float_max_pool, integer_sum, pool
+from .products import product
 from .quantisers import dequantize, quantize
 from .thresholds import threshold
 
@@ -26,6 +27,7 @@ _ELEMENTWISE = (
 RULES: dict[str, Rule] = {
     "accumulate_conv": accumulate,
     "accumulate_linear": accumulate,
+    "accumulate_product": product,
     "requantize": requantize,
     "threshold": threshold,
     "quantize": quantize,
