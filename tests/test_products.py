@@ -16,6 +16,7 @@ import qcompile
 from qcompile.model import QuantModel
 from qcompile.passes.capture import capture
 from qcompile.passes.expand_attention import ExpandAttention
+from qcompile.passes.expand_products import ExpandProducts
 from qcompile.passes.integer_ops import accumulate_product
 from qcompile.passes.schemes.vertical import VerticalConfig
 
@@ -141,6 +142,43 @@ class Long(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x).relu()
         return self.head(torch.bmm(self.left(x).sigmoid(), self.right(x).sigmoid().transpose(1, 2)).sum(1))
+
+
+@pytest.mark.parametrize(
+    ("equation", "left", "right", "expands"),
+    [
+        ("ibnd,jbnd->bnij", (5, 2, 3, 4), (6, 2, 3, 4), True),
+        ("bhlk,bhtk->bhlt", (2, 3, 5, 4), (2, 3, 6, 4), True),
+        ("ik,kj->ji", (5, 4), (4, 6), True),
+        ("bij,bjd->bdi", (2, 5, 4), (2, 4, 6), True),
+        ("bi,bi->b", (2, 5), (2, 5), False),
+        ("bij,bkl->bi", (2, 5, 4), (2, 4, 6), False),
+        ("bij,jkd->bikd", (2, 5, 4), (4, 3, 2), False),
+    ],
+)
+def test_expanded_einsum_is_einsum(
+    equation: str, left: tuple[int, ...], right: tuple[int, ...], expands: bool
+) -> None:
+    class Sums(nn.Module):
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return torch.einsum(equation, a, b)
+
+    a, b = torch.randn(left), torch.randn(right)
+    graph_module = capture(Sums(), (a, b)).graph_module
+    assert ExpandProducts()(graph_module).modified == expands
+    torch.testing.assert_close(graph_module(a, b)[0], torch.einsum(equation, a, b))
+
+
+@pytest.mark.parametrize(("beta", "alpha"), [(1.0, 1.0), (0.5, 2.0), (0.0, 1.0)])
+def test_expanded_baddbmm_is_baddbmm(beta: float, alpha: float) -> None:
+    class Sum(nn.Module):
+        def forward(self, c: Tensor, a: Tensor, b: Tensor) -> Tensor:
+            return torch.baddbmm(c, a, b, beta=beta, alpha=alpha)
+
+    tensors = torch.randn(2, 3, 5), torch.randn(2, 3, 4), torch.randn(2, 4, 5)
+    graph_module = capture(Sum(), tensors).graph_module
+    assert ExpandProducts()(graph_module).modified
+    torch.testing.assert_close(graph_module(*tensors)[0], Sum()(*tensors))
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -21,6 +21,7 @@ from qcompile.modes import FLOAT_BITS
 from ..batchnorm import BatchNormVariant, SplitBatchNorm
 from ..distillation import cosine_distance, divergence
 from ..expand_attention import ExpandAttention
+from ..expand_products import ExpandProducts
 from ..lsq import SMALLEST_STEP, LsqActivationQuantizer, hold_positive
 from ..manager import Pass
 from ..mode_input import Row, picked
@@ -285,7 +286,7 @@ class VerticalScheme(Scheme):
             fixed, [FLOAT_BITS if one == FLOAT_BITS else 8 for one in activation_bits]
         )
         return [
-            *([ExpandAttention()] if self.config.products else []),
+            *([ExpandAttention(), ExpandProducts()] if self.config.products else []),
             QuantizeLayers(
                 *self._quantizers(weight_bits, activation_bits),
                 skip=skip,
