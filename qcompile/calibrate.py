@@ -40,8 +40,8 @@ def calibrate(
 
     Steps come from all batches, layer after layer, each on inputs that the layers before it have already
     quantised. Steps that were trained are kept unless `reset_steps` is given. Running means and variances
-    become the averages over all batches; as long as the weights are the float model's, and its own statistics
-    come from data, these, moved by what rounding changes on the batches.
+    become the averages over all batches; as long as the weights are the float model's, its own statistics
+    moved by what rounding changes on these batches.
 
     Args:
         model: from `prepare`; its training flags are as before afterwards.

@@ -24,7 +24,7 @@ Statistics = tuple[Tensor, Tensor]
 
 
 def float_statistics(model: QuantModel) -> dict[str, Statistics] | None:
-    """Running mean and variance of the float network by module path, of layers that have seen data.
+    """Running mean and variance of the float network by module path.
 
     Returns:
         None if they are not known: the weights are others by now, or modes run copies of them.
@@ -38,12 +38,12 @@ def float_statistics(model: QuantModel) -> dict[str, Statistics] | None:
             if original is None or not torch.equal(original.to(module.weight), module.weight):
                 return None
     found = {}
-    for path in _norms(model):
+    for path, norm in _norms(model).items():
         mean, variance = (state.get(f"{path}.{name}") for name in ("running_mean", "running_var"))
         if mean is None or variance is None:
             return None
-        if bool(mean.any()) or bool((variance != 1.0).any()):
-            found[path] = mean.clone(), variance.clone()
+        found[path] = mean.clone(), variance.clone()
+        assert norm.running_mean is not None
     return found
 
 
@@ -74,9 +74,7 @@ def move(model: QuantModel, base: dict[str, Statistics], unrounded: dict[str, St
         base: the float network's own statistics.
         unrounded: what the same batches give without rounding.
     """
-    norms = _norms(model)
-    for path in base:
-        norm = norms[path]
+    for path, norm in _norms(model).items():
         assert norm.running_mean is not None
         assert norm.running_var is not None
         (mean, variance), (mean_before, variance_before) = (
