@@ -57,7 +57,7 @@ class InputQuantizers:
             path = path if not siblings else f"{path}_{siblings}"
             quantizer = build(not self._non_negative(source))
             place_module(self._graph_module, path, quantizer.to(like.device, like.dtype))
-            after = self._mode if source.op == "placeholder" else source
+            after = self._mode if source.op in ("placeholder", "get_attr") else source
             with self._graph_module.graph.inserting_after(after):
                 self._done[source, build] = self._graph_module.graph.call_module(path, (source, self._mode))
         consumer.replace_input_with(source, self._done[source, build])

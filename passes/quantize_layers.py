@@ -111,21 +111,20 @@ class QuantizeLayers(Pass):
         """
         paths = {name for name, _ in graph_module.named_modules()}
         weighted = [str(node.target) for node in weighted_nodes(graph_module)]
+        static = StaticTensors(graph_module)
+        others = products = _products(graph_module, static) if self.products else []
         if self.parameters:
-            static = StaticTensors(graph_module)
-            others = [node for node in graph_module.graph.nodes if parameters_of(node, static)]
-            weighted += filter(None, map(_owner, others))  # the model's own code has no path
-        if self.products:
-            weighted += filter(None, map(_owner, self._products(graph_module)))
+            others = products + [node for node in graph_module.graph.nodes if parameters_of(node, static)]
+        weighted += filter(None, map(_owner, others))  # the model's own code has no path
         for name in self.skip:
-            known = any(_is_in(one, name) for one in weighted)
-            if name in paths and name and not known:
+            if name and any(_is_in(one, name) for one in weighted):
+                continue
+            if name and name in paths:
                 raise InvalidArgument(f"skip names {name!r}, which holds no layer that would be quantised")
-            if name not in paths or not name:
-                layers = ", ".join(_users_paths(graph_module, weighted))
-                raise InvalidArgument(
-                    f"skip names {name!r}, which is no layer of the model; its layers: {layers}"
-                )
+            layers = ", ".join(_users_paths(graph_module, weighted))
+            raise InvalidArgument(
+                f"skip names {name!r}, which is no layer of the model; its layers: {layers}"
+            )
         nodes = weighted_nodes(graph_module)
         first, last = first_and_last(graph_module)
         rules = {**dict.fromkeys(last, LAST), **dict.fromkeys(first, FIRST)}
@@ -137,8 +136,10 @@ class QuantizeLayers(Pass):
         chosen = [node for node in nodes if reasons[str(node.target)] is None]
         mode = mode_placeholder(graph_module.graph)
         inputs = InputQuantizers(graph_module, mode)
-        products = self._products(graph_module) if self.products else []
-        rounded = self._round_parameters(graph_module, mode, reasons, rules) if self.parameters else []
+        products = [one for one in products if not self._skips(one)]
+        rounded = []
+        if self.parameters:
+            rounded = self._round_parameters(graph_module, mode, reasons, rules, static)
         if not (chosen or rounded or products):
             detail = (
                 "; ".join(f"{name}: {reasons[name]}" for name in _users_paths(graph_module, reasons))
@@ -173,6 +174,7 @@ class QuantizeLayers(Pass):
         mode: fx.Node,
         reasons: dict[str, str | None],
         rules: dict[str, str],
+        static: StaticTensors,
     ) -> list[LayerRecord]:
         """Of recurrent layers, transposed convolutions and products with parameters that are no layer."""
         for node in weighted_nodes(graph_module):
@@ -181,9 +183,9 @@ class QuantizeLayers(Pass):
             if is_transposed(module) and not by_rule and not isinstance(module, BorrowedWeights):
                 as_function(graph_module, node)
                 self.records = [one for one in self.records if one.name != path]
-        static, done, found = StaticTensors(graph_module), dict[object, str](), dict[str, LayerRecord]()
+        done, found = dict[object, str](), dict[str, LayerRecord]()
         for node in list(graph_module.graph.nodes):
-            if any(_is_in(_owner(node), name) for name in self.skip):
+            if self._skips(node):
                 node.meta["record"] = LayerRecord(node.name, False, SKIPPED)
                 continue
             build = self._quantizers_of(_owner(node), rules).weight
@@ -211,16 +213,8 @@ class QuantizeLayers(Pass):
         reason_of_scheme = None if self.reason_for_float is None else self.reason_for_float(module)
         return None if reason_of_scheme is None else f"float: {reason_of_scheme}"
 
-    def _products(self, graph_module: fx.GraphModule) -> list[fx.Node]:
-        """Products of two tensors that both depend on the inputs."""
-        static = StaticTensors(graph_module)
-        return [
-            node
-            for node in graph_module.graph.nodes
-            if aten_name(node) in PRODUCTS
-            and not any(_is_in(_owner(node), name) for name in self.skip)
-            and not any(static(one) is not None for one in node.all_input_nodes)
-        ]
+    def _skips(self, node: fx.Node) -> bool:
+        return any(_is_in(_owner(node), name) for name in self.skip)
 
     def _quantize_product(self, graph_module: fx.GraphModule, node: fx.Node, inputs: InputQuantizers) -> None:
         owner = _owner(node)
@@ -238,6 +232,15 @@ class QuantizeLayers(Pass):
 
 def _how_quantized(rule: str | None) -> str:
     return "weight and input quantised" + ("" if rule is None else f" as {rule}")
+
+
+def _products(graph_module: fx.GraphModule, static: StaticTensors) -> list[fx.Node]:
+    """Products of two tensors that both depend on the inputs."""
+    return [
+        node
+        for node in graph_module.graph.nodes
+        if aten_name(node) in PRODUCTS and all(static(one) is None for one in node.all_input_nodes)
+    ]
 
 
 def _owner(node: fx.Node) -> str:

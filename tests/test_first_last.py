@@ -89,6 +89,24 @@ def test_a_tensor_that_both_kinds_read_is_rounded_twice() -> None:
     assert qcompile.verify(ready, x, bits=2).exact
 
 
+def test_a_layer_may_read_a_table() -> None:
+    class Table(nn.Module):
+        """Biases that a layer makes of coordinates."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("places", torch.randn(6, 2))
+            self.stem, self.bias, self.last = nn.Linear(4, 6), nn.Linear(2, 1), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.stem(x) + self.bias(self.places).squeeze(1))
+
+    x = torch.randn(8, 4)
+    ready = qcompile.prepare(Table().eval(), x, bits=(2, 4), config=VerticalConfig(first_last=8))
+    qcompile.calibrate(ready, [x])
+    assert qcompile.verify(ready.eval(), x, bits=2).exact
+
+
 def test_the_option_lists_its_choices() -> None:
     with pytest.raises(InvalidArgument, match="first_last=4 is not one of 'float', 8"):
         VerticalConfig(first_last=4)

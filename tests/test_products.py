@@ -208,6 +208,27 @@ def test_they_stay_in_float_by_default_and_where_skipped() -> None:
     assert [one.reason for one in products] == ["float: listed in skip"] * 2
 
 
+def test_skip_may_name_a_module_without_layers() -> None:
+    class Product(nn.Module):
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return a @ b
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.middle, self.head = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+            self.product = Product()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.middle(self.stem(x))
+            return self.head(self.product(x @ x.transpose(1, 2), x))
+
+    x, config = torch.randn(2, 4, 5), VerticalConfig(products=True)
+    ready = qcompile.prepare(Outer(), x, config=config, skip=["product"])
+    products = [one.quantized for one in qcompile.summary(ready).operators if one.operator == "matmul"]
+    assert products == [True, False]
+
+
 def test_training_reaches_both_factors() -> None:
     torch.manual_seed(0)
     model, x = Encoder("plain"), torch.randn(3, 7, 5)
