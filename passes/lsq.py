@@ -7,7 +7,7 @@ S. K. Esser et al., "Learned Step Size Quantization": the step is a parameter; i
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,15 @@ from .step_search import least_squares
 
 #: A step below this would divide by zero; training that pushes a step there is held at it.
 SMALLEST_STEP = 1e-8
+
+#: Codes begin elsewhere than usual where this makes steps, or errors, smaller by this factor.
+CLEARLY_FINER = 0.8
+
+#: Equal parts of a range of codes at which it may begin.
+LOW_CANDIDATES = 16
+
+#: Values that choose among those.
+FEW_SAMPLES = 1 << 13
 
 
 class _LsqActivation(torch.autograd.Function):
@@ -89,44 +98,68 @@ def hold_positive(step: Tensor) -> Tensor:
 
 
 def least_squares_step(x: Tensor, low: int, high: int) -> float:
-    """The step with the least squared rounding error, among fractions of the one that covers max|x|.
+    """The step with the least squared rounding error, among fractions of the one that covers all values.
 
     Args:
         x: float tensor of any shape, finite.
         low, high: range of codes.
     """
-    largest = float(x.detach().abs().max()) if x.numel() else 0.0
-    if largest == 0.0:
+    covering = covering_step(ends(x, Agreement()), low, high)
+    if covering <= SMALLEST_STEP:
         return SMALLEST_STEP
-    found = least_squares(
-        x, largest / max(1, high), lambda part, step: rounded(part, step, low, high), Agreement()
-    )
+    found = least_squares(x, covering, lambda part, step: rounded(part, step, low, high), Agreement())
     return max(found, SMALLEST_STEP)
+
+
+def ends(x: Tensor, agreement: Agreement) -> tuple[float, float]:
+    """The smallest and the largest value on all ranks, zero among them; not finite if one is not."""
+    low, high = x.detach().aminmax() if x.numel() else (x.new_zeros(()), x.new_zeros(()))
+    below, above = agreement.largest(torch.stack([-low, high]).float()).tolist()
+    return -max(below, 0.0), max(above, 0.0)  # NaN stays NaN as the first argument
+
+
+def covering_step(values: tuple[float, float], low: int, high: int) -> float:
+    """The least step with which codes reach both ends, or half a code where there is none on a side."""
+    smallest, largest = values
+    return max(-smallest / (-low or 0.5), largest / (high or 0.5))
 
 
 class LsqActivationQuantizer(ActivationQuantizer):
     """Uniform activation quantiser with one learned step per mode.
 
+    Where the tensor can be negative, a mode has codes -2^(b-1) .. 2^(b-1) - 1, unless the values that set its
+    step ask for 2^b others around zero: behind GELU or SiLU few are negative. Codes of 8 bits stay as they
+    are, since those of another range fit no 8-bit type.
+
     Args:
         bits: activation bits of every mode, by row; 32 for a mode that leaves activations in float.
-        signed: two's complement codes where the tensor can be negative, unsigned codes otherwise.
+        signed: whether the tensor can be negative; unsigned codes where it cannot.
 
     Attributes:
         step: (rows,) float parameter.
-        lows, highs: (rows,) lowest and highest codes, for the rows of policies.
+        lows: (rows,) float buffer, the lowest codes.
+        spans: (rows,) float buffer, the highest codes less the lowest, for the rows of policies.
     """
 
     lows: Tensor
-    highs: Tensor
+    spans: Tensor
 
     def __init__(self, bits: Sequence[int], signed: bool) -> None:
         super().__init__(len(bits))
         self.bits, self.signed = tuple(bits), signed
         self.step = nn.Parameter(torch.ones(len(bits)))
-        ranges = torch.tensor([self.code_range(row) for row in range(len(bits))], dtype=torch.float32)
-        self.register_buffer("lows", ranges[:, 0].clone(), persistent=False)
-        self.register_buffer("highs", ranges[:, 1].clone(), persistent=False)
+        self._lows = self._usual_lows()  # a copy in numbers, which graphs take without asking the tensor
+        self.register_buffer("lows", torch.tensor(self._lows, dtype=torch.float32))
+        spans = torch.tensor([2.0**one - 1 for one in bits])
+        self.register_buffer("spans", spans, persistent=False)
         self._mark_float_rows()
+
+    def _usual_lows(self) -> list[int]:
+        return [-(2 ** (bits - 1)) if self.signed else 0 for bits in self.bits]
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._lows = [int(low) for low in self.lows.tolist()]
 
     def _mark_float_rows(self) -> None:
         for row, bits in enumerate(self.bits):
@@ -135,30 +168,59 @@ class LsqActivationQuantizer(ActivationQuantizer):
 
     def code_range(self, row: int) -> tuple[int, int]:
         """(lowest, highest) code of a mode."""
-        bits = self.bits[row]
-        return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if self.signed else (0, 2**bits - 1)
+        return self._lows[row], self._lows[row] + 2 ** self.bits[row] - 1
 
     def initialise(self, x: Tensor, row: int, agreement: Agreement) -> None:
         """step = max|x| / highest code, from one batch (vertical layering, Sec. 6.1).
 
+        Codes begin lower or higher than usual if the step that covers the batch gets clearly finer.
+
         Raises:
             InvalidArgument: if the batch holds NaN or infinity.
         """
-        # amax passes NaN on
-        largest = float(agreement.largest(x.detach().abs().amax().float() if x.numel() else x.new_zeros(())))
-        if not math.isfinite(largest):
+        found = ends(x, agreement)
+        if not all(map(math.isfinite, found)):
             raise InvalidArgument("cannot set an activation step from a batch that holds NaN or infinity")
-        self.set_step(row, max(largest, SMALLEST_STEP) / max(1, self.code_range(row)[1]))
+        self._choose_low(row, lambda low, high: covering_step(found, low, high))
+        low, high = self.code_range(row)
+        if low == self._usual_lows()[row]:
+            step = max(-found[0], found[1]) / max(1, high)
+        else:
+            step = covering_step(found, low, high)
+        self.set_step(row, max(step, SMALLEST_STEP))
 
     def search(self, x: Tensor, row: int) -> None:
-        """The step with the least squared rounding error, among fractions of the one that covers max|x|."""
+        """The lowest code and the step with the least squared rounding error."""
+        flat = x.detach().float().reshape(-1)
+        few = flat[:: max(1, flat.numel() // FEW_SAMPLES)]
+
+        def error(low: int, high: int) -> float:
+            step = few.new_tensor(least_squares_step(few, low, high))
+            return float((rounded(few, step, low, high) - few).square_().mean().sqrt())
+
+        self._choose_low(row, error)
         self.set_step(row, least_squares_step(x, *self.code_range(row)))
+
+    def _choose_low(self, row: int, cost: Callable[[int, int], float]) -> None:
+        """Let codes begin where `cost(low, high)` is least, as usual if that is not clearly less."""
+        usual, bits = self._usual_lows()[row], self.bits[row]
+        span, best = 2**bits - 1, usual
+        if self.signed and bits < 8:
+            lows = {-round(span * part / LOW_CANDIDATES) for part in range(LOW_CANDIDATES + 1)} - {usual}
+            costs = {low: cost(low, low + span) for low in sorted(lows, key=lambda low: abs(low - usual))}
+            least = min(costs, key=costs.__getitem__)
+            if costs[least] < CLEARLY_FINER * cost(usual, usual + span):
+                best = least
+        self._lows[row] = best
+        write_row(self.lows, row, best)
 
     def forget(self) -> None:
         """Let the next batch set all steps anew."""
         super().forget()
         with torch.no_grad():
             self.step.fill_(1.0)
+            self._lows = self._usual_lows()
+            self.lows.copy_(torch.tensor(self._lows))
         self._mark_float_rows()
 
     def set_step(self, row: int, value: float) -> None:
@@ -177,7 +239,8 @@ class LsqActivationQuantizer(ActivationQuantizer):
             low, high = self.code_range(row)
             root: Bound = max(1, high) ** -0.5
         else:
-            low, high = picked(self.lows, row), picked(self.highs, row)
+            low = picked(self.lows, row)
+            high = low + picked(self.spans, row)
             root = torch.rsqrt(high.clamp_min(1.0))
         scale = active.own_gradient_scale * root
         step = hold_positive(picked(self.step, row))

@@ -158,15 +158,14 @@ class VerticalFormulas:
     def activation(
         self, model: QuantModel, quantizer: ActivationQuantizer, mode: Mode
     ) -> ReferenceGrid | ReferenceRange | None:
-        """Unsigned codes 0 .. 2^b - 1 where the tensor cannot be negative, two's complement elsewhere."""
+        """2^b codes from the lowest one on; unsigned where the tensor cannot be negative."""
         if mode.is_weight_only:
             return ReferenceRange(-math.inf, math.inf)
         given: Any = quantizer
         step = max(float(as_array(given.step)[model.row(mode)]), float(np.float32(self.smallest_step)))
         bits = given.bits[model.row(mode)]
-        if given.signed:
-            return ReferenceGrid(step, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-        return ReferenceGrid(step, 0, 2**bits - 1)
+        low = int(as_array(given.lows)[model.row(mode)]) if given.signed else 0
+        return ReferenceGrid(step, low, low + 2**bits - 1)
 
 
 class QuantizableFormulas:
