@@ -195,6 +195,8 @@ def _real_weight(emitter: Emitter, path: str, weight: WeightCodes) -> fx.Node:
     """The float tensor that codes stand for."""
     scale = np.asarray(weight.scale.double().cpu().numpy())
     offset = scale * weight.offset_numerator * 2.0**-weight.offset_shift
+    if weight.centre is not None:
+        offset = offset + np.asarray(weight.centre.double().cpu().numpy())
     codes = weight.codes
     if scale.ndim == 2:  # steps of groups
         codes = codes.reshape(*scale.shape, -1)

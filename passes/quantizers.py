@@ -31,6 +31,8 @@ class WeightCodes:
         scale: float64 tensor, a scalar, one value per output channel, or in modes for weights only
             (channels, groups), the groups being equal parts of a channel's weights in order.
         offset_numerator, offset_shift: the offset `numerator / 2**shift` that is added to every code.
+        centre: float64, the shape of `scale`: the value that all codes lie around; None for 0. In modes for
+            weights only.
     """
 
     codes: Tensor
@@ -39,6 +41,7 @@ class WeightCodes:
     scale: Tensor
     offset_numerator: int = 0
     offset_shift: int = 0
+    centre: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -148,8 +151,14 @@ class WeightQuantizer(nn.Module):
         """Set parameters from a float weight (after construction and after loading float weights)."""
         raise TypeError(f"{type(self).__name__} does not define initialise()")
 
-    def search(self, weight: Tensor) -> None:
-        """Set parameters that training has not moved with care, for use without training."""
+    def search(self, weight: Tensor, energy: Tensor) -> None:
+        """Set parameters that training has not moved with care, for use without training.
+
+        Args:
+            weight: the float weight.
+            energy: broadcasts against `weight`: how much an error of each weight counts, such as the mean
+                square of what it is multiplied with.
+        """
 
 
 class ActivationQuantizer(ModeModule):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .errors import InvalidArgument, InvalidInputType
 from .float_statistics import float_statistics, measured, move, without_rounding
+from .input_energy import InputEnergy
 from .model import QuantModel
 from .modes import ActiveMode
 from .passes.agreement import Agreement
@@ -53,6 +54,7 @@ def calibrate(
             `percentile` the same after clipping the largest magnitudes.
         percentile: of the magnitudes, where `percentile` clips them.
         weights: whether to search weight steps, too, where the scheme can: those that training has not moved.
+            Errors of weights count with the mean square of what they are multiplied with.
         statistics: whether to re-estimate batch normalisation; without, every mode keeps what it has.
         progress: show a bar on standard error, if that is a terminal.
 
@@ -70,21 +72,22 @@ def calibrate(
         raise InvalidArgument(f"percentile={percentile!r} must be above 0 and at most 100")
     rows = range(len(prepared.prepared_modes))
     with torch.no_grad(), _evaluating(prepared, reset_steps, statistics):
-        if weights:
-            for module in prepared.modules():
-                if isinstance(module, (QuantizedLayer, QuantizedTensor)):
-                    module.weight_quantizer.search(module.weight.detach())
-        searches = [_StepSearch(prepared, row, method, percentile) for row in rows]
         kept = [_checked(prepared, one) for one in _track(batches, "reading", progress)]
         if not kept:
             raise InvalidArgument("calibrate needs at least one batch, and the iterable was empty")
         base = float_statistics(prepared) if statistics else None
-        if base:
+        energy = InputEnergy(prepared)
+        if base or weights:
             _average_from_zero(prepared)
-            with without_rounding(prepared):
-                for inputs in kept:
+            with without_rounding(prepared), energy.watching():
+                for inputs in _track(kept, "float", progress):
                     prepared.float_chain(ActiveMode(0), inputs)
             unrounded = measured(prepared, 0)
+        if weights:
+            for module in prepared.modules():
+                if isinstance(module, (QuantizedLayer, QuantizedTensor)):
+                    module.weight_quantizer.search(module.weight.detach(), energy.of(module))
+        searches = [_StepSearch(prepared, row, method, percentile) for row in rows]
         wanted = any(one.quantizers for one in searches)
         for inputs in _track(kept if wanted else [], "steps", progress):
             for row in rows:

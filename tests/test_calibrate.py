@@ -11,6 +11,9 @@ from torch.nn import functional
 
 import qcompile
 from qcompile.errors import FoldError, InvalidArgument
+from qcompile.float_statistics import without_rounding
+from qcompile.input_energy import InputEnergy
+from qcompile.modes import ActiveMode
 from qcompile.passes.lsq import least_squares_step
 from qcompile.passes.step_search import Sample
 
@@ -105,6 +108,30 @@ def test_flags_and_momentum_return_and_all_modes_run():
     assert prepared.get_submodule("bn1").momentum == 0.1
     prepared.eval()
     assert len({tuple(qcompile.at(prepared, bits)(x).flatten().tolist()) for bits in (2, 3, 4)}) == 3
+
+
+def test_errors_of_weights_count_with_what_they_are_multiplied_with():
+    torch.manual_seed(0)
+    layers = [
+        nn.Conv2d(3, 4, 1),
+        nn.Conv2d(4, 6, 3, groups=2),
+        nn.Flatten(),
+        nn.Linear(54, 7),
+        nn.Linear(7, 2),
+    ]
+    x = [torch.randn(5, 3, 5, 5) * 3.0, torch.randn(2, 3, 5, 5)]
+    prepared = qcompile.prepare(nn.Sequential(*layers).eval(), x[0])
+    energy = InputEnergy(prepared)
+    with torch.no_grad(), without_rounding(prepared), energy.watching():
+        for one in x:
+            prepared.float_chain(ActiveMode(0), [one])
+    seen = layers[0](torch.cat(x)).detach().double().square().mean((0, 2, 3)).numpy()
+    wanted = (seen / seen.mean()).reshape(2, 1, 2).repeat(3, 1).reshape(6, 2, 1, 1)
+    np.testing.assert_allclose(energy.of(prepared.get_submodule("1")).numpy(), wanted, rtol=1e-5)
+    seen = nn.Sequential(*layers[:3])(torch.cat(x)).detach().double().square().mean(0).numpy()
+    found = energy.of(prepared.get_submodule("3"))
+    np.testing.assert_allclose(found.numpy(), np.tile(seen / seen.mean(), (7, 1)), rtol=1e-4)
+    assert float(energy.of(nn.Linear(2, 2))) == 1.0
 
 
 def test_no_batches_is_an_error_and_changes_nothing():

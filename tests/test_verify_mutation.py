@@ -190,10 +190,12 @@ def test_a_missing_node_is_named(model: QuantModel) -> None:
 
 def test_a_wrong_formula_is_noticed(model: QuantModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """The check of weight codes does not lean on the conversion."""
-    from qcompile.passes.schemes import vertical
+    from qcompile.passes import vertical_weights
 
     ceil = torch.ceil
-    monkeypatch.setattr(vertical, "lower_code", lambda highest, dropped: ceil(highest * 2.0**-dropped))
+    monkeypatch.setattr(
+        vertical_weights, "lower_code", lambda highest, dropped: ceil(highest * 2.0**-dropped)
+    )
     report = verify(model, images(), bits=2)
     assert not report.exact
     assert any("by the scheme's formula" in failure for failure in report.failures)

@@ -14,7 +14,8 @@ from torch import nn
 import qcompile
 from qcompile.errors import InvalidArgument
 from qcompile.passes.distillation import cosine_distance, divergence
-from qcompile.passes.schemes.vertical import VerticalConfig, VerticalWeightQuantizer
+from qcompile.passes.schemes.vertical import VerticalConfig
+from qcompile.passes.vertical_weights import VerticalWeightQuantizer
 
 widths = st.integers(1, 8).flatmap(lambda k: st.tuples(st.just(k), st.integers(1, k)))
 
@@ -165,23 +166,34 @@ def test_a_step_of_some_weights_is_the_quantiser_of_these_alone(seed, bits, kind
 
 @pytest.mark.parametrize("kind", ["layer", "channel", 3])
 def test_the_searched_step_has_the_least_errors(kind: str) -> None:
-    weight = torch.randn(4, 6, generator=torch.Generator().manual_seed(3)) ** 3
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(4, 6, generator=generator) ** 3 + 0.5
+    energy = torch.rand(6, generator=generator) + 0.1
     quantizer = VerticalWeightQuantizer((2, 4), VerticalConfig(weight_step=kind), weight.shape)
     quantizer.initialise(weight)
-    quantizer.search(weight)
-    rows = weight.double().numpy().reshape({"layer": 1, "channel": 4, 3: 8}[kind], -1)
-    for step, row in zip(quantizer.step.tolist(), rows, strict=True):
-        candidates = np.abs(row).max() / 7 * np.arange(1, 65) / 64
-        errors = []
-        for one in candidates:
-            highest = np.clip(np.rint(row / one), -8, 7)
-            four = highest * one
-            two = (np.floor(highest / 4) + 0.375) * 4 * one  # z = (1 - 2^-2) / 2
-            errors.append(np.square(four - row).sum() * np.square(two - row).sum())
-        assert step == pytest.approx(candidates[int(np.argmin(errors))], rel=1e-6)
+    quantizer.search(weight, energy)
+    shape = {"layer": 1, "channel": 4, 3: 8}[kind], -1
+    rows, energies = (
+        weight.double().numpy().reshape(shape),
+        energy.double().expand(4, 6).numpy().reshape(shape),
+    )
+    centres = torch.zeros(len(rows)) if quantizer.centres is None else quantizer.centres
+    for step, centre, row, counts in zip(
+        quantizer.step.tolist(), centres.tolist(), rows, energies, strict=True
+    ):
+        candidates = []
+        for part in (0.0, 0.5, 1.0) if kind == 3 else (0.0,):
+            around = (row.min() + row.max()) / 2 * part
+            for size in np.abs(row - around).max() / 7 * np.arange(1, 65) / 64:
+                highest = np.clip(np.rint((row - around) / size), -8, 7)
+                four = highest * size + around
+                two = (np.floor(highest / 4) + 0.375) * 4 * size + around  # z = (1 - 2^-2) / 2
+                errors = [np.sum(counts * np.square(one - row)) for one in (four, two)]
+                candidates.append((np.log(errors[0]) / 4 + np.log(errors[1]) / 2, size, around))
+        assert (step, centre) == pytest.approx(min(candidates)[1:], rel=1e-5, abs=1e-7)
     trained = quantizer.step.detach() * 1.01
     quantizer.step.data = trained.clone()
-    quantizer.search(weight)
+    quantizer.search(weight, energy)
     assert torch.equal(quantizer.step.detach(), trained)
 
 

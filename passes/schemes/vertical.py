@@ -7,29 +7,23 @@ Gradients and constants that the paper leaves open are stated where they are use
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qcompile.errors import InvalidArgument
 from qcompile.modes import FLOAT_BITS
 
 from ..batchnorm import BatchNormVariant, SplitBatchNorm
-from ..code_types import PIECE
 from ..distillation import cosine_distance, divergence
 from ..expand_attention import ExpandAttention
 from ..expand_products import ExpandProducts
-from ..lsq import SMALLEST_STEP, LsqActivationQuantizer, hold_positive
+from ..lsq import LsqActivationQuantizer
 from ..manager import Pass
-from ..mode_input import Row, picked
 from ..quantize_layers import LayerQuantizers, QuantizeLayers
-from ..quantizers import WeightCodes, WeightQuantizer
-from ..rounding import Bound, save_operands, saved_operands
-from ..step_search import SEARCH_GRID
+from ..vertical_weights import VerticalWeightQuantizer
 from .base import ModeOutput, Scheme, choice
 
 
@@ -76,192 +70,6 @@ class VerticalConfig:
             raise InvalidArgument(
                 f"weight_step={self.weight_step!r} is neither 'layer' nor 'channel' nor a size of groups"
             )
-
-
-def highest_code(weight: Tensor, step: Tensor, highest_bits: int) -> Tensor:
-    """c_K = clip(round(W / s), -2^(K-1), 2^(K-1) - 1), ties to even; the shape of `weight`."""
-    limit = 2 ** (highest_bits - 1)
-    if weight.dtype in (torch.float16, torch.bfloat16):  # their own quotients would move weights over ties
-        weight, step = weight.float(), step.float()
-    return torch.clamp(torch.round(weight / step), -limit, limit - 1)
-
-
-def lower_code(highest: Tensor, dropped_bits: int) -> Tensor:
-    """c_b = floor(c_K / 2^d) (Eq. 5 applied d times)."""
-    return torch.floor(highest * 2.0**-dropped_bits)
-
-
-def compensation(dropped_bits: int) -> tuple[int, int]:
-    """z_b = (1 - 2^-d) / 2 as (numerator, shift): numerator / 2^shift."""
-    return (2**dropped_bits - 1, dropped_bits + 1) if dropped_bits else (0, 0)
-
-
-class _VerticalWeight(torch.autograd.Function):
-    """Dequantised weight s_b (c_b + z_b), straight-through backward.
-
-    dW = g inside the K-bit clip range, one mask for all modes. ds = g_s 2^d sum(g e) with
-    e = c_b + z_b - W / s_b inside and c_b + z_b outside, g_s the LSQ gradient scale of the highest mode.
-    Saves the parameters and c_K in int8, which all modes share.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        weight: Tensor,
-        step: Tensor,
-        highest: Tensor,
-        power: Bound,
-        z: Bound,
-        printed: bool,
-        top: int,
-    ) -> Tensor:
-        save_operands(ctx, weight, step, highest, power, z)
-        ctx.printed, ctx.top = printed, top
-        return (torch.floor(highest.to(weight.dtype) / power) + z) * (step * power)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        weight, step, highest, power, z = saved_operands(ctx)
-        gradient, ratio = gradients[0], weight / step
-        inside = (ratio >= -ctx.top - 1) & (ratio <= ctx.top)
-        # 2^d e, so that nothing is divided by 2^d and multiplied again
-        error = torch.floor(highest.to(weight.dtype) / power) * power
-        if not ctx.printed:
-            error = error + z * power
-        error = error - torch.where(inside, ratio, 0.0)
-        scale = 1.0 / math.sqrt(max(1, ctx.top) * (weight.numel() // max(1, step.numel())))
-        product = gradient * error
-        d_step = product.sum() if step.dim() == 0 else product.flatten(1).sum(1).reshape(step.shape)
-        return torch.where(inside, gradient, 0.0), d_step * scale, None, None, None, None, None
-
-
-def _scale_shape(weight_step: str | int, shape: Sequence[int]) -> tuple[int, ...]:
-    """() for one step, (channels,) or (channels, groups)."""
-    if weight_step == "layer":
-        return ()
-    length = math.prod(shape[1:])
-    grouped = isinstance(weight_step, int) and length % weight_step == 0
-    return (shape[0], length // int(weight_step)) if grouped else (shape[0],)
-
-
-class VerticalWeightQuantizer(WeightQuantizer):
-    """Nested floor codes of one weight.
-
-    Args:
-        bits: weight bits of every mode, by row.
-        config: options of the scheme.
-        shape: of the weight; dimension 0 are the output channels.
-
-    Attributes:
-        step: (steps,) float parameter, step sizes s of the highest mode; (1,) for one, as fully_shard takes
-            no scalars.
-        powers, offsets: (rows,) 2^d and z, for the rows of policies.
-    """
-
-    powers: Tensor
-    offsets: Tensor
-
-    def __init__(self, bits: Sequence[int], config: VerticalConfig, shape: Sequence[int] = ()) -> None:
-        super().__init__()
-        self.bits, self.highest_bits = tuple(bits), max(bits)
-        self.compensation = config.compensation
-        self.printed = config.step_gradient == "printed"
-        self.scale_shape = _scale_shape(config.weight_step, shape)
-        self.step = nn.Parameter(torch.ones(math.prod(self.scale_shape)))
-        numbers = torch.tensor([self._numbers(row) for row in range(len(bits))])
-        self.register_buffer("powers", numbers[:, 0].clone(), persistent=False)
-        self.register_buffer("offsets", numbers[:, 1].clone(), persistent=False)
-
-    def _numbers(self, row: int) -> tuple[float, float]:
-        """2^d and z of a mode."""
-        dropped = self.highest_bits - self.bits[row]
-        numerator, shift = self._offset(row)
-        return 2.0**dropped, numerator * 2.0**-shift
-
-    def _offset(self, row: int) -> tuple[int, int]:
-        return compensation(self.highest_bits - self.bits[row]) if self.compensation else (0, 0)
-
-    def initialise(self, weight: Tensor) -> None:
-        """s = 2 mean|W| / sqrt(2^K - 1) (Sec. 6.1, printed there for K = 4)."""
-        with torch.no_grad():
-            self.step.data = self._first_step(weight)
-
-    def _rows_of(self, weight: Tensor) -> Tensor:
-        """(steps, weights of each)."""
-        return weight.reshape(len(self.step), -1)
-
-    def _first_step(self, weight: Tensor) -> Tensor:
-        step = 2.0 * self._rows_of(weight).abs().mean(1) / math.sqrt(2**self.highest_bits - 1)
-        return step.clamp_min(SMALLEST_STEP).to(weight.dtype)
-
-    def search(self, weight: Tensor) -> None:
-        """The step for which the product of all modes' squared errors is least; a trained one stays."""
-        if not torch.allclose(self.step.detach(), self._first_step(weight), rtol=1e-4, atol=0.0):
-            return
-        rows = self._rows_of(weight).float()
-        pieces = rows.split(max(1, PIECE // rows.shape[1]))
-        step = torch.cat([self._least_errors(piece) for piece in pieces])
-        self.step.data = step.clamp_min(SMALLEST_STEP).to(weight.dtype)
-
-    def _least_errors(self, rows: Tensor) -> Tensor:
-        """For each row, the best of `SEARCH_GRID` fractions of the step that covers its largest weight."""
-        whole = rows.abs().amax(1, keepdim=True) / max(1, 2 ** (self.highest_bits - 1) - 1)
-        best, least = whole, torch.full_like(whole, torch.inf)
-        for index in range(1, SEARCH_GRID + 1):
-            step = (whole * (index / SEARCH_GRID)).clamp_min_(SMALLEST_STEP)
-            errors = self._log_errors(rows, step)
-            best = torch.where(errors < least, step, best)
-            least = torch.minimum(errors, least)
-        return best.squeeze(1)
-
-    def _log_errors(self, rows: Tensor, step: Tensor) -> Tensor:
-        """(rows, 1) sum over the modes of the logarithm of each row's squared error."""
-        errors = rows.new_zeros(len(self.bits), len(rows), 1)
-        for piece in rows.split(PIECE, dim=1):  # what stays in the cache costs a tenth
-            highest = highest_code(piece, step, self.highest_bits)
-            for row in range(len(self.bits)):
-                power, z = self._numbers(row)
-                code = highest if power == 1.0 else torch.floor(highest / power).add_(z)
-                error = torch.addcmul(piece, code, step * power, value=-1.0)
-                errors[row] += error.square_().sum(1, keepdim=True)
-        return errors.clamp_min_(SMALLEST_STEP**2).log_().sum(0)
-
-    def forward(self, weight: Tensor, row: Row) -> Tensor:
-        """s_b (c_b + z_b), the shape of `weight`."""
-        power: Bound
-        z: Bound
-        if isinstance(row, int):
-            power, z = self._numbers(row)
-        else:
-            power, z = picked(self.powers, row), picked(self.offsets, row)
-        one = not self.scale_shape
-        rows = weight if one else self._rows_of(weight)
-        step = hold_positive(self.step.squeeze(0) if one else self.step.unsqueeze(1))
-        highest = self.once_per_step(self._highest, rows, step.detach())
-        top = 2 ** (self.highest_bits - 1) - 1
-        output: Tensor = _VerticalWeight.apply(rows, step, highest, power, z, self.printed, top)
-        return output.reshape(weight.shape)
-
-    def _highest(self, weight: Tensor, step: Tensor) -> Tensor:
-        return highest_code(weight, step, self.highest_bits).to(torch.int8)
-
-    def codes(self, weight: Tensor, row: int) -> WeightCodes:
-        """The mode's integer codes, from W and s in float64."""
-        dropped = self.highest_bits - self.bits[row]
-        step = hold_positive(self.step.detach()).double()
-        rows = self._rows_of(weight.detach().double())
-        code = lower_code(highest_code(rows, step.unsqueeze(1), self.highest_bits), dropped)
-        return WeightCodes(
-            code.to(torch.int16).reshape(weight.shape),
-            self.bits[row],
-            True,
-            step.reshape(self.scale_shape) * 2.0**dropped,
-            *self._offset(row),
-        )
-
-    def extra_repr(self) -> str:
-        """Bits and compensation."""
-        return f"bits={self.bits}, compensation={self.compensation}"
 
 
 #: Distances to the next higher mode, by the name of the option.

@@ -27,24 +27,27 @@ Weighted: TypeAlias = QuantizedLayer | QuantizedTensor
 
 @dataclass(frozen=True)
 class ReferenceWeight:
-    """A weight as `scale * (codes + numerator / 2**shift)`.
+    """A weight as `scale * (codes + numerator / 2**shift) + centre`.
 
     Attributes:
         codes: int64, the weight's shape.
         scale: float64, a scalar, one value per output channel, or per group of equal size (channels, groups).
         numerator, shift: the offset.
+        centre: float64, the shape of `scale`, or 0.
     """
 
     codes: NDArray[np.int64]
     scale: NDArray[np.float64]
     numerator: int
     shift: int
+    centre: NDArray[np.float64] | float = 0.0
 
     @property
     def real(self) -> NDArray[np.float64]:
         """The dequantised weight."""
         codes = self.codes.reshape(max(1, self.scale.size), -1) + self.numerator * 2.0**-self.shift
-        return np.asarray(self.scale.reshape(-1, 1) * codes).reshape(self.codes.shape)
+        centre = np.asarray(self.centre).reshape(-1, 1)
+        return np.asarray(self.scale.reshape(-1, 1) * codes + centre).reshape(self.codes.shape)
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,8 @@ class DeclaredFormulas:
             return as_array(codes).astype(np.float64)
         scale = as_array(codes.scale).astype(np.float64)
         integers = as_array(codes.codes).astype(np.int64)
-        return ReferenceWeight(integers, scale, codes.offset_numerator, codes.offset_shift)
+        centre = 0.0 if codes.centre is None else as_array(codes.centre).astype(np.float64)
+        return ReferenceWeight(integers, scale, codes.offset_numerator, codes.offset_shift, centre)
 
     def activation(
         self, model: QuantModel, quantizer: ActivationQuantizer, mode: Mode
@@ -148,12 +152,17 @@ class VerticalFormulas:
         dropped = highest - quantizer.bits[model.row(mode)]
         steps = np.maximum(as_array(quantizer.step).astype(np.float64), np.float32(self.smallest_step))
         latent = as_array(layer.weight).astype(np.float64)
-        ratio = (latent.reshape(len(steps), -1) / steps[:, None]).reshape(latent.shape)
+        centres = np.zeros((1, 1)) if quantizer.centres is None else as_array(quantizer.centres)[:, None]
+        ratio = ((latent.reshape(len(steps), -1) - centres) / steps[:, None]).reshape(latent.shape)
         groups = len(steps) // len(latent)
-        step = steps[0] if len(steps) == 1 else steps.reshape((-1, groups) if groups > 1 else -1)
+        shape = () if len(steps) == 1 else (-1, groups) if groups > 1 else (-1,)
+        step = steps.reshape(shape)
         code = np.clip(np.rint(ratio), -(2 ** (highest - 1)), 2 ** (highest - 1) - 1).astype(np.int64)
-        offset = (2**dropped - 1, dropped + 1) if dropped and quantizer.compensation else (0, 0)
-        return ReferenceWeight(code >> dropped, np.asarray(step * 2.0**dropped), *offset)
+        numerator, shift = (2**dropped - 1, dropped + 1) if dropped and quantizer.compensation else (0, 0)
+        centre = (
+            centres.astype(np.float64) if centres.ndim == 0 else centres.astype(np.float64).reshape(shape)
+        )
+        return ReferenceWeight(code >> dropped, np.asarray(step * 2.0**dropped), numerator, shift, centre)
 
     def activation(
         self, model: QuantModel, quantizer: ActivationQuantizer, mode: Mode

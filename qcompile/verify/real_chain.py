@@ -114,7 +114,7 @@ class RealChain:
     def _scale_differences(self, path: str, node: fx.Node, weight: ReferenceWeight) -> list[str]:
         """Of a weight that is multiplied in float."""
         _, scale, offset = (as_array(self.expected.constant(one)) for one in node.args)
-        wanted = weight.scale, weight.scale * weight.numerator * 2.0**-weight.shift
+        wanted = weight.scale, weight.scale * weight.numerator * 2.0**-weight.shift + weight.centre
         return [
             f"layer {path!r}: weight {what} differs from the scheme's formula"
             for what, found, exact in zip(("scale", "offset"), (scale, offset), wanted, strict=True)
