@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 #: Where a group's codes may lie around, as parts of the middle between its ends.
 CENTRES = (0.0, 0.5, 1.0)
 
+#: What improves the best of those, again and again: moves, in codes of the lowest mode, and other steps.
+MOVES = (-0.375, -0.25, -0.125, 0.125, 0.25, 0.375)
+STRETCHES = (0.92, 0.95, 0.98, 1.02, 1.05, 1.08)
+REFINEMENTS = 2
+
 
 def highest_code(weight: Tensor, step: Tensor, highest_bits: int) -> Tensor:
     """c_K = clip(round(W / s), -2^(K-1), 2^(K-1) - 1), ties to even; the shape of `weight`."""
@@ -168,22 +173,36 @@ class VerticalWeightQuantizer(WeightQuantizer):
             self.centres = centre.to(weight.dtype)
 
     def _least_errors(self, rows: Tensor, energies: Tensor) -> tuple[Tensor, Tensor]:
-        """For each row, the best of `SEARCH_GRID` fractions of the step that covers it, and its centre."""
+        """For each row, the best of `SEARCH_GRID` fractions of the step that covers it, and its centre.
+
+        A group has few weights, so that moving and stretching its codes a little fits them better.
+        """
         low, high = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
-        middle = (low + high) / 2
-        parts = CENTRES if self.centres is not None else (0.0,)
-        best, around, least = torch.zeros_like(low), torch.zeros_like(low), torch.full_like(low, torch.inf)
-        for part in parts:
-            centre = middle * part
-            reach = torch.maximum(high - centre, centre - low)
-            whole = reach / max(1, 2 ** (self.highest_bits - 1) - 1)
+        grouped = self.centres is not None
+        best = torch.zeros_like(low), torch.zeros_like(low)
+        least = torch.full_like(low, torch.inf)
+
+        def offer(step: Tensor, centre: Tensor) -> None:
+            nonlocal best, least
+            step = step.clamp_min(SMALLEST_STEP)
+            errors = self._log_errors(rows - centre if grouped else rows, energies, step)
+            better = errors < least
+            best = torch.where(better, step, best[0]), torch.where(better, centre, best[1])
+            least = torch.minimum(errors, least)
+
+        for part in CENTRES if grouped else (0.0,):
+            centre = (low + high) * (part / 2)
+            whole = torch.maximum(high - centre, centre - low) / max(1, 2 ** (self.highest_bits - 1) - 1)
             for index in range(1, SEARCH_GRID + 1):
-                step = (whole * (index / SEARCH_GRID)).clamp_min_(SMALLEST_STEP)
-                errors = self._log_errors(rows if part == 0.0 else rows - centre, energies, step)
-                better = errors < least
-                best, around = torch.where(better, step, best), torch.where(better, centre, around)
-                least = torch.minimum(errors, least)
-        return best.squeeze(1), around.squeeze(1)
+                offer(whole * (index / SEARCH_GRID), centre)
+        for _ in range(REFINEMENTS if grouped else 0):
+            step, centre = best
+            for move in MOVES:
+                offer(step, centre + step * (move * 2.0 ** (self.highest_bits - min(self.bits))))
+            step, centre = best
+            for stretch in STRETCHES:
+                offer(step * stretch, centre)
+        return best[0].squeeze(1), best[1].squeeze(1)
 
     def _log_errors(self, rows: Tensor, energies: Tensor, step: Tensor) -> Tensor:
         """(rows, 1) what `search` makes least."""

@@ -164,6 +164,13 @@ def test_a_step_of_some_weights_is_the_quantiser_of_these_alone(seed, bits, kind
             assert found.scale.flatten()[index] == alone.codes(own, row).scale
 
 
+def _log_error(row, counts, size, around):
+    """What the search of steps for 2 and 4 bits makes least, z = (1 - 2^-2) / 2."""
+    highest = np.clip(np.rint((row - around) / size), -8, 7)
+    two, four = (np.floor(highest / 4) + 0.375) * 4 * size + around, highest * size + around
+    return sum(np.log(np.sum(counts * np.square(one - row))) / bits for one, bits in ((two, 2), (four, 4)))
+
+
 @pytest.mark.parametrize("kind", ["layer", "channel", 3])
 def test_the_searched_step_has_the_least_errors(kind: str) -> None:
     generator = torch.Generator().manual_seed(3)
@@ -173,28 +180,34 @@ def test_the_searched_step_has_the_least_errors(kind: str) -> None:
     quantizer.initialise(weight)
     quantizer.search(weight, energy)
     shape = {"layer": 1, "channel": 4, 3: 8}[kind], -1
-    rows, energies = (
-        weight.double().numpy().reshape(shape),
-        energy.double().expand(4, 6).numpy().reshape(shape),
-    )
+    rows, energies = (one.double().expand(4, 6).numpy().reshape(shape) for one in (weight, energy))
     centres = torch.zeros(len(rows)) if quantizer.centres is None else quantizer.centres
-    for step, centre, row, counts in zip(
-        quantizer.step.tolist(), centres.tolist(), rows, energies, strict=True
-    ):
+    found = zip(quantizer.step.tolist(), centres.tolist(), strict=True)
+    for (step, centre), row, counts in zip(found, rows, energies, strict=True):
         candidates = []
         for part in (0.0, 0.5, 1.0) if kind == 3 else (0.0,):
             around = (row.min() + row.max()) / 2 * part
             for size in np.abs(row - around).max() / 7 * np.arange(1, 65) / 64:
-                highest = np.clip(np.rint((row - around) / size), -8, 7)
-                four = highest * size + around
-                two = (np.floor(highest / 4) + 0.375) * 4 * size + around  # z = (1 - 2^-2) / 2
-                errors = [np.sum(counts * np.square(one - row)) for one in (four, two)]
-                candidates.append((np.log(errors[0]) / 4 + np.log(errors[1]) / 2, size, around))
-        assert (step, centre) == pytest.approx(min(candidates)[1:], rel=1e-5, abs=1e-7)
+                candidates.append((_log_error(row, counts, size, around), size, around))
+        if kind == 3:  # moved and stretched behind the grid
+            assert _log_error(row, counts, step, centre) <= min(candidates)[0] + 1e-4
+        else:
+            assert (step, centre) == pytest.approx(min(candidates)[1:], rel=1e-5, abs=1e-7)
     trained = quantizer.step.detach() * 1.01
     quantizer.step.data = trained.clone()
     quantizer.search(weight, energy)
     assert torch.equal(quantizer.step.detach(), trained)
+
+
+def test_groups_around_a_centre_fit_better() -> None:
+    weight = torch.randn(64, 32, generator=torch.Generator().manual_seed(4)) + 0.7
+    errors = {}
+    for kind in ("channel", 32):
+        quantizer = VerticalWeightQuantizer((4, 8), VerticalConfig(weight_step=kind), weight.shape)
+        quantizer.initialise(weight)
+        quantizer.search(weight, torch.ones(()))
+        errors[kind] = float((quantizer(weight, 0) - weight).square().mean())
+    assert errors[32] < 0.7 * errors["channel"]
 
 
 @pytest.mark.parametrize("target", [None, "onnx-qdq", "onnx-packed"])
