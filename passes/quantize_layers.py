@@ -19,7 +19,7 @@ from .input_quantizers import InputQuantizers
 from .layers import QuantizedLayer
 from .manager import Condition, Pass, PassResult
 from .mode_input import mode_placeholder
-from .quantized_tensor import as_function, is_transposed, parameters_of, quantize_parameters
+from .quantized_tensor import as_function, embedding_nodes, is_transposed, parameters_of, quantize_parameters
 from .quantizers import ActivationQuantizer, WeightQuantizer
 from .static_tensors import StaticTensors
 
@@ -78,7 +78,8 @@ class QuantizeLayers(Pass):
         weight_quantizer: builds the quantiser of one layer's weight.
         activation_quantizer: builds the quantiser of one tensor, told whether it can be negative.
         skip: module paths (or prefixes of paths) that stay in float.
-        first_last: what the first and the last layers are quantised with; None leaves them in float.
+        first_last: what the first and the last layers and embeddings are quantised with; None leaves them in
+            float.
         reason_for_float: says of a layer why the scheme leaves it in float, None if it does not.
         parameters: whether to round the parameters of other operators that multiply, too.
         products: whether to quantise both factors of products of activations, too.
@@ -111,6 +112,8 @@ class QuantizeLayers(Pass):
         """
         paths = {name for name, _ in graph_module.named_modules()}
         weighted = [str(node.target) for node in weighted_nodes(graph_module)]
+        tables = [] if self.first_last is None else embedding_nodes(graph_module)
+        weighted += [str(node.target) for node in tables]
         static = StaticTensors(graph_module)
         others = products = _products(graph_module, static) if self.products else []
         if self.parameters:
@@ -128,6 +131,7 @@ class QuantizeLayers(Pass):
         nodes = weighted_nodes(graph_module)
         first, last = first_and_last(graph_module)
         rules = {**dict.fromkeys(last, LAST), **dict.fromkeys(first, FIRST)}
+        rules.update((str(node.target), FIRST) for node in tables)
         reasons = {str(node.target): self._reason_for_float(graph_module, node, rules) for node in nodes}
         self.records = [
             LayerRecord(name, reason is None, reason or _how_quantized(rules.get(name)))
@@ -176,21 +180,28 @@ class QuantizeLayers(Pass):
         rules: dict[str, str],
         static: StaticTensors,
     ) -> list[LayerRecord]:
-        """Of recurrent layers, transposed convolutions and products with parameters that are no layer."""
+        """Of recurrent layers, transposed convolutions, embeddings, and products with parameters that are no
+        layer."""
         for node in weighted_nodes(graph_module):
             path, module = str(node.target), graph_module.get_submodule(str(node.target))
             by_rule = LayerRecord(path, False, reasons[path] or "").by_rule
             if is_transposed(module) and not by_rule and not isinstance(module, BorrowedWeights):
                 as_function(graph_module, node)
                 self.records = [one for one in self.records if one.name != path]
+        for node in () if self.first_last is None else embedding_nodes(graph_module):
+            as_function(graph_module, node)
         done, found = dict[object, str](), dict[str, LayerRecord]()
         for node in list(graph_module.graph.nodes):
+            is_table = aten_name(node) == "embedding"
+            if is_table and self.first_last is None:
+                continue
             if self._skips(node):
                 node.meta["record"] = LayerRecord(node.name, False, SKIPPED)
                 continue
             build = self._quantizers_of(_owner(node), rules).weight
             for path in quantize_parameters(graph_module, node, mode, static, build, done):
-                found[path] = LayerRecord(path, True, "weight quantised, multiplied in float")
+                how = _how_quantized(FIRST, "rows") if is_table else "weight quantised, multiplied in float"
+                found[path] = LayerRecord(path, True, how)
         graph_module.graph.eliminate_dead_code()
         return list(found.values())
 
@@ -230,8 +241,8 @@ class QuantizeLayers(Pass):
         return own or self.quantizers
 
 
-def _how_quantized(rule: str | None) -> str:
-    return "weight and input quantised" + ("" if rule is None else f" as {rule}")
+def _how_quantized(rule: str | None, what: str = "weight and input") -> str:
+    return f"{what} quantised" + ("" if rule is None else f" as {rule}")
 
 
 def _products(graph_module: fx.GraphModule, static: StaticTensors) -> list[fx.Node]:

@@ -1,6 +1,6 @@
 """Parameters that are multiplied in float, but stored as codes.
 
-Those of recurrent layers, transposed convolutions and products in batches.
+Those of recurrent layers, transposed convolutions and products in batches; rows of embeddings are looked up.
 
 Such an operator has no form on codes here, or none that is exact, so it stays as it is and reads weights that
 were rounded: they are stored as codes, and what multiplies them is float.
@@ -31,6 +31,7 @@ _PRODUCTS = {
     "baddbmm": ("batch1", "batch2"),
     "einsum": ("tensors",),
 }
+_TABLES = {"embedding": ("weight",)}
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -77,10 +78,17 @@ def as_function(graph_module: fx.GraphModule, node: fx.Node) -> fx.Node:
     return call
 
 
+def embedding_nodes(graph_module: fx.GraphModule) -> list[fx.Node]:
+    """Calls of embeddings whose rows stay as they are."""
+    called = graph_module.graph.find_nodes(op="call_module")
+    modules = {node: graph_module.get_submodule(str(node.target)) for node in called}
+    return [node for node, one in modules.items() if isinstance(one, nn.Embedding) and one.max_norm is None]
+
+
 def parameters_of(node: fx.Node, static: StaticTensors) -> list[fx.Node]:
-    """The tensors of parameters that an operator multiplies with: matrices, and not what it adds."""
+    """The tensors of parameters that an operator multiplies with, or looks up: not what it adds."""
     name = aten_name(node)
-    factors = _PRODUCTS.get(name, ("weight",) if name.startswith("conv") else ())
+    factors = {**_PRODUCTS, **_TABLES}.get(name, ("weight",) if name.startswith("conv") else ())
     if name in RECURRENT and "params" in arguments_of(node):
         factors = ("params",)
     found: list[fx.Node] = []

@@ -20,11 +20,14 @@ from .passes.agreement import Agreement
 from .passes.batchnorm import ModeBatchNorm
 from .passes.layers import QuantizedLayer
 from .passes.quantized_tensor import QuantizedTensor
-from .passes.quantizers import ActivationQuantizer
+from .passes.quantizers import ActivationQuantizer, WeightQuantizer
 from .passes.step_search import Sample, clipped_at
 from .wrappers import as_prepared
 
 Method = Literal["mse", "minmax", "percentile"]
+
+#: What calibration changes.
+_CHANGED = (ActivationQuantizer, WeightQuantizer, ModeBatchNorm)
 
 
 def calibrate(
@@ -139,7 +142,8 @@ def _inputs(model: QuantModel, batch: Any) -> tuple[tuple[Any, ...], dict[str, A
 def _evaluating(model: QuantModel, reset_steps: bool, statistics: bool) -> Iterator[None]:
     """Everything in eval mode, but batch normalisation, if its statistics are wanted; back if it fails."""
     flags = {module: module.training for module in model.modules()}
-    saved = {name: value.clone() for name, value in model.state_dict().items()}
+    changed = [one for one in model.modules() if isinstance(one, _CHANGED)]
+    saved = [{name: value.clone() for name, value in one.state_dict().items()} for one in changed]
     norms = [module for module in model.modules() if isinstance(module, ModeBatchNorm)]
     momenta = [norm.momentum for norm in norms]
     if reset_steps:
@@ -153,7 +157,8 @@ def _evaluating(model: QuantModel, reset_steps: bool, statistics: bool) -> Itera
     try:
         yield
     except BaseException:
-        model.load_state_dict(saved)  # nothing half-calibrated stays behind
+        for module, state in zip(changed, saved, strict=True):
+            module.load_state_dict(state)  # nothing half-calibrated stays behind
         raise
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):

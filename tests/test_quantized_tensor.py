@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import qcompile
 from qcompile.passes.quantized_tensor import QuantizedTensor
+from qcompile.passes.schemes.vertical import VerticalConfig
 
 
 class Tagger(nn.Module):
@@ -140,3 +141,42 @@ def test_branches_leave_them_in_float() -> None:
     build, x, _ = CASES["upsampler"]
     ready = qcompile.prepare(build(), x, scheme="multibranch", bits=(2, 4))
     assert not any(isinstance(one, QuantizedTensor) for one in ready.modules())
+
+
+class Labels(nn.Module):
+    """Words looked up, and two linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.mix, self.head = nn.Embedding(20, 6), nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, words: Tensor) -> Tensor:
+        return self.head(self.mix(self.embed(words)).relu())
+
+
+@pytest.mark.parametrize(
+    ("target", "step"), [(None, "layer"), ("onnx-qdq", 3), ("onnx-packed", "channel"), ("x86", 3)]
+)
+def test_embeddings_are_stored_like_first_layers(target: str | None, step: str | int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    modes = ("w4", "w8")
+    config = VerticalConfig(first_last=8, weight_step=step)
+    ready = qcompile.prepare(Labels(), WORDS, modes=modes, config=config).eval()
+    reasons = {one.name: one.reason for one in ready.records}
+    assert reasons["embed.weight_rounded"] == "rows quantised as first weighted layer"
+    qcompile.calibrate(ready, [WORDS])
+    table = ready.get_submodule("embed.weight_rounded")
+    for row, mode in enumerate(modes):
+        assert qcompile.verify(ready, WORDS, bits=mode, **({"target": target} if target else {})).exact
+        codes = table.weight_quantizer.codes(table.weight, row)
+        assert codes.bits == 8
+        assert len(codes.codes.unique()) > 40
+    qcompile.save(ready, tmp_path / "model.qcm")
+    loaded = qcompile.load(tmp_path / "model.qcm", bits="w4")
+    assert torch.equal(loaded(WORDS), qcompile.at(ready, "w4")(WORDS))
+
+
+def test_embeddings_stay_in_float_by_default_and_where_skipped() -> None:
+    for options in ({}, {"config": VerticalConfig(first_last=8), "skip": ["embed"]}):
+        ready = qcompile.prepare(Labels(), WORDS, bits=(2, 4), **options)
+        assert not any("embed" in one.name and one.quantized for one in ready.records)

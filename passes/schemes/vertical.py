@@ -43,7 +43,7 @@ class VerticalConfig:
             modes for weights only, one for each group of so many weights of a channel. A layer whose channels
             are not so many groups has one for each channel.
         first_last: what becomes of the first and the last layers: `float`, as in the paper, or 8 for 8 bits
-            of weights and inputs in every mode.
+            of weights and inputs in every mode, and of the rows of embeddings.
         products: whether to quantise both factors of products of activations, as attention has them. The
             paper has none.
     """
