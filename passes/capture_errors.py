@@ -46,10 +46,7 @@ def uncapturable(model: nn.Module, examples: Examples, error: BaseException) -> 
     """The error for a model that torch.export cannot trace, or that fails on its own examples."""
     failure = _run(model, examples.args, examples.kwargs)
     if failure is not None:
-        return CaptureError(
-            f"{line_of_error(failure) or UNKNOWN_LINE}: the model itself fails on example_inputs "
-            f"({_first_line(failure)}); pass an example that it accepts"
-        )
+        return failing_model(failure)
     line = line_of_error(error) or line_of_stack(str(error)) or UNKNOWN_LINE
     if _DATA_DEPENDENT.search(str(error)) or _DATA_DEPENDENT.search(type(error).__name__):
         return CaptureError(
@@ -57,6 +54,14 @@ def uncapturable(model: nn.Module, examples: Examples, error: BaseException) -> 
             "rewrite it with torch.where, or move it out of forward"
         )
     return CaptureError(f"{line}: torch.export cannot trace this ({_first_line(error)}); rewrite this line")
+
+
+def failing_model(failure: BaseException) -> CaptureError:
+    """The error for a model that cannot run on its own examples."""
+    return CaptureError(
+        f"{line_of_error(failure) or UNKNOWN_LINE}: the model itself fails on example_inputs "
+        f"({_first_line(failure)}); pass an example that it accepts"
+    )
 
 
 def untraceable(error: BaseException) -> CaptureError:

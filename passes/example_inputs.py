@@ -15,6 +15,34 @@ from qcompile.passes.signature import Parameter, leaves_of
 
 
 @dataclass(frozen=True)
+class CallInputs:
+    """Positional and keyword inputs of one call."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @classmethod
+    def of(cls, example_inputs: Any) -> CallInputs:
+        """What the caller gave as examples: a tensor, a tuple or list, a dict of keyword inputs, or a call.
+
+        Raises:
+            InvalidInputType: for anything else.
+        """
+        if isinstance(example_inputs, CallInputs):
+            return example_inputs
+        if isinstance(example_inputs, Tensor):
+            return cls((example_inputs,), {})
+        if isinstance(example_inputs, dict):
+            return cls((), example_inputs)
+        if isinstance(example_inputs, (tuple, list)):
+            return cls(tuple(example_inputs), {})
+        raise InvalidInputType(
+            "example_inputs must be a tuple of positional inputs, a dict of keyword inputs, or one tensor, "
+            f"got {type(example_inputs).__name__}"
+        )
+
+
+@dataclass(frozen=True)
 class Examples:
     """Example inputs, at batch 2 or more.
 
@@ -50,19 +78,8 @@ def examples_of(model: nn.Module, example_inputs: Any) -> Examples:
         InvalidArgument: if they do not fit `forward`, or hold an empty batch.
         CaptureError: if a leaf is neither a tensor nor a plain constant.
     """
-    if isinstance(example_inputs, Tensor):
-        example_inputs = (example_inputs,)
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = {}
-    if isinstance(example_inputs, dict):
-        kwargs = example_inputs
-    elif isinstance(example_inputs, (tuple, list)):
-        args = tuple(example_inputs)
-    else:
-        raise InvalidInputType(
-            "example_inputs must be a tuple of positional inputs, a dict of keyword inputs, or one tensor, "
-            f"got {type(example_inputs).__name__}"
-        )
+    given = CallInputs.of(example_inputs)
+    args, kwargs = given.args, given.kwargs
     names, positional, kwargs = _names(model, args, kwargs)
     args, kwargs, batch = _at_batch_of_two(args, kwargs)
     parameters: list[Parameter] = []

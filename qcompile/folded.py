@@ -112,7 +112,7 @@ def run_folded(inputs: Sequence[Tensor], handle: int, number: Tensor, rows: Tens
 def _(inputs: Sequence[Tensor], handle: int, number: Tensor, rows: Tensor | None) -> list[Tensor]:
     model = _MODELS[handle]
     with unset_fake_temporarily():
-        found = _output_shapes(model, [(tuple(map(int, one.shape[1:])), one.dtype) for one in inputs])
+        found = _output_shapes(model, [(_open(one.shape), one.dtype) for one in inputs])
     batch = inputs[0].shape[0]
     return [
         inputs[0].new_empty(shape if share == 0 else [batch * share, *shape[1:]], dtype=dtype)
@@ -120,8 +120,13 @@ def _(inputs: Sequence[Tensor], handle: int, number: Tensor, rows: Tensor | None
     ]
 
 
+def _open(shape: Sequence[Any]) -> tuple[int | None, ...]:
+    """A shape with an open batch."""
+    return (None, *map(int, shape[1:])) if shape else ()
+
+
 def _output_shapes(
-    model: QuantModel, inputs: Sequence[tuple[tuple[int, ...], torch.dtype]]
+    model: QuantModel, inputs: Sequence[tuple[tuple[int | None, ...], torch.dtype]]
 ) -> list[tuple[int, tuple[int, ...], torch.dtype]]:
     """(rows per sample or 0, sizes, dtype) of every output; those of one mode are those of all."""
     device = next((one.device for one in model.parameters()), torch.device("cpu"))
@@ -129,7 +134,10 @@ def _output_shapes(
         _run(
             model,
             ActiveMode(),
-            [torch.zeros((batch, *shape), dtype=dtype, device=device) for shape, dtype in inputs],
+            [
+                torch.zeros([batch if size is None else size for size in shape], dtype=dtype, device=device)
+                for shape, dtype in inputs
+            ],
         )
         for batch in (2, 4)
     )

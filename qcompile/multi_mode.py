@@ -44,6 +44,10 @@ class MultiModeModel(nn.Module):
         """Run the active mode on the user's inputs; returns what the float model returned."""
         return self.run(self.active, args, kwargs)
 
+    def activate(self, precision: Mode | Policy) -> None:
+        """Make a mode or policy the active one."""
+        self.active = precision
+
     def find(self, value: int | str | Mode | Policy) -> Mode | Policy:
         """A mode that was prepared, or a policy of such modes.
 

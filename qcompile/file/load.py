@@ -102,7 +102,8 @@ class Metadata:
             self.layers = tuple(LayerRecord(str(n), bool(q), str(r)) for n, q, r in data["layers"])
         except (KeyError, TypeError, ValueError) as cause:
             raise FileFormatError(f"its model description is malformed ({cause})") from cause
-        if len(self.shapes) != len(self.signature.inputs) or not all(self.shapes):
+        scalars = [one.shape == () for one in self.signature.inputs]
+        if scalars != [not shape for shape in self.shapes]:
             raise FileFormatError("its input shapes do not match its inputs")
 
 

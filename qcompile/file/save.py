@@ -27,7 +27,7 @@ from ..errors import InvalidArgument, InvalidInputType
 from ..modes import Mode, find_mode
 from ..multi_mode import MultiModeModel
 from ..passes.integer_model import IntegerModel
-from ..wrappers import as_multi_mode
+from ..wrappers import as_one_graph
 from .container import ModeEntry, Section, write_container
 from .graph_json import encode_graph
 from .plane_sections import PlaneSection, nested_planes, planes_of_modes, weight_codes
@@ -53,7 +53,7 @@ def save(
         LoweringError: if an operator of a float island may not stand in a file; names the layer.
         FileAccessError: if the path cannot be written.
     """
-    checked = as_multi_mode(model)
+    checked = as_one_graph(model)
     if not isinstance(path, (str, PathLike)):
         raise InvalidInputType(f"path must be a path, not {type(path).__name__}")
     chosen = _chosen(checked, modes)
