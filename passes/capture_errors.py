@@ -14,7 +14,8 @@ from torch import nn
 
 from qcompile.errors import CaptureError
 from qcompile.passes.example_inputs import Examples
-from qcompile.passes.source_lines import UNKNOWN_LINE, line_of_error, line_of_stack
+from qcompile.passes.smallest_change import for_autocast, for_batch, for_cond, for_numpy, for_text, for_values
+from qcompile.passes.source_lines import UNKNOWN_LINE, UserLine, line_of_error, line_of_stack
 
 # Where torch.export reports what it learns about symbolic sizes.
 SHAPES_LOGGER = "torch.fx.experimental.symbolic_shapes"
@@ -31,7 +32,15 @@ TRACING_ERRORS = (
 )
 
 # (what torch says, what that means)
-_DATA_DEPENDENT = re.compile(r"data-dependent|unbacked|\.item\(\)|GuardOnDataDependent", re.I)
+_WITH_EXAMPLES: tuple[tuple[re.Pattern[str], str, Callable[[UserLine], str]], ...] = (
+    (
+        re.compile(r"data-dependent|unbacked|\.item\(\)|GuardOnDataDependent", re.I),
+        "control flow or a size depends on the values of a tensor",
+        for_values,
+    ),
+    (re.compile(r"numpy|__array"), "a tensor becomes a numpy array", for_numpy),
+    (re.compile(r"__format__"), "the value of a tensor is made text", for_text),
+)
 _WITHOUT_EXAMPLES = (
     (re.compile(r"item assignment"), "a value is assigned into a tensor"),
     (
@@ -46,14 +55,30 @@ def uncapturable(model: nn.Module, examples: Examples, error: BaseException) -> 
     """The error for a model that torch.export cannot trace, or that fails on its own examples."""
     failure = _run(model, examples.args, examples.kwargs)
     if failure is not None:
+        alone = examples.single_sample
+        if alone is not None and _run(model, alone.args, alone.kwargs) is None:
+            return _fixed_batch(line_of_error(failure), 1)
         return failing_model(failure)
-    line = line_of_error(error) or line_of_stack(str(error)) or UNKNOWN_LINE
-    if _DATA_DEPENDENT.search(str(error)) or _DATA_DEPENDENT.search(type(error).__name__):
-        return CaptureError(
-            f"{line}: control flow or a size depends on the values of a tensor; "
-            "rewrite it with torch.where, or move it out of forward"
-        )
-    return CaptureError(f"{line}: torch.export cannot trace this ({_first_line(error)}); rewrite this line")
+    line = line_of_error(error) or line_of_stack(str(error))
+    text = f"{type(error).__name__} {error}"
+    for pattern, reason, advice in _WITH_EXAMPLES:
+        if pattern.search(text):
+            return _refused(line, reason, advice)
+    return _refused(
+        line, f"torch.export cannot trace this ({_first_line(error)})", lambda _: "rewrite this line"
+    )
+
+
+def _refused(line: UserLine | None, reason: str, advice: Callable[[UserLine], str]) -> CaptureError:
+    where = UNKNOWN_LINE if line is None else str(line)
+    way_out = "rewrite it" if line is None else advice(line)
+    return CaptureError(f"{where}: {reason}; {way_out}", None if line is None else (line.file, line.number))
+
+
+def blocked(line: UserLine | None, name: str) -> CaptureError:
+    """The error for a block of the user's code that torch.export keeps as one (autocast, cond)."""
+    advice = {"autocast": for_autocast, "cond": for_cond}.get(name, lambda _: "use it outside of forward")
+    return _refused(line, f"a block of '{name}' inside forward cannot be captured", advice)
 
 
 def failing_model(failure: BaseException) -> CaptureError:
@@ -98,10 +123,13 @@ def hard_coded_batch(examples: Examples, retrace: Callable[[], object]) -> Captu
     finally:
         logger.handlers = handlers
         logger.disabled, logger.level, logger.propagate = before
-    return CaptureError(
-        f"{finder.line or UNKNOWN_LINE}: the model fixes the batch size to {examples.batch}; "
-        "use x.shape[0] or -1 instead of the number, so that it takes any batch"
-    )
+    return _fixed_batch(finder.line, examples.batch)
+
+
+def _fixed_batch(line: UserLine | None, batch: int | None) -> CaptureError:
+    where = UNKNOWN_LINE if line is None else str(line)
+    way_out = "use x.shape[0] in place of the number" if line is None else for_batch(line, batch)
+    return CaptureError(f"{where}: the model fixes the batch size to {batch}; {way_out}")
 
 
 class _SpecialisationFinder(logging.Handler):
@@ -109,7 +137,7 @@ class _SpecialisationFinder(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__()
-        self.line: str | None = None
+        self.line: UserLine | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
         if self.line is None and record.msg.startswith("set_replacement"):

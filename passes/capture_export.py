@@ -18,10 +18,16 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.export.graph_signature import InputKind, InputSpec, OutputKind
 
 from qcompile.errors import CaptureError
-from qcompile.passes.capture_errors import SHAPES_LOGGER, TRACING_ERRORS, hard_coded_batch, uncapturable
+from qcompile.passes.capture_errors import (
+    SHAPES_LOGGER,
+    TRACING_ERRORS,
+    blocked,
+    hard_coded_batch,
+    uncapturable,
+)
 from qcompile.passes.example_inputs import Examples
 from qcompile.passes.module_tree import CONSTANTS, attribute_target, graph_module_of
-from qcompile.passes.source_lines import UNKNOWN_LINE, line_of_stack, origin_of
+from qcompile.passes.source_lines import line_of_stack, origin_of
 from qcompile.passes.trace import Trace
 
 _NO_GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled
@@ -89,8 +95,10 @@ def _export(model: nn.Module, examples: Examples) -> ExportedProgram:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Export prints whole graphs on failure; our error says what matters in one line."""
-    logger = logging.getLogger(SHAPES_LOGGER)
-    disabled, logger.disabled = logger.disabled, True
+    loggers = [logging.getLogger(name) for name in (SHAPES_LOGGER, "torch._subclasses.fake_tensor")]
+    before = [one.disabled for one in loggers]
+    for one in loggers:
+        one.disabled = True
     printed = io.StringIO()
     try:
         with warnings.catch_warnings(), contextlib.redirect_stderr(printed):
@@ -98,7 +106,8 @@ def _quiet() -> Iterator[None]:
             yield
         sys.stderr.write(printed.getvalue())  # not on failure, which prints the whole graph
     finally:
-        logger.disabled = disabled
+        for one, disabled in zip(loggers, before, strict=True):
+            one.disabled = disabled
 
 
 def _state(
@@ -149,13 +158,8 @@ def _blocked(source: fx.GraphModule, node: fx.Node) -> CaptureError:
     stacks = [
         one.meta.get("stack_trace") for body in bodies for one in getattr(body, "graph", fx.Graph()).nodes
     ]
-    line = next(
-        (line for line in map(line_of_stack, [node.meta.get("stack_trace"), *stacks]) if line), UNKNOWN_LINE
-    )
-    name = str(node.target).removeprefix("wrap_with_")
-    return CaptureError(
-        f"{line}: a block of '{name}' inside forward cannot be captured; use it outside of forward"
-    )
+    lines = map(line_of_stack, [node.meta.get("stack_trace"), *stacks])
+    return blocked(next(filter(None, lines), None), str(node.target).removeprefix("wrap_with_"))
 
 
 def _copy_call(node: fx.Node, graph: fx.Graph, environment: dict[fx.Node, Any]) -> Any:

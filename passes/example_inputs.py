@@ -52,6 +52,7 @@ class Examples:
         batch: size of the batch; None if no input has a dimension.
         parameters: the parameters of `forward` that are given.
         positional: names of what `forward` takes by position, in order.
+        single_sample: the inputs as they were given, if that was a batch of 1.
     """
 
     args: tuple[Any, ...]
@@ -59,6 +60,7 @@ class Examples:
     batch: int | None
     parameters: tuple[Parameter, ...]
     positional: tuple[str, ...]
+    single_sample: CallInputs | None = None
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -81,7 +83,8 @@ def examples_of(model: nn.Module, example_inputs: Any) -> Examples:
     given = CallInputs.of(example_inputs)
     args, kwargs = given.args, given.kwargs
     names, positional, kwargs = _names(model, args, kwargs)
-    args, kwargs, batch = _at_batch_of_two(args, kwargs)
+    given = CallInputs(args, kwargs)
+    args, kwargs, batch, repeated = _at_batch_of_two(args, kwargs)
     parameters: list[Parameter] = []
     count = 0
     for name, value in zip(names, (*args, *kwargs.values()), strict=True):
@@ -91,7 +94,7 @@ def examples_of(model: nn.Module, example_inputs: Any) -> Examples:
         parameters.append(Parameter(name, spec, numbered))
     if count == 0:
         raise InvalidArgument("example_inputs hold no tensor; pass at least one")
-    return Examples(args, kwargs, batch, tuple(parameters), positional)
+    return Examples(args, kwargs, batch, tuple(parameters), positional, given if repeated else None)
 
 
 def required_parameters(model: nn.Module) -> tuple[str, ...]:
@@ -139,8 +142,11 @@ def _names(
 
 def _at_batch_of_two(
     args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any], int | None]:
-    """Fresh copies of all tensors; export cannot keep a batch of 1 dynamic, so that one is repeated."""
+) -> tuple[tuple[Any, ...], dict[str, Any], int | None, bool]:
+    """Fresh copies of all tensors, the batch, and whether it was repeated.
+
+    Export cannot keep a batch of 1 dynamic, so that one is repeated.
+    """
     leaves, spec = pytree.tree_flatten((args, kwargs))
     batched = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim > 0]
     batched.sort(key=lambda tensor: tensor.ndim < 2)  # a vector may be anything, so it decides last
@@ -157,4 +163,4 @@ def _at_batch_of_two(
         )
 
     args, kwargs = pytree.tree_unflatten([fresh(leaf) for leaf in leaves], spec)
-    return args, kwargs, 2 if batch == 1 else batch
+    return args, kwargs, 2 if batch == 1 else batch, batch == 1

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from .errors import InvalidArgument, InvalidInputType
+from .capturable_parts import advice
+from .errors import CaptureError, InvalidArgument, InvalidInputType
 from .float_state import load_float_state, note_loaded_steps
 from .model import QuantModel
 from .modes import Mode, parse_modes
@@ -76,10 +77,15 @@ def prepare(
         return _prepare_graph(one, inputs, scheme_type(parsed, config), tuple(skipped), around)
 
     prepared: Prepared
-    if submodules is None:
-        prepared = build(model, example_inputs, skip)
-    else:
-        prepared = prepare_parts(model, example_inputs, submodules, skip, build)
+    try:
+        if submodules is None:
+            prepared = build(model, example_inputs, skip)
+        else:
+            prepared = prepare_parts(model, example_inputs, submodules, skip, build)
+    except CaptureError as error:
+        if error.place is None:
+            raise
+        raise CaptureError(f"{error}{advice(model, *error.place)}", error.place) from error
     left = left_in_float(prepared) if strict else {}
     if left:
         listed = "; ".join(f"{name}: {reason}" for name, reason in left.items())

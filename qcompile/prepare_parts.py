@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .errors import InvalidArgument, InvalidInputType, QCompileError
+from .errors import CaptureError, InvalidArgument, InvalidInputType, QCompileError
 from .model import QuantModel
 from .partly_prepared import FloatOperator, PartlyPrepared, load_whole_state
 from .passes.capture import copied_model, random_state_kept
@@ -51,6 +51,8 @@ def prepare_parts(
         try:
             parts[name] = build(model.get_submodule(name), found.calls[0], inside, run.surroundings(name))
             _check_calls(parts[name], found)
+        except CaptureError as error:
+            raise CaptureError(f"submodule {name!r}: {error}", error.place) from error
         except QCompileError as error:
             raise type(error)(f"submodule {name!r}: {error}") from error
         _keep_plain_attributes(parts[name], model.get_submodule(name))
