@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from qcompile.errors import CaptureError, InvalidInputType
+from qcompile.errors import CaptureError, InvalidArgument, InvalidInputType
 from qcompile.passes.capture_export import trace_with_export
 from qcompile.passes.capture_fx import trace_with_fx
 from qcompile.passes.compare_modes import check_same_in_both_modes
@@ -46,6 +46,7 @@ class Captured:
 def capture(
     model: nn.Module,
     example_inputs: tuple[Any, ...] | list[Any] | dict[str, Any] | CallInputs | Tensor | None = None,
+    dynamic_shapes: Any = None,
 ) -> Captured:
     """Capture a model in training and evaluation mode as one canonical graph.
 
@@ -55,6 +56,7 @@ def capture(
             tensors may be nested in tuples, lists and dicts. Dimension 0 of the first tensor is the batch,
             which stays dynamic; an example of batch 1 is repeated. Without examples the model is traced
             symbolically, which fewer models allow.
+        dynamic_shapes: other dimensions to leave open, by input, see `open_sizes`.
 
     Returns:
         The graph, its signature, and the tracer that was used. A model that is passed in evaluation mode and
@@ -68,8 +70,10 @@ def capture(
     """
     if not isinstance(model, nn.Module):
         raise InvalidInputType(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if dynamic_shapes is not None and example_inputs is None:
+        raise InvalidArgument("dynamic_shapes needs example_inputs: without them every size is open")
     copied = copied_model(model)
-    examples = None if example_inputs is None else examples_of(copied, example_inputs)
+    examples = None if example_inputs is None else examples_of(copied, example_inputs, dynamic_shapes)
     only_evaluation = None
     try:
         graph_module, trace = _of_both_modes(model, copied, examples)
@@ -129,8 +133,9 @@ def _signature(model: nn.Module, trace: Trace, examples: Examples | None) -> Cal
                 tuple(
                     None if isinstance(size, torch.SymInt) else int(size) for size in node.meta["val"].shape
                 ),
+                opened,
             )
-            for node, example in zip(placeholders, examples.tensors, strict=True)
+            for node, example, opened in zip(placeholders, examples.tensors, examples.open, strict=True)
         )
     outputs = [
         torch.empty(0) if isinstance(value, (fx.Node, fx.Proxy, Tensor)) else value

@@ -51,6 +51,9 @@ _WITHOUT_EXAMPLES = (
 )
 
 
+_SIZE = re.compile(r"marked [^\n]*size\(\)\[(\d+)\]")
+
+
 def uncapturable(model: nn.Module, examples: Examples, error: BaseException) -> CaptureError:
     """The error for a model that torch.export cannot trace, or that fails on its own examples."""
     failure = _run(model, examples.args, examples.kwargs)
@@ -102,11 +105,12 @@ def untraceable(error: BaseException) -> CaptureError:
     )
 
 
-def hard_coded_batch(examples: Examples, retrace: Callable[[], object]) -> CaptureError:
-    """The error for a model that works at one batch size only.
+def hard_coded_size(examples: Examples, error: str, retrace: Callable[[], object]) -> CaptureError:
+    """The error for a model that works at one batch size only, or one size of an open dimension.
 
     Args:
         examples: the inputs.
+        error: torch's message.
         retrace: traces the model again, which fails again; torch's log then tells where the batch became a
             number.
     """
@@ -123,6 +127,18 @@ def hard_coded_batch(examples: Examples, retrace: Callable[[], object]) -> Captu
     finally:
         logger.handlers = handlers
         logger.disabled, logger.level, logger.propagate = before
+    place = _SIZE.search(error)
+    opened = [one for ones in examples.open for one in ones]
+    for one in opened:
+        if (place is not None and int(place[1]) == one.dim > 0) or f"marked {one.name} " in error:
+            line = finder.line
+            where = UNKNOWN_LINE if line is None else str(line)
+            way_out = (
+                "leave it out of dynamic_shapes" if line is None else for_batch(line, one.example, one.dim)
+            )
+            return CaptureError(
+                f"{where}: the model fixes dimension {one.dim} ({one.name!r}) to {one.example}; {way_out}"
+            )
     return _fixed_batch(finder.line, examples.batch)
 
 

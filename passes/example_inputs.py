@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from qcompile.errors import CaptureError, InvalidArgument, InvalidInputType
+from qcompile.passes.open_sizes import OpenSize, open_sizes
 from qcompile.passes.signature import Parameter, leaves_of
 
 
@@ -53,6 +54,7 @@ class Examples:
         parameters: the parameters of `forward` that are given.
         positional: names of what `forward` takes by position, in order.
         single_sample: the inputs as they were given, if that was a batch of 1.
+        open: for every tensor its open dimensions besides the batch.
     """
 
     args: tuple[Any, ...]
@@ -61,6 +63,7 @@ class Examples:
     parameters: tuple[Parameter, ...]
     positional: tuple[str, ...]
     single_sample: CallInputs | None = None
+    open: tuple[tuple[OpenSize, ...], ...] = ()
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -68,16 +71,17 @@ class Examples:
         return [leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
 
 
-def examples_of(model: nn.Module, example_inputs: Any) -> Examples:
+def examples_of(model: nn.Module, example_inputs: Any, dynamic_shapes: Any = None) -> Examples:
     """Sort example inputs by the parameters of the model's `forward`.
 
     Args:
         model: the model.
         example_inputs: a tuple or list of positional inputs, a dict of keyword inputs, or one tensor.
+        dynamic_shapes: open dimensions, see `open_sizes`.
 
     Raises:
         InvalidInputType: for anything else.
-        InvalidArgument: if they do not fit `forward`, or hold an empty batch.
+        InvalidArgument: if they do not fit `forward`, or hold an empty batch, or lack open dimensions.
         CaptureError: if a leaf is neither a tensor nor a plain constant.
     """
     given = CallInputs.of(example_inputs)
@@ -87,14 +91,20 @@ def examples_of(model: nn.Module, example_inputs: Any) -> Examples:
     args, kwargs, batch, repeated = _at_batch_of_two(args, kwargs)
     parameters: list[Parameter] = []
     count = 0
-    for name, value in zip(names, (*args, *kwargs.values()), strict=True):
+    by_name = dict(zip(names, (*args, *kwargs.values()), strict=True))
+    opened = open_sizes({} if dynamic_shapes is None else dynamic_shapes, by_name)
+    of_tensors: list[tuple[OpenSize, ...]] = []
+    for name, value in by_name.items():
         leaves, spec = pytree.tree_flatten(value)
         numbered = leaves_of(leaves, count, f"input '{name}'")
         count += sum(isinstance(leaf, int) for leaf in numbered)
         parameters.append(Parameter(name, spec, numbered))
+        of_tensors += [opened.get(name, ())] * (count - len(of_tensors))
     if count == 0:
         raise InvalidArgument("example_inputs hold no tensor; pass at least one")
-    return Examples(args, kwargs, batch, tuple(parameters), positional, given if repeated else None)
+    return Examples(
+        args, kwargs, batch, tuple(parameters), positional, given if repeated else None, tuple(of_tensors)
+    )
 
 
 def required_parameters(model: nn.Module) -> tuple[str, ...]:

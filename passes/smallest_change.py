@@ -26,6 +26,7 @@ _SHAPED = (
     "rand",
     "new_zeros",
     "new_ones",
+    "arange",
 )
 _EXPORTING = "if not torch.compiler.is_exporting():"
 
@@ -65,22 +66,26 @@ def for_values(line: UserLine) -> str:
     return "rewrite it with torch.where, or move it out of forward"
 
 
-def for_batch(line: UserLine, batch: int | None) -> str:
-    """What to do where the size of the batch is written as a number."""
+def for_batch(line: UserLine, size: int | None, dim: int = 0) -> str:
+    """What to do where the size of the batch, or of another open dimension, is written as a number."""
     place = Place.of(line)
-    generic = "use x.shape[0] or -1 instead of the number, so that it takes any batch"
+    purpose = "so that it takes any batch" if dim == 0 else "so that it takes any size"
+    generic = f"use x.shape[{dim}] or -1 instead of the number, {purpose}"
     if place is None:
         return generic
-    if isinstance(place.statement, (ast.For, ast.AsyncFor)) or any(
-        isinstance(one, ast.comprehension) for one in ast.walk(place.statement)
+    if dim == 0 and (
+        isinstance(place.statement, (ast.For, ast.AsyncFor))
+        or any(isinstance(one, ast.comprehension) for one in ast.walk(place.statement))
     ):
         return "this is a loop over the batch: call the layers once, on all samples together"
     if isinstance(place.statement, (ast.If, ast.While)):
-        return "do the same for every batch size"
-    for call in (one for one in ast.walk(place.statement) if isinstance(one, ast.Call)):
-        changed = _with_open_batch(call, batch, place.first_input)
-        if changed is not None:
-            return f"write {_shown(_replaced(place.statement, call, changed))}, so that it takes any batch"
+        return "do the same for every size"
+    before, statement = ast.unparse(place.statement), place.statement
+    for call in [one for one in ast.walk(statement) if isinstance(one, ast.Call)]:
+        _open_size(call, size, dim, place.first_input)
+    after = ast.unparse(ast.fix_missing_locations(statement))
+    if after != before and not isinstance(statement, _BLOCKS):
+        return f"write {_shown(after)}, {purpose}"
     return generic
 
 
@@ -223,24 +228,21 @@ def _made_before(place: Place, test: ast.expr) -> str:
     return ""
 
 
-def _with_open_batch(call: ast.Call, batch: int | None, first_input: str) -> ast.Call | None:
-    """A call that makes a shape with `x.shape[0]` in place of the number."""
+def _open_size(call: ast.Call, number: int | None, dim: int, first_input: str) -> None:
+    """Put `x.shape[dim]` in place of a number in a call that makes a shape."""
     if not isinstance(call.func, ast.Attribute) or call.func.attr not in _SHAPED:
-        return None
+        return
     owner = call.func.value
     of_torch = isinstance(owner, ast.Name) and owner.id == "torch"
     name = owner.id if isinstance(owner, ast.Name) and not of_torch else first_input
-    size = ast.parse(f"{name}.shape[0]", mode="eval").body
-    changed = deepcopy(call)
-    arguments: Sequence[ast.expr] = changed.args
-    for held in (changed.args, *(one.elts for one in arguments if isinstance(one, (ast.Tuple, ast.List)))):
-        if held and ast.unparse(held[0]) == "-1":
+    arguments: Sequence[ast.expr] = call.args
+    for held in (call.args, *(one.elts for one in arguments if isinstance(one, (ast.Tuple, ast.List)))):
+        if held and ast.unparse(held[0]) == "-1" and dim == 0:
             continue
-        for index, one in enumerate(held[:3]):
-            if isinstance(one, ast.Constant) and one.value == batch and not isinstance(one.value, bool):
-                held[index] = size
-                return changed
-    return None
+        for index, one in enumerate(held[: dim + 3]):
+            if isinstance(one, ast.Constant) and type(one.value) is int and one.value == number:
+                held[index] = ast.parse(f"{name}.shape[{dim}]", mode="eval").body
+                return
 
 
 class _InTorch(ast.NodeTransformer):

@@ -27,6 +27,8 @@ class FoldedModes:
 
     def __init__(self) -> None:
         self._graphs: dict[_Key, IntegerModel] = {}
+        #: By mode, the graph that holds for every open size; None if there is none.
+        self._for_all_sizes: dict[Mode | Policy, IntegerModel | None] = {}
         self._fingerprint: tuple[Any, ...] = ()
         self._lock = threading.RLock()
 
@@ -37,7 +39,7 @@ class FoldedModes:
     def clear(self) -> None:
         """Forget all graphs."""
         with self._lock:
-            self._graphs = {}
+            self._graphs, self._for_all_sizes = {}, {}
 
     def graph(
         self, model: QuantModel, precision: Mode | Policy, shapes: Sequence[Sequence[int]]
@@ -48,10 +50,25 @@ class FoldedModes:
         key = (precision, tuple(tuple(shape[1:]) for shape in shapes))
         with self._lock:
             if fingerprint != self._fingerprint:
-                self._graphs, self._fingerprint = {}, fingerprint
+                self._graphs, self._for_all_sizes, self._fingerprint = {}, {}, fingerprint
             if key not in self._graphs:
-                self._graphs[key] = model.converted(precision, shapes)
+                self._graphs[key] = self._of_new_sizes(model, precision, shapes)
             return self._graphs[key]
+
+    def _of_new_sizes(
+        self, model: QuantModel, precision: Mode | Policy, shapes: Sequence[Sequence[int]]
+    ) -> IntegerModel:
+        """At the second set of sizes it is found out whether there must be a third graph."""
+        from .size_independence import holds_for_every_size
+
+        known = self._for_all_sizes.get(precision)
+        if known is not None:
+            return known
+        graph = model.converted(precision, shapes)
+        if precision not in self._for_all_sizes and any(one == precision for one, _ in self._graphs):
+            holds = holds_for_every_size(model, precision, graph, shapes)
+            self._for_all_sizes[precision] = graph if holds else None
+        return graph
 
 
 def _fingerprint(model: QuantModel) -> tuple[Any, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -34,6 +34,7 @@ def prepare(
     config: Any = None,
     strict: bool = False,
     submodules: Collection[str] | None = None,
+    dynamic_shapes: Mapping[str, Any] | None = None,
 ) -> Prepared:
     """Rewrite a float model into one trainable model that runs at several precisions.
 
@@ -52,6 +53,9 @@ def prepare(
             around them. The model is run once on the examples to see what inputs they get; later calls must
             be like the first, dimension 0 aside. `convert`, `verify`, `save` and `lower` take
             `prepared.part(path)`; everything else takes the whole.
+        dynamic_shapes: dimensions besides the batch that take any size, by input, as `torch.export` has them:
+            `{"x": {1: "length"}}`; values are names, or `torch.export.Dim` with limits. Dimensions of one
+            name have one size. Not together with `submodules`.
 
     Returns:
         The prepared model, every layer in the training mode it has in `model`, its highest mode active.
@@ -68,13 +72,17 @@ def prepare(
         raise InvalidInputType("this model is already prepared; prepare the float model instead")
     if isinstance(skip, str) or not isinstance(skip, Collection) or not all(isinstance(s, str) for s in skip):
         raise InvalidInputType(f"skip is a list of module paths, for example skip=['layer1.0'], not {skip!r}")
+    if submodules is not None and dynamic_shapes is not None:
+        raise InvalidArgument("dynamic_shapes names inputs of the whole model: prepare without submodules")
     scheme_type = find_scheme(scheme)
     parsed = parse_modes(scheme_type.default_bits if bits is None and modes is None else bits, modes)
 
     def build(
         one: nn.Module, inputs: Any, skipped: Collection[str], around: Surroundings | None = None
     ) -> QuantModel:
-        return _prepare_graph(one, inputs, scheme_type(parsed, config), tuple(skipped), around)
+        return _prepare_graph(
+            one, inputs, dynamic_shapes, scheme_type(parsed, config), tuple(skipped), around
+        )
 
     prepared: Prepared
     try:
@@ -94,10 +102,15 @@ def prepare(
 
 
 def _prepare_graph(
-    model: nn.Module, inputs: Any, scheme: Scheme, skip: tuple[str, ...], around: Surroundings | None
+    model: nn.Module,
+    inputs: Any,
+    dynamic_shapes: Any,
+    scheme: Scheme,
+    skip: tuple[str, ...],
+    around: Surroundings | None,
 ) -> QuantModel:
     """Prepare a model, or a submodule with something around it, that can be captured."""
-    captured = capture(model, inputs)
+    captured = capture(model, inputs, dynamic_shapes)
     meta = captured.graph_module.meta
     if captured.only_evaluation:
         meta["rewritten"] = (f"trains as it evaluates: {captured.only_evaluation}",)
