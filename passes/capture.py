@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from qcompile.errors import CaptureError, InvalidInputType
+from qcompile.errors import CaptureError, InvalidArgument, InvalidInputType
 from qcompile.passes.capture_export import trace_with_export
 from qcompile.passes.capture_fx import trace_with_fx
 from qcompile.passes.compare_modes import check_same_in_both_modes
-from qcompile.passes.example_inputs import Examples, examples_of, required_parameters
+from qcompile.passes.example_inputs import CallInputs, Examples, examples_of, required_parameters
 from qcompile.passes.module_tree import module_at
 from qcompile.passes.normalise import normalise_evaluation, normalise_training
 from qcompile.passes.signature import CallSignature, Parameter, TensorInput, leaves_of
@@ -44,7 +44,9 @@ class Captured:
 
 
 def capture(
-    model: nn.Module, example_inputs: tuple[Any, ...] | list[Any] | dict[str, Any] | Tensor | None = None
+    model: nn.Module,
+    example_inputs: tuple[Any, ...] | list[Any] | dict[str, Any] | CallInputs | Tensor | None = None,
+    dynamic_shapes: Any = None,
 ) -> Captured:
     """Capture a model in training and evaluation mode as one canonical graph.
 
@@ -54,6 +56,7 @@ def capture(
             tensors may be nested in tuples, lists and dicts. Dimension 0 of the first tensor is the batch,
             which stays dynamic; an example of batch 1 is repeated. Without examples the model is traced
             symbolically, which fewer models allow.
+        dynamic_shapes: other dimensions to leave open, by input, see `open_sizes`.
 
     Returns:
         The graph, its signature, and the tracer that was used. A model that is passed in evaluation mode and
@@ -67,8 +70,10 @@ def capture(
     """
     if not isinstance(model, nn.Module):
         raise InvalidInputType(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    copied = _copied(model)
-    examples = None if example_inputs is None else examples_of(copied, example_inputs)
+    if dynamic_shapes is not None and example_inputs is None:
+        raise InvalidArgument("dynamic_shapes needs example_inputs: without them every size is open")
+    copied = copied_model(model)
+    examples = None if example_inputs is None else examples_of(copied, example_inputs, dynamic_shapes)
     only_evaluation = None
     try:
         graph_module, trace = _of_both_modes(model, copied, examples)
@@ -103,7 +108,7 @@ def _of_both_modes(
 def _traces(
     model: nn.Module, copied: nn.Module, examples: Examples | None, training: tuple[bool, ...]
 ) -> list[Trace]:
-    with _random_state_kept(model), _momentum_for_tracing(copied), _default_modes():
+    with random_state_kept(model), _momentum_for_tracing(copied), _default_modes():
         return [_trace(copied.train(mode), examples) for mode in training]
 
 
@@ -128,8 +133,9 @@ def _signature(model: nn.Module, trace: Trace, examples: Examples | None) -> Cal
                 tuple(
                     None if isinstance(size, torch.SymInt) else int(size) for size in node.meta["val"].shape
                 ),
+                opened,
             )
-            for node, example in zip(placeholders, examples.tensors, strict=True)
+            for node, example, opened in zip(placeholders, examples.tensors, examples.open, strict=True)
         )
     outputs = [
         torch.empty(0) if isinstance(value, (fx.Node, fx.Proxy, Tensor)) else value
@@ -147,14 +153,20 @@ def _set_modes(graph_module: fx.GraphModule, model: nn.Module) -> None:
             module.training = users.training
 
 
-def _copied(model: nn.Module) -> nn.Module:
+def copied_model(model: nn.Module, replacements: Mapping[nn.Module, nn.Module] | None = None) -> nn.Module:
+    """A deep copy, with other modules in place of some.
+
+    Raises:
+        CaptureError: if it cannot be copied.
+    """
     # the old torch.nn.utils.weight_norm leaves a computed weight as attribute, which deepcopy refuses
-    memo = {
+    memo: dict[int, Any] = {
         id(value): value.detach().clone()
         for module in model.modules()
         for value in vars(module).values()
         if isinstance(value, Tensor) and not value.is_leaf
     }
+    memo |= {id(old): new for old, new in (replacements or {}).items()}
     try:
         return copy.deepcopy(model, memo)
     except (RuntimeError, TypeError) as cause:
@@ -165,8 +177,10 @@ def _copied(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def _random_state_kept(model: nn.Module) -> Iterator[None]:
-    """Tracing runs the user's code, which may draw random numbers; nothing of that may show afterwards."""
+def random_state_kept(model: nn.Module) -> Iterator[None]:
+    """Run a block that leaves random states as they are.
+
+    Tracing runs the user's code, which may draw random numbers; nothing of that may show afterwards."""
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
     state = random.getstate()
     try:

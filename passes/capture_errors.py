@@ -14,7 +14,8 @@ from torch import nn
 
 from qcompile.errors import CaptureError
 from qcompile.passes.example_inputs import Examples
-from qcompile.passes.source_lines import UNKNOWN_LINE, line_of_error, line_of_stack
+from qcompile.passes.smallest_change import for_autocast, for_batch, for_cond, for_numpy, for_text, for_values
+from qcompile.passes.source_lines import UNKNOWN_LINE, UserLine, line_of_error, line_of_stack
 
 # Where torch.export reports what it learns about symbolic sizes.
 SHAPES_LOGGER = "torch.fx.experimental.symbolic_shapes"
@@ -31,7 +32,15 @@ TRACING_ERRORS = (
 )
 
 # (what torch says, what that means)
-_DATA_DEPENDENT = re.compile(r"data-dependent|unbacked|\.item\(\)|GuardOnDataDependent", re.I)
+_WITH_EXAMPLES: tuple[tuple[re.Pattern[str], str, Callable[[UserLine], str]], ...] = (
+    (
+        re.compile(r"data-dependent|unbacked|\.item\(\)|GuardOnDataDependent", re.I),
+        "control flow or a size depends on the values of a tensor",
+        for_values,
+    ),
+    (re.compile(r"numpy|__array"), "a tensor becomes a numpy array", for_numpy),
+    (re.compile(r"__format__"), "the value of a tensor is made text", for_text),
+)
 _WITHOUT_EXAMPLES = (
     (re.compile(r"item assignment"), "a value is assigned into a tensor"),
     (
@@ -42,21 +51,45 @@ _WITHOUT_EXAMPLES = (
 )
 
 
+_SIZE = re.compile(r"marked [^\n]*size\(\)\[(\d+)\]")
+
+
 def uncapturable(model: nn.Module, examples: Examples, error: BaseException) -> CaptureError:
     """The error for a model that torch.export cannot trace, or that fails on its own examples."""
     failure = _run(model, examples.args, examples.kwargs)
     if failure is not None:
-        return CaptureError(
-            f"{line_of_error(failure) or UNKNOWN_LINE}: the model itself fails on example_inputs "
-            f"({_first_line(failure)}); pass an example that it accepts"
-        )
-    line = line_of_error(error) or line_of_stack(str(error)) or UNKNOWN_LINE
-    if _DATA_DEPENDENT.search(str(error)) or _DATA_DEPENDENT.search(type(error).__name__):
-        return CaptureError(
-            f"{line}: control flow or a size depends on the values of a tensor; "
-            "rewrite it with torch.where, or move it out of forward"
-        )
-    return CaptureError(f"{line}: torch.export cannot trace this ({_first_line(error)}); rewrite this line")
+        alone = examples.single_sample
+        if alone is not None and _run(model, alone.args, alone.kwargs) is None:
+            return _fixed_batch(line_of_error(failure), 1)
+        return failing_model(failure)
+    line = line_of_error(error) or line_of_stack(str(error))
+    text = f"{type(error).__name__} {error}"
+    for pattern, reason, advice in _WITH_EXAMPLES:
+        if pattern.search(text):
+            return _refused(line, reason, advice)
+    return _refused(
+        line, f"torch.export cannot trace this ({_first_line(error)})", lambda _: "rewrite this line"
+    )
+
+
+def _refused(line: UserLine | None, reason: str, advice: Callable[[UserLine], str]) -> CaptureError:
+    where = UNKNOWN_LINE if line is None else str(line)
+    way_out = "rewrite it" if line is None else advice(line)
+    return CaptureError(f"{where}: {reason}; {way_out}", None if line is None else (line.file, line.number))
+
+
+def blocked(line: UserLine | None, name: str) -> CaptureError:
+    """The error for a block of the user's code that torch.export keeps as one (autocast, cond)."""
+    advice = {"autocast": for_autocast, "cond": for_cond}.get(name, lambda _: "use it outside of forward")
+    return _refused(line, f"a block of '{name}' inside forward cannot be captured", advice)
+
+
+def failing_model(failure: BaseException) -> CaptureError:
+    """The error for a model that cannot run on its own examples."""
+    return CaptureError(
+        f"{line_of_error(failure) or UNKNOWN_LINE}: the model itself fails on example_inputs "
+        f"({_first_line(failure)}); pass an example that it accepts"
+    )
 
 
 def untraceable(error: BaseException) -> CaptureError:
@@ -72,11 +105,12 @@ def untraceable(error: BaseException) -> CaptureError:
     )
 
 
-def hard_coded_batch(examples: Examples, retrace: Callable[[], object]) -> CaptureError:
-    """The error for a model that works at one batch size only.
+def hard_coded_size(examples: Examples, error: str, retrace: Callable[[], object]) -> CaptureError:
+    """The error for a model that works at one batch size only, or one size of an open dimension.
 
     Args:
         examples: the inputs.
+        error: torch's message.
         retrace: traces the model again, which fails again; torch's log then tells where the batch became a
             number.
     """
@@ -93,10 +127,25 @@ def hard_coded_batch(examples: Examples, retrace: Callable[[], object]) -> Captu
     finally:
         logger.handlers = handlers
         logger.disabled, logger.level, logger.propagate = before
-    return CaptureError(
-        f"{finder.line or UNKNOWN_LINE}: the model fixes the batch size to {examples.batch}; "
-        "use x.shape[0] or -1 instead of the number, so that it takes any batch"
-    )
+    place = _SIZE.search(error)
+    opened = [one for ones in examples.open for one in ones]
+    for one in opened:
+        if (place is not None and int(place[1]) == one.dim > 0) or f"marked {one.name} " in error:
+            line = finder.line
+            where = UNKNOWN_LINE if line is None else str(line)
+            way_out = (
+                "leave it out of dynamic_shapes" if line is None else for_batch(line, one.example, one.dim)
+            )
+            return CaptureError(
+                f"{where}: the model fixes dimension {one.dim} ({one.name!r}) to {one.example}; {way_out}"
+            )
+    return _fixed_batch(finder.line, examples.batch)
+
+
+def _fixed_batch(line: UserLine | None, batch: int | None) -> CaptureError:
+    where = UNKNOWN_LINE if line is None else str(line)
+    way_out = "use x.shape[0] in place of the number" if line is None else for_batch(line, batch)
+    return CaptureError(f"{where}: the model fixes the batch size to {batch}; {way_out}")
 
 
 class _SpecialisationFinder(logging.Handler):
@@ -104,7 +153,7 @@ class _SpecialisationFinder(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__()
-        self.line: str | None = None
+        self.line: UserLine | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
         if self.line is None and record.msg.startswith("set_replacement"):

@@ -18,10 +18,16 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.export.graph_signature import InputKind, InputSpec, OutputKind
 
 from qcompile.errors import CaptureError
-from qcompile.passes.capture_errors import SHAPES_LOGGER, TRACING_ERRORS, hard_coded_batch, uncapturable
+from qcompile.passes.capture_errors import (
+    SHAPES_LOGGER,
+    TRACING_ERRORS,
+    blocked,
+    hard_coded_size,
+    uncapturable,
+)
 from qcompile.passes.example_inputs import Examples
 from qcompile.passes.module_tree import CONSTANTS, attribute_target, graph_module_of
-from qcompile.passes.source_lines import UNKNOWN_LINE, line_of_stack, origin_of
+from qcompile.passes.source_lines import line_of_stack, origin_of
 from qcompile.passes.trace import Trace
 
 _NO_GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled
@@ -32,7 +38,8 @@ def trace_with_export(model: nn.Module, examples: Examples) -> Trace:
 
     Args:
         model: a copy of the user's model.
-        examples: its inputs; dimension 0 of every tensor of the size of the batch is dynamic.
+        examples: its inputs; dimension 0 of every tensor of the size of the batch is dynamic, and so is what
+            they leave open.
 
     Raises:
         CaptureError: naming the user's line, if torch.export cannot trace the model.
@@ -43,13 +50,14 @@ def trace_with_export(model: nn.Module, examples: Examples) -> Trace:
     graph = fx.Graph()
     environment: dict[fx.Node, Any] = {}
     constants: dict[str, Tensor] = {}
+    given = iter(examples.tensors)
     for node in exported.graph.find_nodes(op="placeholder"):
         spec = kinds[node.name]
         if spec.kind is not InputKind.USER_INPUT:
             environment[node] = _state(graph, model, exported, spec, constants, node)
         elif isinstance(node.meta.get("val"), Tensor):
             environment[node] = graph.placeholder(node.name)
-            environment[node].meta = {"val": node.meta["val"]}
+            environment[node].meta = {"val": node.meta["val"], "example_shape": tuple(next(given).shape)}
         else:
             environment[node] = node.meta.get("val")
     output = _copy(exported.graph_module, graph, environment)
@@ -68,10 +76,14 @@ def _export(model: nn.Module, examples: Examples) -> ExportedProgram:
     shapes = ShapesCollection()
     batched = [x for x in examples.tensors if x.ndim > 0 and x.shape[0] == examples.batch]
     first = next((x for x in batched if x.ndim > 1), batched[0] if batched else None)
-    for tensor in examples.tensors:
+    for tensor, opened in zip(examples.tensors, examples.open, strict=True):
         # the first batch must stay dynamic; another input of that size may be no batch (two scales)
         dynamic = any(tensor is one for one in batched)
-        shapes[tensor] = {0: Dim.DYNAMIC if tensor is first else Dim.AUTO} if dynamic else {}
+        sizes: dict[int, Any] = {0: Dim.DYNAMIC if tensor is first else Dim.AUTO} if dynamic else {}
+        for one in opened:
+            if one.dim > 0 or not dynamic:
+                sizes[one.dim] = Dim.DYNAMIC if one.exported is None else one.exported
+        shapes[tensor] = sizes
 
     def trace() -> ExportedProgram:
         spec: Any = shapes  # accepted since torch 2.5, its annotation says otherwise
@@ -82,15 +94,17 @@ def _export(model: nn.Module, examples: Examples) -> ExportedProgram:
             return trace()
         except TRACING_ERRORS as error:
             if "specialized it to be a constant" in str(error):
-                raise hard_coded_batch(examples, trace) from error
+                raise hard_coded_size(examples, str(error), trace) from error
             raise uncapturable(model, examples, error) from error
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Export prints whole graphs on failure; our error says what matters in one line."""
-    logger = logging.getLogger(SHAPES_LOGGER)
-    disabled, logger.disabled = logger.disabled, True
+    loggers = [logging.getLogger(name) for name in (SHAPES_LOGGER, "torch._subclasses.fake_tensor")]
+    before = [one.disabled for one in loggers]
+    for one in loggers:
+        one.disabled = True
     printed = io.StringIO()
     try:
         with warnings.catch_warnings(), contextlib.redirect_stderr(printed):
@@ -98,7 +112,8 @@ def _quiet() -> Iterator[None]:
             yield
         sys.stderr.write(printed.getvalue())  # not on failure, which prints the whole graph
     finally:
-        logger.disabled = disabled
+        for one, disabled in zip(loggers, before, strict=True):
+            one.disabled = disabled
 
 
 def _state(
@@ -149,13 +164,8 @@ def _blocked(source: fx.GraphModule, node: fx.Node) -> CaptureError:
     stacks = [
         one.meta.get("stack_trace") for body in bodies for one in getattr(body, "graph", fx.Graph()).nodes
     ]
-    line = next(
-        (line for line in map(line_of_stack, [node.meta.get("stack_trace"), *stacks]) if line), UNKNOWN_LINE
-    )
-    name = str(node.target).removeprefix("wrap_with_")
-    return CaptureError(
-        f"{line}: a block of '{name}' inside forward cannot be captured; use it outside of forward"
-    )
+    lines = map(line_of_stack, [node.meta.get("stack_trace"), *stacks])
+    return blocked(next(filter(None, lines), None), str(node.target).removeprefix("wrap_with_"))
 
 
 def _copy_call(node: fx.Node, graph: fx.Graph, environment: dict[fx.Node, Any]) -> Any:

@@ -11,7 +11,36 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from qcompile.errors import CaptureError, InvalidArgument, InvalidInputType
+from qcompile.passes.open_sizes import OpenSize, open_sizes
 from qcompile.passes.signature import Parameter, leaves_of
+
+
+@dataclass(frozen=True)
+class CallInputs:
+    """Positional and keyword inputs of one call."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @classmethod
+    def of(cls, example_inputs: Any) -> CallInputs:
+        """What the caller gave as examples: a tensor, a tuple or list, a dict of keyword inputs, or a call.
+
+        Raises:
+            InvalidInputType: for anything else.
+        """
+        if isinstance(example_inputs, CallInputs):
+            return example_inputs
+        if isinstance(example_inputs, Tensor):
+            return cls((example_inputs,), {})
+        if isinstance(example_inputs, dict):
+            return cls((), example_inputs)
+        if isinstance(example_inputs, (tuple, list)):
+            return cls(tuple(example_inputs), {})
+        raise InvalidInputType(
+            "example_inputs must be a tuple of positional inputs, a dict of keyword inputs, or one tensor, "
+            f"got {type(example_inputs).__name__}"
+        )
 
 
 @dataclass(frozen=True)
@@ -24,6 +53,8 @@ class Examples:
         batch: size of the batch; None if no input has a dimension.
         parameters: the parameters of `forward` that are given.
         positional: names of what `forward` takes by position, in order.
+        single_sample: the inputs as they were given, if that was a batch of 1.
+        open: for every tensor its open dimensions besides the batch.
     """
 
     args: tuple[Any, ...]
@@ -31,6 +62,8 @@ class Examples:
     batch: int | None
     parameters: tuple[Parameter, ...]
     positional: tuple[str, ...]
+    single_sample: CallInputs | None = None
+    open: tuple[tuple[OpenSize, ...], ...] = ()
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -38,43 +71,40 @@ class Examples:
         return [leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
 
 
-def examples_of(model: nn.Module, example_inputs: Any) -> Examples:
+def examples_of(model: nn.Module, example_inputs: Any, dynamic_shapes: Any = None) -> Examples:
     """Sort example inputs by the parameters of the model's `forward`.
 
     Args:
         model: the model.
         example_inputs: a tuple or list of positional inputs, a dict of keyword inputs, or one tensor.
+        dynamic_shapes: open dimensions, see `open_sizes`.
 
     Raises:
         InvalidInputType: for anything else.
-        InvalidArgument: if they do not fit `forward`, or hold an empty batch.
+        InvalidArgument: if they do not fit `forward`, or hold an empty batch, or lack open dimensions.
         CaptureError: if a leaf is neither a tensor nor a plain constant.
     """
-    if isinstance(example_inputs, Tensor):
-        example_inputs = (example_inputs,)
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = {}
-    if isinstance(example_inputs, dict):
-        kwargs = example_inputs
-    elif isinstance(example_inputs, (tuple, list)):
-        args = tuple(example_inputs)
-    else:
-        raise InvalidInputType(
-            "example_inputs must be a tuple of positional inputs, a dict of keyword inputs, or one tensor, "
-            f"got {type(example_inputs).__name__}"
-        )
+    given = CallInputs.of(example_inputs)
+    args, kwargs = given.args, given.kwargs
     names, positional, kwargs = _names(model, args, kwargs)
-    args, kwargs, batch = _at_batch_of_two(args, kwargs)
+    given = CallInputs(args, kwargs)
+    args, kwargs, batch, repeated = _at_batch_of_two(args, kwargs)
     parameters: list[Parameter] = []
     count = 0
-    for name, value in zip(names, (*args, *kwargs.values()), strict=True):
+    by_name = dict(zip(names, (*args, *kwargs.values()), strict=True))
+    opened = open_sizes({} if dynamic_shapes is None else dynamic_shapes, by_name)
+    of_tensors: list[tuple[OpenSize, ...]] = []
+    for name, value in by_name.items():
         leaves, spec = pytree.tree_flatten(value)
         numbered = leaves_of(leaves, count, f"input '{name}'")
         count += sum(isinstance(leaf, int) for leaf in numbered)
         parameters.append(Parameter(name, spec, numbered))
+        of_tensors += [opened.get(name, ())] * (count - len(of_tensors))
     if count == 0:
         raise InvalidArgument("example_inputs hold no tensor; pass at least one")
-    return Examples(args, kwargs, batch, tuple(parameters), positional)
+    return Examples(
+        args, kwargs, batch, tuple(parameters), positional, given if repeated else None, tuple(of_tensors)
+    )
 
 
 def required_parameters(model: nn.Module) -> tuple[str, ...]:
@@ -122,8 +152,11 @@ def _names(
 
 def _at_batch_of_two(
     args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any], int | None]:
-    """Fresh copies of all tensors; export cannot keep a batch of 1 dynamic, so that one is repeated."""
+) -> tuple[tuple[Any, ...], dict[str, Any], int | None, bool]:
+    """Fresh copies of all tensors, the batch, and whether it was repeated.
+
+    Export cannot keep a batch of 1 dynamic, so that one is repeated.
+    """
     leaves, spec = pytree.tree_flatten((args, kwargs))
     batched = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim > 0]
     batched.sort(key=lambda tensor: tensor.ndim < 2)  # a vector may be anything, so it decides last
@@ -140,4 +173,4 @@ def _at_batch_of_two(
         )
 
     args, kwargs = pytree.tree_unflatten([fresh(leaf) for leaf in leaves], spec)
-    return args, kwargs, 2 if batch == 1 else batch
+    return args, kwargs, 2 if batch == 1 else batch, batch == 1

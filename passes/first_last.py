@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import networkx as nx
 from torch import fx, nn
 
@@ -16,6 +18,19 @@ WEIGHTED = (
     nn.ConvTranspose3d,
     nn.Linear,
 )
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """Where a graph stands in a larger network, `meta["surroundings"]` of its graph module.
+
+    Attributes:
+        behind: of each input, whether a weighted layer or an embedding comes before it.
+        followed: of each output, whether a weighted layer comes after it.
+    """
+
+    behind: tuple[bool, ...]
+    followed: tuple[bool, ...]
 
 
 def data_flow(graph: fx.Graph) -> nx.DiGraph:
@@ -41,7 +56,8 @@ def first_and_last(graph_module: fx.GraphModule) -> tuple[frozenset[str], frozen
     that no weighted layer follows. Recurrent layers count among the others, and are neither.
 
     A network with several inputs or outputs has several of each. A layer that is called more than once
-    counts as first or last only if all its calls are.
+    counts as first or last only if all its calls are. Of a part of a network, what stands before and after
+    the part counts, too.
     """
     flow = data_flow(graph_module.graph)
     weighted = weighted_nodes(graph_module)
@@ -52,6 +68,17 @@ def first_and_last(graph_module: fx.GraphModule) -> tuple[frozenset[str], frozen
         for node in graph_module.graph.find_nodes(op="call_module", sort=False)
         if isinstance(graph_module.get_submodule(str(node.target)), nn.Embedding)
     }
+    inside = graph_module.meta.get("surroundings")
+    if inside is not None:
+        placeholders = graph_module.graph.find_nodes(op="placeholder")
+        # the last placeholder may be the mode
+        before |= {node.name for node, behind in zip(placeholders, inside.behind, strict=False) if behind}
+        returned = graph_module.graph.output_node().args[0]
+        assert isinstance(returned, tuple)
+        for index, (node, followed) in enumerate(zip(returned, inside.followed, strict=False)):
+            if followed and isinstance(node, fx.Node):
+                flow.add_edge(node.name, f"after output {index}")
+                names.add(f"after output {index}")
     first: dict[str, bool] = {}
     last: dict[str, bool] = {}
     for node in weighted:

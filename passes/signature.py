@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from qcompile.errors import CaptureError, InvalidArgument, InvalidInputType
 from qcompile.passes import signature_json
+from qcompile.passes.open_sizes import OpenSize
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,13 @@ class TensorInput:
         name: name of the placeholder.
         dtype: dtype that a call must have; None if the graph was captured without examples.
         shape: sizes that a call must have, None where any size will do (the batch); None if unknown.
+        open: what is known of such dimensions besides the batch.
     """
 
     name: str
     dtype: torch.dtype | None = None
     shape: tuple[int | None, ...] | None = None
+    open: tuple[OpenSize, ...] = ()
 
     def check(self, value: Any, floats: torch.dtype | None = None) -> Tensor:
         """The value itself if it fits this input.
@@ -53,7 +56,11 @@ class TensorInput:
                 want is None or want == size for want, size in zip(self.shape, value.shape, strict=True)
             )
             if not fits:
-                wanted = ", ".join("batch" if size is None else str(size) for size in self.shape)
+                names = {one.dim: one.name for one in self.open} | {0: "batch"}
+                wanted = ", ".join(
+                    names.get(dim, "any") if size is None else str(size)
+                    for dim, size in enumerate(self.shape)
+                )
                 raise InvalidArgument(
                     f"input '{self.name}' has shape {tuple(value.shape)} but was captured as ({wanted}); "
                     "prepare the model again with an example of the new shape"
@@ -140,7 +147,20 @@ class CallSignature:
                         )
                 else:
                     flat[leaf] = self.inputs[leaf].check(value, floats)
+        self._check_equal_sizes(flat)
         return [flat[index] for index in range(len(self.inputs))]
+
+    def _check_equal_sizes(self, flat: Mapping[int, Tensor]) -> None:
+        sizes: dict[str, tuple[int, str]] = {}
+        for index, one in enumerate(self.inputs):
+            for opened in one.open:
+                size = flat[index].shape[opened.dim]
+                other, where = sizes.setdefault(opened.name, (size, one.name))
+                if size != other:
+                    raise InvalidArgument(
+                        f"{opened.name!r} is {other} in input '{where}' and {size} in input '{one.name}'; "
+                        "dimensions of one name have one size"
+                    )
 
     def with_single_floats(self) -> CallSignature:
         """The same with float32 for all floating inputs: what integer graphs, files and targets take."""

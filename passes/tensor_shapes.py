@@ -68,7 +68,12 @@ def _example_shape(node: fx.Node) -> tuple[int, ...]:
         raise InvalidArgument(
             f"input {node.name!r} has no known shape; pass example_inputs, to `prepare` or `capture`"
         )
-    return tuple(2 if isinstance(size, torch.SymInt) else int(size) for size in value.shape)
+    given = node.meta.get("example_shape", (2,) * value.ndim)
+    sizes = [2 if dim == 0 else size for dim, size in enumerate(given)]
+    return tuple(
+        own if isinstance(size, torch.SymInt) else int(size)
+        for size, own in zip(value.shape, sizes, strict=True)
+    )
 
 
 def _dtype(node: fx.Node, like: Tensor) -> torch.dtype:

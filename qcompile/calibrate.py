@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from .errors import InvalidArgument, InvalidInputType
 from .float_statistics import float_statistics, measured, move, without_rounding
 from .input_energy import InputEnergy
-from .model import QuantModel
 from .modes import ActiveMode
 from .passes.agreement import Agreement
 from .passes.batchnorm import ModeBatchNorm
@@ -22,6 +21,7 @@ from .passes.layers import QuantizedLayer
 from .passes.quantized_tensor import QuantizedTensor
 from .passes.quantizers import ActivationQuantizer, WeightQuantizer
 from .passes.step_search import Sample, clipped_at
+from .prepared import Prepared
 from .wrappers import as_prepared
 
 Method = Literal["mse", "minmax", "percentile"]
@@ -78,14 +78,15 @@ def calibrate(
         kept = [_checked(prepared, one) for one in _track(batches, "reading", progress)]
         if not kept:
             raise InvalidArgument("calibrate needs at least one batch, and the iterable was empty")
-        base = float_statistics(prepared) if statistics else None
+        base = {part: float_statistics(part) for part in prepared.parts.values()} if statistics else {}
+        known = {part: found for part, found in base.items() if found}
         energy = InputEnergy(prepared)
-        if base or weights:
+        if known or weights:
             _average_from_zero(prepared)
             with without_rounding(prepared), energy.watching():
                 for inputs in _track(kept, "float", progress):
                     prepared.float_chain(ActiveMode(0), inputs)
-            unrounded = measured(prepared, 0)
+            unrounded = {part: measured(part, 0) for part in known}
         if weights:
             for module in prepared.modules():
                 if isinstance(module, (QuantizedLayer, QuantizedTensor)):
@@ -102,9 +103,9 @@ def calibrate(
         for inputs in _track(kept if statistics else [], "statistics", progress):
             for row in rows:
                 prepared.float_chain(ActiveMode(row), inputs)
-        if base:
-            move(prepared, base, unrounded)
-        prepared.last_shapes = tuple(tuple(one.shape) for one in kept[-1])
+        for part, found in known.items():
+            move(part, found, unrounded[part])
+        prepared.note_shapes(kept[-1])
 
 
 def _track(values: Iterable[Any], what: str, shown: bool) -> Iterable[Any]:
@@ -114,32 +115,30 @@ def _track(values: Iterable[Any], what: str, shown: bool) -> Iterable[Any]:
     return track(values, what, console=console, transient=True)
 
 
-def _checked(model: QuantModel, batch: Any) -> list[Any]:
-    """The flat inputs of a batch.
+def _checked(model: Prepared, batch: Any) -> Any:
+    """The inputs of a batch, as the model binds them.
 
     Raises:
         InvalidArgument: if they do not fit the model or are not finite.
     """
     args, kwargs = _inputs(model, batch)
-    inputs = model.signature.bind(args, kwargs, model.float_dtype())
-    for one, value in zip(model.signature.inputs, inputs, strict=True):
+    inputs = model.bind(args, kwargs)
+    for name, value in model.named_inputs(inputs):
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise InvalidArgument(
-                f"cannot calibrate on a batch that holds NaN or infinity (input {one.name!r})"
-            )
+            raise InvalidArgument(f"cannot calibrate on a batch that holds NaN or infinity (input {name!r})")
     return inputs
 
 
-def _inputs(model: QuantModel, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _inputs(model: Prepared, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(batch, dict):
         return (), batch
     if isinstance(batch, (tuple, list)):
-        return tuple(batch[: len(model.signature.inputs)]), {}
+        return tuple(batch[: model.input_count]), {}
     return (batch,), {}
 
 
 @contextmanager
-def _evaluating(model: QuantModel, reset_steps: bool, statistics: bool) -> Iterator[None]:
+def _evaluating(model: Prepared, reset_steps: bool, statistics: bool) -> Iterator[None]:
     """Everything in eval mode, but batch normalisation, if its statistics are wanted; back if it fails."""
     flags = {module: module.training for module in model.modules()}
     changed = [one for one in model.modules() if isinstance(one, _CHANGED)]
@@ -169,7 +168,7 @@ def _evaluating(model: QuantModel, reset_steps: bool, statistics: bool) -> Itera
             module.training = flag
 
 
-def _average_from_zero(model: QuantModel) -> None:
+def _average_from_zero(model: Prepared) -> None:
     for module in model.modules():
         if isinstance(module, ModeBatchNorm) and module.num_batches_tracked is not None:
             module.num_batches_tracked.zero_()
@@ -182,7 +181,7 @@ class _StepSearch:
     all batches have passed, it is set again from a sample of all of them.
     """
 
-    def __init__(self, model: QuantModel, row: int, method: Method, percentile: float) -> None:
+    def __init__(self, model: Prepared, row: int, method: Method, percentile: float) -> None:
         self.row, self.method, self.percentile = row, method, percentile
         modules = model.quantizers_of(row)
         self.quantizers = {one: Sample() for one in modules if not bool(one.initialised[row])}

@@ -9,9 +9,9 @@ from typing import Any
 from torch import nn
 
 from .errors import InvalidArgument
-from .model import QuantModel
 from .modes import ActiveMode
 from .passes.segments import cut
+from .prepared import Prepared
 from .recompute import batches_counted_already
 from .wrappers import as_prepared
 
@@ -39,7 +39,7 @@ def recomputation(
 
 
 @contextmanager
-def _again(model: QuantModel, precision: Any, rows: ActiveMode) -> Iterator[None]:
+def _again(model: Prepared, precision: Any, rows: ActiveMode) -> Iterator[None]:
     with model.activated(precision, rows), batches_counted_already(model):
         yield
 
@@ -47,7 +47,8 @@ def _again(model: QuantModel, precision: Any, rows: ActiveMode) -> Iterator[None
 def checkpoint_segments(model: nn.Module, segments: int) -> nn.Module:
     """Trade time for memory: training keeps what crosses between pieces of the graph and recomputes the rest.
 
-    For eager training; `torch.compile` decides by itself what to recompute.
+    For eager training; `torch.compile` decides by itself what to recompute. Of a model that was prepared in
+    parts, every part is cut.
 
     Args:
         model: from `qcompile.prepare`, or a wrapper around one; changed in place.
@@ -64,6 +65,7 @@ def checkpoint_segments(model: nn.Module, segments: int) -> nn.Module:
     prepared = as_prepared(model)
     if isinstance(segments, bool) or not isinstance(segments, int) or segments < 1:
         raise InvalidArgument(f"segments must be a whole number from 1 on, not {segments!r}")
-    pieces = {id(graph): cut(graph, segments) for graph in prepared.row_graphs} if segments > 1 else {}
-    prepared.checkpoint_pieces = tuple(pieces[id(graph)] for graph in prepared.row_graphs) if pieces else ()
+    for part in prepared.parts.values():
+        pieces = {id(graph): cut(graph, segments) for graph in part.row_graphs} if segments > 1 else {}
+        part.checkpoint_pieces = tuple(pieces[id(graph)] for graph in part.row_graphs) if pieces else ()
     return model

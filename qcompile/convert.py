@@ -8,7 +8,7 @@ from torch import nn
 
 from .modes import Mode
 from .passes.integer_model import IntegerModel
-from .wrappers import as_multi_mode
+from .wrappers import as_one_graph
 
 
 def convert(model: nn.Module, bits: int | str | Mode | None = None) -> IntegerModel:
@@ -26,5 +26,5 @@ def convert(model: nn.Module, bits: int | str | Mode | None = None) -> IntegerMo
         InvalidInputType: if the model was neither prepared nor loaded.
         FoldError: if activation steps were never set, or integers exceed what the contract allows.
     """
-    checked = as_multi_mode(model)
+    checked = as_one_graph(model)
     return deepcopy(checked.integer_model(checked.uniform(bits)))

@@ -20,7 +20,15 @@ class InvalidInputType(QCompileError, TypeError):
 
 
 class CaptureError(QCompileError, RuntimeError):
-    """A model could not be turned into a graph; the message names the user's line that stopped it."""
+    """A model could not be turned into a graph; the message names the user's line that stopped it.
+
+    Attributes:
+        place: file and line, where other modules of the model could still be captured.
+    """
+
+    def __init__(self, message: str, place: tuple[str, int] | None = None) -> None:
+        super().__init__(message)
+        self.place = place
 
 
 class PassError(QCompileError, RuntimeError):

@@ -91,7 +91,22 @@ def float_state_dict(model: nn.Module, mode: int | str | Mode | None = None) -> 
         InvalidArgument: if the mode was not prepared.
         InvalidInputType: if the model was not prepared.
     """
-    prepared: QuantModel = as_prepared(model)
+    prepared = as_prepared(model)
+    if isinstance(prepared, QuantModel):
+        return _of_one_graph(prepared, mode)
+    parts = {
+        f"{path}.": one
+        for path, one in prepared.named_modules(remove_duplicate=False)
+        if isinstance(one, QuantModel)
+    }
+    state = prepared.state_dict()
+    values = {key: state[key].detach().clone() for key in state if not key.startswith(tuple(parts))}
+    for inside, part in parts.items():
+        values |= {inside + key: value for key, value in float_state_dict(part, mode).items()}
+    return values
+
+
+def _of_one_graph(prepared: QuantModel, mode: int | str | Mode | None) -> dict[str, Tensor]:
     row = prepared.row(prepared.uniform(mode))
     copies = tuple(f"{path}." for path in prepared.copies)
     quantizers = (*_quantizer_prefixes(prepared), *copies)

@@ -27,6 +27,8 @@ class FoldedModes:
 
     def __init__(self) -> None:
         self._graphs: dict[_Key, IntegerModel] = {}
+        #: By mode, the graph that holds for every open size; None if there is none.
+        self._for_all_sizes: dict[Mode | Policy, IntegerModel | None] = {}
         self._fingerprint: tuple[Any, ...] = ()
         self._lock = threading.RLock()
 
@@ -37,7 +39,7 @@ class FoldedModes:
     def clear(self) -> None:
         """Forget all graphs."""
         with self._lock:
-            self._graphs = {}
+            self._graphs, self._for_all_sizes = {}, {}
 
     def graph(
         self, model: QuantModel, precision: Mode | Policy, shapes: Sequence[Sequence[int]]
@@ -48,10 +50,25 @@ class FoldedModes:
         key = (precision, tuple(tuple(shape[1:]) for shape in shapes))
         with self._lock:
             if fingerprint != self._fingerprint:
-                self._graphs, self._fingerprint = {}, fingerprint
+                self._graphs, self._for_all_sizes, self._fingerprint = {}, {}, fingerprint
             if key not in self._graphs:
-                self._graphs[key] = model.converted(precision, shapes)
+                self._graphs[key] = self._of_new_sizes(model, precision, shapes)
             return self._graphs[key]
+
+    def _of_new_sizes(
+        self, model: QuantModel, precision: Mode | Policy, shapes: Sequence[Sequence[int]]
+    ) -> IntegerModel:
+        """At the second set of sizes it is found out whether there must be a third graph."""
+        from .size_independence import holds_for_every_size
+
+        known = self._for_all_sizes.get(precision)
+        if known is not None:
+            return known
+        graph = model.converted(precision, shapes)
+        if precision not in self._for_all_sizes and any(one == precision for one, _ in self._graphs):
+            holds = holds_for_every_size(model, precision, graph, shapes)
+            self._for_all_sizes[precision] = graph if holds else None
+        return graph
 
 
 def _fingerprint(model: QuantModel) -> tuple[Any, ...]:
@@ -112,7 +129,7 @@ def run_folded(inputs: Sequence[Tensor], handle: int, number: Tensor, rows: Tens
 def _(inputs: Sequence[Tensor], handle: int, number: Tensor, rows: Tensor | None) -> list[Tensor]:
     model = _MODELS[handle]
     with unset_fake_temporarily():
-        found = _output_shapes(model, [(tuple(map(int, one.shape[1:])), one.dtype) for one in inputs])
+        found = _output_shapes(model, [(_open(one.shape), one.dtype) for one in inputs])
     batch = inputs[0].shape[0]
     return [
         inputs[0].new_empty(shape if share == 0 else [batch * share, *shape[1:]], dtype=dtype)
@@ -120,8 +137,13 @@ def _(inputs: Sequence[Tensor], handle: int, number: Tensor, rows: Tensor | None
     ]
 
 
+def _open(shape: Sequence[Any]) -> tuple[int | None, ...]:
+    """A shape with an open batch."""
+    return (None, *map(int, shape[1:])) if shape else ()
+
+
 def _output_shapes(
-    model: QuantModel, inputs: Sequence[tuple[tuple[int, ...], torch.dtype]]
+    model: QuantModel, inputs: Sequence[tuple[tuple[int | None, ...], torch.dtype]]
 ) -> list[tuple[int, tuple[int, ...], torch.dtype]]:
     """(rows per sample or 0, sizes, dtype) of every output; those of one mode are those of all."""
     device = next((one.device for one in model.parameters()), torch.device("cpu"))
@@ -129,7 +151,10 @@ def _output_shapes(
         _run(
             model,
             ActiveMode(),
-            [torch.zeros((batch, *shape), dtype=dtype, device=device) for shape, dtype in inputs],
+            [
+                torch.zeros([batch if size is None else size for size in shape], dtype=dtype, device=device)
+                for shape, dtype in inputs
+            ],
         )
         for batch in (2, 4)
     )

@@ -15,10 +15,10 @@ from torch.utils import _pytree as pytree
 from .data_parallel import check_reduction, find_ddp, without_ddp
 from .errors import InvalidArgument, InvalidInputType
 from .min_norm import min_norm_weights
-from .model import QuantModel
 from .modes import ActiveMode
 from .own_parameters import own_parameters
 from .passes.schemes.base import ModeOutput, Scheme
+from .prepared import Prepared
 from .ranks import average_over_ranks, is_sharded
 from .wrappers import as_prepared
 
@@ -71,7 +71,7 @@ class JointLoss(nn.Module):
         reduces_itself: bool = False,
     ) -> None:
         super().__init__()
-        self.model: QuantModel = as_prepared(model)
+        self.model: Prepared = as_prepared(model)
         if (criterion is None) == (batch_fn is None):
             raise InvalidArgument("pass either a criterion, for joint.backward(x, y), or a batch_fn")
         self.criterion = criterion
@@ -169,7 +169,7 @@ class JointLoss(nn.Module):
         guide, has_teacher = self._teacher_logits(batch), self.__dict__["teacher"] is not None
         earlier: dict[int, Tensor] = {}
         order = scheme.training_order()
-        reduces = find_ddp(called) is not None and len({id(graph) for graph in model.row_graphs}) > 1
+        reduces = find_ddp(called) is not None and model.has_branches
         with self._step():
             for row in order:
                 label = self._labels[row]
@@ -283,7 +283,7 @@ def _no_logits(scheme: Scheme) -> str:
     )
 
 
-def _call_mode(model: QuantModel, called: nn.Module, active: ActiveMode, *args: Any, **kwargs: Any) -> Any:
+def _call_mode(model: Prepared, called: nn.Module, active: ActiveMode, *args: Any, **kwargs: Any) -> Any:
     """Call the model, or what wraps it, at one mode."""
     model.require_steps(active, args, kwargs)
     return _single(called(*args, qcompile_mode=active, **kwargs))

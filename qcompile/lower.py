@@ -13,7 +13,7 @@ from .errors import InvalidArgument, InvalidInputType
 from .modes import Mode
 from .multi_mode import MultiModeModel, example_shapes
 from .registry import find_target
-from .wrappers import as_multi_mode
+from .wrappers import as_one_graph
 
 if TYPE_CHECKING:
     from .backends.target import Executable
@@ -79,7 +79,7 @@ def lower(
 
         loaded: MultiModeModel = load(model, bits=bits)
     else:
-        loaded = as_multi_mode(model)
+        loaded = as_one_graph(model)
     mode = loaded.uniform(bits)
     shapes = _batched_shapes(loaded, batch, input_shapes)
     integer = loaded.integer_model(mode, shapes)
@@ -112,4 +112,4 @@ def _batched_shapes(
         raise InvalidArgument(
             "input shapes are unknown: pass input_shapes=((3, 224, 224),) without the batch"
         )
-    return tuple((batch, *shape[1:]) for shape in known)
+    return tuple((batch, *shape[1:]) if shape else () for shape in known)

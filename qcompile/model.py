@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FunctionType, MethodType
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
-from .errors import CaptureError, InvalidArgument, InvalidInputType
+from .errors import CaptureError, InvalidArgument
 from .first_batch import set_first_steps
 from .folded import FoldedModes, handle_of, run_integers
 from .modes import ActiveMode, Mode, Policy
-from .multi_mode import MultiModeModel, example_shapes
+from .multi_mode import example_shapes
+from .part_calls import told
 from .passes.branches import row_graph
 from .passes.computed_weights import Computed
 from .passes.convert import convert_graph
 from .passes.integer_model import IntegerModel
 from .passes.mode_input import ModeModule
 from .passes.module_tree import float_dtype, module_at
-from .passes.quantizers import ActivationQuantizer, WeightQuantizer
+from .passes.quantizers import ActivationQuantizer
 from .passes.schemes.base import Scheme
 from .passes.segments import Segment
 from .passes.signature import CallSignature
 from .policy_rows import check_policy, policy_rows
+from .prepared import Prepared
 from .ranks import is_sharded
 from .reach import reaching
 from .recompute import run_segments
@@ -44,7 +46,7 @@ def _function(graph: fx.Graph) -> Any:
     return namespace["forward"]
 
 
-class QuantModel(MultiModeModel):
+class QuantModel(Prepared):
     """A trainable model with several precisions, as `prepare` returns it.
 
     In training mode a call runs the float chain with fake-quantisation; in eval mode it runs the integer
@@ -55,15 +57,10 @@ class QuantModel(MultiModeModel):
         graph: the training graph; its last input is the active mode.
         row_graphs: what of it each mode runs, by row; the graph itself unless the scheme has branches.
         copies: where modules that the user's model has not come from, by path.
-        scheme: the scheme that rewrote it.
         method: `export` or `fx`, how the model was captured.
-        float_original: the model that was prepared; None once a prepared model's state dict was loaded.
-        float_state: the float weights that were loaded since, for schemes that need a float teacher.
-        rewritten: what the scheme made of the float network's operators, a line each.
     """
 
     _users: nn.Module
-    float_original: nn.Module | None
 
     def __init__(
         self,
@@ -162,11 +159,14 @@ class QuantModel(MultiModeModel):
             args, kwargs: as the float model takes them.
             qcompile_mode: the rows of another mode, see `rows_of`.
         """
-        active = self.active_rows if qcompile_mode is None else qcompile_mode
-        inputs = self.signature.bind(args, kwargs, self.float_dtype())
+        active, as_trained = (qcompile_mode, False) if qcompile_mode is not None else told(self)
+        active = self.active_rows if active is None else active
+        inputs = self.bind(args, kwargs)
         if not torch.compiler.is_compiling():
-            self.last_shapes = tuple(tuple(one.shape) for one in inputs)
-        if self.training:
+            self.note_shapes(inputs)
+        if as_trained:
+            outputs = self.float_chain(active, inputs)
+        elif self.training:
             self._require_steps(active, inputs)
             outputs = self.float_chain(active, inputs)
             if active.reaches_all:
@@ -175,26 +175,39 @@ class QuantModel(MultiModeModel):
             outputs = run_integers(self, active, inputs)
         return self.signature.restore(outputs)
 
-    def run(self, precision: Mode | Policy, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """Run one mode: the float chain in training mode, the integer graph in eval mode."""
-        return self(*args, qcompile_mode=self.rows_of(precision), **kwargs)
+    @property
+    def parts(self) -> Mapping[str, QuantModel]:
+        """Itself."""
+        return {"": self}
+
+    @property
+    def input_count(self) -> int:
+        """How many values a call takes."""
+        return len(self.signature.parameters)
+
+    def bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
+        """The flat inputs of a call."""
+        return self.signature.bind(args, kwargs, self.float_dtype())
+
+    def named_inputs(self, inputs: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
+        """Flat inputs with their names."""
+        return [(one.name, value) for one, value in zip(self.signature.inputs, inputs, strict=True)]
+
+    def note_shapes(self, inputs: Sequence[Tensor]) -> None:
+        """Remember the shapes of flat inputs, for conversion."""
+        self.last_shapes = tuple(tuple(one.shape) for one in inputs)
 
     def find(self, value: int | str | Mode | Policy) -> Mode | Policy:
         """A mode that was prepared, or a policy of such modes for this model's layers."""
         return check_policy(self, value) if isinstance(value, Policy) else super().find(value)
 
-    def rows_of(self, precision: Mode | Policy, own_gradient_scale: float = 1.0) -> ActiveMode:
-        """What the training graph is told to run at a precision."""
-        if isinstance(precision, Policy):
-            return ActiveMode(0, policy_rows(self, precision), own_gradient_scale, precision)
-        row = self.row(precision)
-        with torch.inference_mode(False):
-            return ActiveMode(row, None, own_gradient_scale, number=torch.tensor(row))
+    def _rows_of_policy(self, policy: Policy, own_gradient_scale: float) -> ActiveMode:
+        return ActiveMode(0, policy_rows(self, policy), own_gradient_scale, policy)
 
     def require_steps(self, active: ActiveMode, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         """Set activation steps that were never set from the inputs of a first call, in training mode."""
         if self.training:
-            self._require_steps(active, self.signature.bind(args, kwargs, self.float_dtype()))
+            self._require_steps(active, self.bind(args, kwargs))
 
     def float_dtype(self) -> torch.dtype | None:
         """What the model was converted to: `.double()`, or the compute dtype of sharded mixed precision."""
@@ -213,24 +226,6 @@ class QuantModel(MultiModeModel):
             yield
         finally:
             self.active, self.active_rows = before
-
-    @contextmanager
-    def joint_step(self) -> Iterator[None]:
-        """Parameters stay as they are in this block, so modes may share what depends on them alone."""
-        quantizers = [one for one in self.modules() if isinstance(one, WeightQuantizer)]
-        for one in quantizers:
-            one.keep(True)
-        try:
-            yield
-        finally:
-            for one in quantizers:
-                one.keep(False)
-
-    def note_float_weights(self, state: dict[str, Any] | None) -> None:
-        """Float weights were loaded; with None, a prepared model's, whose float original is unknown."""
-        self.float_state = state
-        if state is None:
-            self.__dict__["float_original"] = None
 
     def note_steps(self) -> None:
         """Read off the quantisers which modes have all their activation steps."""
@@ -296,12 +291,6 @@ class QuantModel(MultiModeModel):
             return rows.row if numbers is None else numbers[module.slot]
 
         return convert_graph(self._users, self.row_graphs[rows.row], mode, row_of, shapes)
-
-    def __getstate__(self) -> dict[str, Any]:
-        raise InvalidInputType(
-            "a prepared model is not pickled whole: save model.state_dict() with torch.save, "
-            "or the deployed form with qcompile.save(model, path)"
-        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantModel:
         """A copy with its own parameters; folded graphs are rebuilt on demand."""

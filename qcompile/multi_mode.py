@@ -26,6 +26,7 @@ class MultiModeModel(nn.Module):
         records: what became of every weighted layer.
         scheme_name: the scheme that quantised it.
         prefix_decodable: whether low modes' weight codes are the top bits of high modes'.
+        has_open_sizes: whether one integer graph serves every size that its signature leaves open.
     """
 
     prepared_modes: tuple[Mode, ...]
@@ -35,6 +36,7 @@ class MultiModeModel(nn.Module):
     records: tuple[LayerRecord, ...]
     scheme_name: str
     prefix_decodable: bool
+    has_open_sizes: bool = False
 
     def run(self, precision: Mode | Policy, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Run one mode, whatever the active one is; takes and returns what the float model does."""
@@ -43,6 +45,10 @@ class MultiModeModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the active mode on the user's inputs; returns what the float model returned."""
         return self.run(self.active, args, kwargs)
+
+    def activate(self, precision: Mode | Policy) -> None:
+        """Make a mode or policy the active one."""
+        self.active = precision
 
     def find(self, value: int | str | Mode | Policy) -> Mode | Policy:
         """A mode that was prepared, or a policy of such modes.
@@ -93,10 +99,11 @@ class MultiModeModel(nn.Module):
 
 
 def example_shapes(signature: CallSignature) -> tuple[tuple[int, ...], ...] | None:
-    """Shapes of the example inputs, an open batch dimension counted as 2; None without examples."""
+    """Shapes of the example inputs, an open batch dimension counted as 2; None where they are unknown."""
     shapes = []
     for one in signature.inputs:
-        if one.shape is None:
+        known = {opened.dim: opened.example for opened in one.open} | {0: 2}
+        if one.shape is None or any(size is None and dim not in known for dim, size in enumerate(one.shape)):
             return None
-        shapes.append(tuple(2 if size is None else size for size in one.shape))
+        shapes.append(tuple(known[dim] if size is None else size for dim, size in enumerate(one.shape)))
     return tuple(shapes)

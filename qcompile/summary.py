@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from io import StringIO
 from typing import Any
 
@@ -14,12 +14,15 @@ from torch import fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .model import QuantModel
+from .partly_prepared import FloatOperator, PartlyPrepared
 from .passes.aten import RECURRENT, aten_name
 from .passes.attention import ScaledDotProductAttention
 from .passes.borrowed_weights import BorrowedWeights
 from .passes.fake_run import FakeRun
 from .passes.layers import QuantizedLayer
+from .passes.quantize_layers import SKIPPED
 from .passes.quantized_tensor import QuantizedTensor
+from .prepared import Prepared
 from .wrappers import as_prepared
 
 _ATTENTION = "scaled_dot_product_attention"
@@ -97,6 +100,17 @@ def summary(model: Any) -> Summary:
         InvalidArgument: if it was captured without examples and has not run yet: sizes are not known then.
     """
     prepared = as_prepared(model)
+    found = [one for name, part in prepared.parts.items() for one in _of_graph(part, name)]
+    if isinstance(prepared, PartlyPrepared):
+        found += [
+            OperatorSummary(one.name, one.operator, False, _reason_outside(one), one.multiplications)
+            for one in prepared.outside
+        ]
+    return Summary(tuple(found), tuple(prepared.rewritten))
+
+
+def _of_graph(prepared: QuantModel, path: str) -> list[OperatorSummary]:
+    """Everything that multiplies tensors in one graph, under the path where the graph's module is."""
     graph = prepared.row_graphs[-1]
     counted = _Counter(fx.GraphModule(prepared._users, graph)).count(prepared.known_shapes())
     reasons = {one.name: one for one in prepared.records}
@@ -106,7 +120,13 @@ def summary(model: Any) -> Summary:
         if name in found:
             number += found[name].multiplications
         found[name] = _described(prepared, node, name, reasons.get(name), number)
-    return Summary(tuple(found.values()), tuple(prepared.rewritten))
+    return [replace(one, name=f"{path}.{one.name}" if path else one.name) for one in found.values()]
+
+
+def _reason_outside(one: FloatOperator) -> str:
+    if one.is_skipped:
+        return SKIPPED
+    return "float: in none of the submodules" if one.has_weights else "float: a product of activations"
 
 
 def _described(model: QuantModel, node: fx.Node, name: str, record: Any, number: int) -> OperatorSummary:
@@ -142,8 +162,20 @@ def _reason(operator: str) -> str:
     return "float: a product of activations"
 
 
-def left_in_float(model: QuantModel) -> dict[str, str]:
+def left_in_float(model: Prepared) -> dict[str, str]:
     """Operators with weights that stay in float for another reason than the scheme's rule or `skip`."""
+    left: dict[str, str] = {}
+    for name, part in model.parts.items():
+        inside = f"{name}." if name else ""
+        left |= {inside + layer: reason for layer, reason in _left_in_graph(part).items()}
+    if isinstance(model, PartlyPrepared):
+        left |= {
+            one.name: _reason_outside(one) for one in model.outside if one.has_weights and not one.is_skipped
+        }
+    return left
+
+
+def _left_in_graph(model: QuantModel) -> dict[str, str]:
     left = {one.name: one.reason for one in model.records if not (one.quantized or one.by_rule)}
     for node in model.row_graphs[-1].nodes:
         operator = aten_name(node)

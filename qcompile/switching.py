@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from .model import QuantModel
 from .modes import Mode, Policy
 from .multi_mode import MultiModeModel
+from .prepared import Prepared
 from .wrappers import as_multi_mode
 
 
@@ -24,7 +24,7 @@ class ModeView(nn.Module):
         super().__init__()
         self.model = model
         self.mode = mode
-        self.rows = inner.rows_of(mode) if isinstance(inner, QuantModel) else None
+        self.rows = inner.rows_of(mode) if isinstance(inner, Prepared) else None
         self.training = model.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -61,13 +61,7 @@ def set_bits(model: nn.Module, bits: int | str | Mode | Policy) -> None:
         InvalidInputType: if the model was neither prepared nor loaded.
     """
     checked = as_multi_mode(model)
-    _activate(checked, checked.find(bits))
-
-
-def _activate(model: MultiModeModel, precision: Mode | Policy) -> None:
-    model.active = precision
-    if isinstance(model, QuantModel):
-        model.active_rows = model.rows_of(precision)
+    checked.activate(checked.find(bits))
 
 
 @contextmanager
@@ -88,7 +82,7 @@ def bits(model: nn.Module, value: int | str | Mode | Policy) -> Iterator[nn.Modu
     try:
         yield model
     finally:
-        _activate(checked, before)
+        checked.activate(before)
 
 
 def at(model: nn.Module, bits: int | str | Mode | Policy) -> ModeView:

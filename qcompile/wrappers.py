@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import nn
 
 from .errors import InvalidInputType
-from .model import QuantModel
 from .multi_mode import MultiModeModel
+from .partly_prepared import refuse_parts
+from .prepared import Prepared
 
 #: Where wrappers keep what they wrap: torch.compile, checkpointing, data parallel and what is built like it.
 _INNER = ("_orig_mod", "_checkpoint_wrapped_module", "module")
@@ -37,14 +38,26 @@ def as_multi_mode(model: nn.Module) -> MultiModeModel:
     return inner
 
 
-def as_prepared(model: nn.Module) -> QuantModel:
+def as_one_graph(model: nn.Module) -> MultiModeModel:
+    """The same, of a model that is one graph.
+
+    Raises:
+        InvalidInputType: if there is none.
+        InvalidArgument: if it was prepared in parts; names them.
+    """
+    inner = as_multi_mode(model)
+    refuse_parts(inner)
+    return inner
+
+
+def as_prepared(model: nn.Module) -> Prepared:
     """The model that can be trained, that is, comes from `prepare`, out of its wrappers.
 
     Raises:
         InvalidInputType: if there is none.
     """
     inner = as_multi_mode(model)
-    if not isinstance(inner, QuantModel):
+    if not isinstance(inner, Prepared):
         raise InvalidInputType(
             "a model loaded from a file runs but does not train: prepare the float model instead"
         )

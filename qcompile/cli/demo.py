@@ -16,7 +16,6 @@ from ..file.load import load
 from ..file.save import save
 from ..joint_loss import JointLoss
 from ..lower import lower
-from ..model import QuantModel
 from ..own_parameters import param_groups
 from ..prepare import prepare
 from ..switching import at
@@ -117,7 +116,7 @@ def _fit(model: nn.Module, x: Tensor, y: Tensor, epochs: int, lr: float) -> None
         schedule.step()
 
 
-def _fit_jointly(model: QuantModel, teacher: nn.Module, x: Tensor, y: Tensor) -> None:
+def _fit_jointly(model: nn.Module, teacher: nn.Module, x: Tensor, y: Tensor) -> None:
     joint = JointLoss(model.train(), nn.CrossEntropyLoss(), teacher=teacher)
     optimizer = torch.optim.SGD(param_groups(model, lr=0.02), momentum=0.9)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, JOINT_EPOCHS)

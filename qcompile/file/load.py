@@ -42,6 +42,7 @@ class DeployedModel(MultiModeModel):
         self.records = metadata.layers
         self.scheme_name = metadata.scheme
         self.prefix_decodable = prefix_decodable
+        self.has_open_sizes = metadata.open_sizes
         self._graphs = torch.nn.ModuleDict({mode.name: graph for mode, graph in graphs.items()})
         self.eval()
 
@@ -51,12 +52,15 @@ class DeployedModel(MultiModeModel):
         """The stored graph.
 
         Raises:
-            InvalidArgument: if the shapes, batch aside, are not those that the model was saved for.
+            InvalidArgument: if the shapes, batch and open sizes aside, are not those of the saved model.
         """
         assert self.last_shapes is not None
         if shapes is not None:
             for one, given, stored in zip(self.signature.inputs, shapes, self.last_shapes, strict=True):
-                if tuple(given[1:]) != tuple(stored[1:]):
+                sizes: Sequence[int | None] = one.shape if self.has_open_sizes and one.shape else stored
+                if len(given) != len(sizes) or any(
+                    want not in (None, size) for want, size in zip(sizes[1:], given[1:], strict=True)
+                ):
                     raise InvalidArgument(
                         f"input {one.name!r} has shape {tuple(given)}; this file was saved for "
                         f"(batch, {', '.join(str(size) for size in stored[1:])})"
@@ -99,10 +103,12 @@ class Metadata:
             self.signature = CallSignature.from_json(data["signature"])
             self.shapes = tuple(listed_shape(shape) for shape in data["input_shapes"])
             self.planes = listed_weights(data["planes"])
+            self.open_sizes = data.get("open_sizes", False) is True
             self.layers = tuple(LayerRecord(str(n), bool(q), str(r)) for n, q, r in data["layers"])
         except (KeyError, TypeError, ValueError) as cause:
             raise FileFormatError(f"its model description is malformed ({cause})") from cause
-        if len(self.shapes) != len(self.signature.inputs) or not all(self.shapes):
+        scalars = [one.shape == () for one in self.signature.inputs]
+        if scalars != [not shape for shape in self.shapes]:
             raise FileFormatError("its input shapes do not match its inputs")
 
 

@@ -24,10 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InvalidArgument, InvalidInputType
+from ..model import QuantModel
 from ..modes import Mode, find_mode
 from ..multi_mode import MultiModeModel
 from ..passes.integer_model import IntegerModel
-from ..wrappers import as_multi_mode
+from ..size_independence import holds_for_every_size
+from ..wrappers import as_one_graph
 from .container import ModeEntry, Section, write_container
 from .graph_json import encode_graph
 from .plane_sections import PlaneSection, nested_planes, planes_of_modes, weight_codes
@@ -46,6 +48,9 @@ def save(
         modes: which modes to store, one of them with integer weights; default: all but the float parent that
             some schemes train along.
 
+    Dimensions that the model leaves open stay open in the file where no number in it depends on their sizes;
+    the file is for the sizes of the last call otherwise.
+
     Raises:
         InvalidArgument: if the model's input shapes are unknown, or `modes` names none that it has.
         InvalidInputType: if the model was not prepared, or `path` is no path.
@@ -53,11 +58,14 @@ def save(
         LoweringError: if an operator of a float island may not stand in a file; names the layer.
         FileAccessError: if the path cannot be written.
     """
-    checked = as_multi_mode(model)
+    checked = as_one_graph(model)
     if not isinstance(path, (str, PathLike)):
         raise InvalidInputType(f"path must be a path, not {type(path).__name__}")
     chosen = _chosen(checked, modes)
     graphs = {mode: checked.integer_model(mode) for mode in chosen}
+    is_open = isinstance(checked, QuantModel) and all(
+        holds_for_every_size(checked, mode, graph, checked.known_shapes()) for mode, graph in graphs.items()
+    )
     weights = {mode: weight_codes(graph) for mode, graph in graphs.items()}
     shared = _shared_constants(list(graphs.values()), set().union(*weights.values()))
     prefix = checked.prefix_decodable
@@ -82,7 +90,13 @@ def save(
             needed |= {"shared", f"graph:{mode.name}", f"mode:{mode.name}"}
             names = tuple(name for name in names if name in needed)
         entries.append(ModeEntry(mode.name, mode.weight_bits, mode.activation_bits, names))
-    write_container(path, sections, entries, _metadata(checked, planes), prefix=prefix)
+    write_container(
+        path,
+        sections,
+        entries,
+        _metadata(checked, planes) | {"open_sizes": is_open or checked.has_open_sizes},
+        prefix=prefix,
+    )
 
 
 def _chosen(model: MultiModeModel, wanted: Sequence[int | str | Mode] | None) -> tuple[Mode, ...]:

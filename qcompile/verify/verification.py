@@ -15,7 +15,7 @@ from ..model import QuantModel
 from ..modes import Mode, Policy, find_mode
 from ..multi_mode import MultiModeModel
 from ..passes.integer_model import IntegerModel
-from ..wrappers import as_multi_mode
+from ..wrappers import as_one_graph
 from .chain import ReferenceGraph
 from .inputs import call_arguments, flat_inputs, piece_samples, pieces, sample_count
 from .real_chain import RealChain
@@ -56,7 +56,7 @@ def verify(
         InvalidInputType: if the model was not prepared, or an input or the target is of a wrong type.
         InvalidArgument: for an unknown mode or target, or inputs that do not fit the model or the executable.
     """
-    checked = as_multi_mode(model)
+    checked = as_one_graph(model)
     inputs = flat_inputs(checked.signature, x, checked.float_dtype())
     shapes = tuple(tuple(one.shape) for one in inputs)
     mode = _mode(checked, bits, target)
