@@ -128,7 +128,7 @@ def _reloads(ready: QuantModel, inputs: Any, outputs: dict[int, list[Tensor]]) -
 def examine_apart(name: str) -> Outcome:
     """The same in a process of its own: a crash, a hang or greed for memory is a line in the table."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["zoo"])
+    context.set_forkserver_preload(["transformers", "qcompile.passes.schemes.vertical"])
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_send_outcome, args=(name, sender))
     process.start()

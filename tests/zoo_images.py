@@ -46,13 +46,16 @@ def _reduced(
     return initialise_less
 
 
+def _default(network: type[nn.Module], name: str) -> Any:
+    parameter = inspect.signature(network.__init__).parameters.get(name)
+    return None if parameter is None else parameter.default
+
+
 def _networks() -> set[type[nn.Module]]:
     modules = [one for name, one in sys.modules.items() if name.startswith("pytorchcv.models.")]
     classes = {one for module in modules for one in vars(module).values() if inspect.isclass(one)}
     return {
-        one
-        for one in classes
-        if issubclass(one, nn.Module) and "in_size" in inspect.signature(one.__init__).parameters
+        one for one in classes if issubclass(one, nn.Module) and isinstance(_default(one, "in_size"), tuple)
     }
 
 
@@ -81,8 +84,8 @@ def from_pytorchcv(
             patches.enter_context(mock.patch.object(network, "__init__", reduced))
         model = getattr(source, name)(**options)
     for owner in list(model.modules()):
-        for key, _ in list(owner.named_children()):
-            if pool is not None and key == "final_pool":
+        for key, child in list(owner.named_children()):
+            if pool is not None and isinstance(child, nn.AvgPool2d) and child.kernel_size >= 7:
                 setattr(owner, key, nn.AvgPool2d(pool))
     for stage in model.features.children() if units is not None else ():
         if isinstance(stage, nn.Sequential):
@@ -109,6 +112,8 @@ def _net(
     )
 
 
+_POINTS = {"pretrained_backbone": False}
+_HEATMAPS = {"pretrained_backbone": False, "return_heatmap": True}
 ZOO = {
     "resnet": _net("resnet", "resnet18", 64, 2, 0.25),
     "resnet_symbolic": _net("resnet", "resnet10", 64, 2, 0.25, symbolic=True),
@@ -119,6 +124,7 @@ ZOO = {
     "densenet": _net("densenet", "densenet121", 64, 2, depth=2),
     "inception_v3": _net("inceptionv3", "inceptionv3", 107, 2, units=2, samples=2),
     "inception_v4": _net("inceptionv4", "inceptionv4", 107, 2, units=2, samples=2),
+    "xception": _net("xception", "xception", 64, 2, depth=2, samples=2),
     "vgg": _net("vgg", "bn_vgg11", 32, None, 0.25, head=128),
     "squeezenet": _net("squeezenet", "squeezenet_v1_1", 96, 5, samples=2),
     "squeezenet_symbolic": _net("squeezenet", "squeezeresnet_v1_1", 96, 5, samples=2, symbolic=True),
@@ -129,6 +135,8 @@ ZOO = {
     "shufflenet_v2": _net("shufflenetv2", "shufflenetv2_wd2", 64, 2),
     "efficientnet": _net("efficientnet", "efficientnet_b0", 64, depth=1),
     "mnasnet": _net("mnasnet", "mnasnet_small", 64, 2),
+    "nasnet": _net("nasnet", "nasnet_4a1056", 64, 2, depth=2, samples=2),
+    "pnasnet": _net("pnasnet", "pnasnet5large", 64, 2, depth=1, samples=2),
     "darts": _net("darts", "darts", 64, 2, depth=2),
     "hrnet": _net("hrnet", "hrnet_w18_small_v1", 64, 2),
     "dla": _net("dla", "dla34", 64, 2, 0.25),
@@ -141,5 +149,15 @@ ZOO = {
     "pspnet": _net("pspnet", "pspnet_resnetd50b_voc", 96, None, 0.25, 1, pretrained_backbone=False),
     "fcn8": _net("fcn8sd", "fcn8sd_resnetd50b_voc", 96, None, 0.25, 1, pretrained_backbone=False),
     "danet": _net("danet", "danet_resnetd50b_cityscapes", 64, None, 0.25, 1, pretrained_backbone=False),
+    "bisenet": _net("bisenet", "bisenet_resnet18_celebamaskhq", 64, samples=2),
+    "erfnet": _net("erfnet", "erfnet_cityscapes", 64, samples=2),
     "centernet": _net("centernet", "centernet_resnet18_voc", 64, None, 0.25, pretrained_backbone=False),
+    "simplepose": _net("simplepose_coco", "simplepose_resnet18_coco", 64, None, 0.25, **_HEATMAPS),
+    "simplepose_points": _net("simplepose_coco", "simplepose_resnet18_coco", 64, None, 0.25, **_POINTS),
+    "darknet": _net("darknet53", "darknet53", 64, 2, 0.25, 1),
+    "airnet": _net("airnet", "airnet50_1x64d_r2", 64, 2, 0.25, 1),
+    "cbamresnet": _net("cbamresnet", "cbam_resnet18", 64, 2, 0.25),
+    "sknet": _net("sknet", "sknet50", 64, 2, 0.25, 1),
+    "diracnet": _net("diracnetv2", "diracnet18v2", 64, 2, 0.25),
+    "drn": _net("drn", "drnc26", 64, 8, 0.25, samples=2),
 }

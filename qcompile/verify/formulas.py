@@ -46,6 +46,16 @@ class ReferenceWeight:
         codes = self.codes.reshape(max(1, self.scale.size), -1) + self.numerator * 2.0**-self.shift
         return np.asarray(self.scale.reshape(-1, 1) * codes).reshape(self.codes.shape)
 
+    @property
+    def integers(self) -> NDArray[np.float64]:
+        """Multiples of `unit`."""
+        return np.asarray(self.codes * 2.0**self.shift + self.numerator)
+
+    @property
+    def unit(self) -> NDArray[np.float64]:
+        """What one of `integers` is worth, in the shape of `scale`."""
+        return np.asarray(self.scale * 2.0**-self.shift)
+
 
 @dataclass(frozen=True)
 class ReferenceGrid:
