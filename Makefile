@@ -12,12 +12,14 @@ INSTALL := pip install --quiet -c constraints.txt
 
 .PHONY: setup demo test lint slow wheel-check clean
 
-# The development environment: the project, editable, with all extras and tools.
+# The development environment: the project, editable, with all extras and tools. tests/zoo.py takes networks
+# from pytorchcv, whose dependency on torchvision none of them needs.
 setup: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/$(INSTALL) -e '.[dev]'
+	.venv/bin/$(INSTALL) --no-deps pytorchcv
 	touch $@
 
 # The demo runs in an environment of its own, with only what it needs.

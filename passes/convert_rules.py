@@ -118,18 +118,24 @@ def _move(emitter: Emitter, node: fx.Node, values: dict[fx.Node, Value]) -> Valu
 
 
 def _upsample_nearest(emitter: Emitter, node: fx.Node, values: dict[fx.Node, Value]) -> Value | None:
-    """By whole factors as repetitions, which PyTorch has for every integer type."""
-    factors = [float(factor) for factor in arguments_of(node).get("scale_factors") or ()]
-    if not factors or not all(factor.is_integer() and factor >= 1 for factor in factors):
-        return _move(emitter, node, values)
+    """By whole factors as repetitions, else as a selection: PyTorch has both for every integer type."""
     plain = emitter.plain(_input(node, values))
-    repeated = plain.terms[0].node
-    for dim, factor in enumerate(factors, start=2):
-        arguments = (repeated, int(factor), dim)
-        repeated = emitter.call(
-            _ATEN.repeat_interleave.self_int, arguments, f"{node.name}_{dim}", layer=node.name
-        )
-    return emitter.moved(plain, repeated)
+    moved = plain.terms[0].node
+    factors = arguments_of(node).get("scale_factors") or ()
+    source, target = (emitter.shapes[one][2:] for one in (node.all_input_nodes[0], node))
+    for dim, (have, want) in enumerate(zip(source, target, strict=True), start=2):
+        factor = [float(factors[dim - 2])] if factors else None
+        line = torch.arange(have, dtype=torch.float64).reshape(1, 1, -1)
+        picked = _ATEN.upsample_nearest1d.vec(line, None if factor else [want], factor).flatten().long()
+        name = f"{node.name}_{dim}"
+        if torch.equal(picked, torch.arange(want) * have // want) and want % have == 0:
+            if want > have:
+                arguments: tuple[Any, ...] = (moved, want // have, dim)
+                moved = emitter.call(_ATEN.repeat_interleave.self_int, arguments, name, layer=node.name)
+        else:
+            index = emitter.constant(f"{name}.index", picked, torch.int64)
+            moved = emitter.call(_ATEN.index_select.default, (moved, dim, index), name, layer=node.name)
+    return emitter.moved(plain, moved)
 
 
 def _max_pool(emitter: Emitter, node: fx.Node, values: dict[fx.Node, Value]) -> Value | None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from qcompile.modes import ActiveMode
@@ -47,6 +47,10 @@ class FakeRun(ShapeRecorder):
             ]
             self.record(*values, ActiveMode())
         return self.shapes
+
+    def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        found = super().get_attr(target, args, kwargs)
+        return found.detach() if isinstance(found, Tensor) else found  # fake views would ask for gradients
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module = self.module.get_submodule(target)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import fx, nn
 
 from qcompile.passes.manager import Pass, PassManager
+from qcompile.passes.normalise_aliases import NormaliseAliases
 from qcompile.passes.normalise_arguments import NormaliseArguments
 from qcompile.passes.normalise_attention import LiftAttention
 from qcompile.passes.normalise_computed import LiftComputedLayers, MatricesAsLinear
@@ -70,6 +71,7 @@ def normalise_evaluation(
 
 
 _FUNCTIONAL: tuple[Pass, ...] = (
+    NormaliseAliases(),
     NormaliseArguments(),
     RemoveInPlace(),
     NormaliseArguments(),

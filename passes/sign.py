@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 from torch import fx, nn
 
 from .aten import AVERAGE, LAYOUT, MAX_POOL, arguments_of, aten_name
@@ -10,7 +12,11 @@ _NON_NEGATIVE = frozenset(
     ("relu", "relu6", "sigmoid", "hardsigmoid", "softmax", "_softmax", "abs", "exp", "square")
 )
 _KEEPS_SIGN = (
-    LAYOUT | MAX_POOL | AVERAGE | {"dropout", "cat", "stack", "add", "mul", "sum", "upsample_bilinear2d"}
+    LAYOUT
+    | MAX_POOL
+    | AVERAGE
+    | {"dropout", "cat", "stack", "add", "mul", "sum", "upsample_bilinear2d"}
+    | {"max_pool2d_with_indices", "max_pool3d_with_indices", "max_unpool2d", "max_unpool3d"}
 )
 _SIGN_KEEPING_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
@@ -37,6 +43,8 @@ class NonNegative:
             module = self._graph_module.get_submodule(str(node.target))
             keeps = isinstance(module, _SIGN_KEEPING_MODULES) or type(module).__name__ == "StochasticDepth"
             return keeps and self._known[node.all_input_nodes[0]]
+        if node.target is operator.getitem:
+            return self._known[node.all_input_nodes[0]]
         name = aten_name(node)
         if name in _NON_NEGATIVE:
             return True

@@ -125,3 +125,20 @@ def test_a_model_that_trains_as_it_evaluates_says_so() -> None:
         ready = qcompile.prepare(Auxiliary().eval(), torch.randn(2, 4))
     (note,) = qcompile.summary(ready).notes
     assert note.startswith("trains as it evaluates: test_summary.py:")
+
+
+def test_a_norm_may_read_a_view_of_a_parameter() -> None:
+    class Queries(nn.Module):
+        """Learned queries, normalised."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.queries, self.norm = nn.Parameter(torch.randn(3, 8)), nn.LayerNorm(8)
+            self.first, self.middle, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            queries = self.norm(self.queries.expand(x.shape[0], -1, -1))
+            return self.last(self.middle(self.first(queries) + x.mean(1, keepdim=True)))
+
+    ready = qcompile.prepare(Queries(), torch.randn(2, 5, 8))
+    assert [one.multiplications for one in qcompile.summary(ready).operators] == [3 * 64, 3 * 64, 3 * 16]

@@ -208,6 +208,13 @@ def _upsample(emitter: Emitter, node: fx.Node, source: str, zero: int) -> str:
     )
 
 
+def _index_select(emitter: Emitter, node: fx.Node, source: str, zero: int) -> str:
+    given = arguments_of(node)
+    axis = int(emitter.static(given["dim"])) % len(emitter.shape(node))
+    inputs = [source, emitter.tensor(given["index"])]
+    return emitter.builder.node("Gather", inputs, node.name, f"{layer_of(node)}/gather", axis=axis)
+
+
 def split(emitter: Emitter, node: fx.Node) -> Value:
     """chunk, split, split_with_sizes and unbind: a tuple of values."""
     name, rebuild, _ = movable(emitter, node)
@@ -241,4 +248,5 @@ MOVES: dict[str, Move] = {
     **dict.fromkeys(("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d"), _upsample),
     "expand": _expand,
     "repeat_interleave": _repeat_interleave,
+    "index_select": _index_select,
 }

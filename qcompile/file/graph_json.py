@@ -52,7 +52,22 @@ _COMPOSITES = (
         "kron",
         "lerp",
     }
-    | {"linspace", "logsumexp", "masked_fill", "max", "meshgrid", "min", "moveaxis", "mv", "nan_to_num"}
+    | {f"fft_{way}fft{dims}" for way in ("", "i", "r", "ir") for dims in ("", "2", "n")}
+    | {
+        "real",
+        "imag",
+        "max_unpool2d",
+        "max_unpool3d",
+        "linspace",
+        "logsumexp",
+        "masked_fill",
+        "max",
+        "meshgrid",
+        "min",
+        "moveaxis",
+        "mv",
+        "nan_to_num",
+    }
     | {"one_hot", "outer", "polar", "rsub", "sort", "std", "swapaxes", "take_along_dim", "tensor_split"}
     | {"tril", "triu", "unsafe_chunk", "unsafe_split", "var", "view_as_complex", "view_as_real", "all", "any"}
     | {"expand_as", "reshape_as", "view_as", "clamp_min", "clamp_max", "numpy_T", "movedim", "flatten"}

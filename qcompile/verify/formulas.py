@@ -49,6 +49,16 @@ class ReferenceWeight:
         centre = np.asarray(self.centre).reshape(-1, 1)
         return np.asarray(self.scale.reshape(-1, 1) * codes + centre).reshape(self.codes.shape)
 
+    @property
+    def integers(self) -> NDArray[np.float64]:
+        """Multiples of `unit`."""
+        return np.asarray(self.codes * 2.0**self.shift + self.numerator)
+
+    @property
+    def unit(self) -> NDArray[np.float64]:
+        """What one of `integers` is worth, in the shape of `scale`."""
+        return np.asarray(self.scale * 2.0**-self.shift)
+
 
 @dataclass(frozen=True)
 class ReferenceGrid:

@@ -142,6 +142,7 @@ class RealChain:
             outputs: the reference's outputs.
         """
         values: dict[fx.Node, Any] = {}
+        steps: dict[fx.Node, float] = {}
         remaining, calls = iter(inputs), defaultdict[str, int](int)
         for node in self.model.row_graphs[self.row].nodes:
             if node.op == "placeholder":
@@ -156,8 +157,12 @@ class RealChain:
                 args = substitute(given, values.__getitem__)
                 if isinstance(module, ActivationQuantizer):
                     path = str(node.target)
-                    values[node] = self._quantised(path, calls[path], module, args[0], codes)
+                    values[node], step = self._quantised(path, calls[path], module, args[0], codes)
                     calls[path] += 1
+                    if step is not None:
+                        steps[node] = step
+                elif isinstance(module, QuantizedLayer):
+                    values[node] = self._layer(str(node.target), module, args[0], steps.get(given[0]))
                 else:
                     values[node] = self._module(str(node.target), module, args)
             elif node.op == "get_attr":
@@ -168,6 +173,8 @@ class RealChain:
                 args, kwargs = substitute((node.args, node.kwargs), values.__getitem__)
                 function: Any = node.target
                 values[node] = pytree.tree_map_only(Tensor, _double, function(*args, **kwargs))
+                if len(node.all_input_nodes) == 1 and node.all_input_nodes[0] in steps:
+                    steps[node] = steps[node.all_input_nodes[0]]  # a guess: it may only move codes
 
     def failures(self) -> list[str]:
         """One line per quantiser, and one for the outputs, where the integer graph is not the real chain."""
@@ -178,21 +185,23 @@ class RealChain:
 
     def _quantised(
         self, path: str, call: int, module: ActivationQuantizer, x: Tensor, codes: Mapping[str, Any]
-    ) -> Tensor:
+    ) -> tuple[Tensor, float | None]:
+        """The rounded tensor, and what one code is worth."""
         grid = self.formulas.activation(self.model, module, self.mode)
         if isinstance(grid, ReferenceRange):
-            return x.clamp(grid.low, grid.high)
+            return x.clamp(grid.low, grid.high), None
         nodes = self._codes[path]
         node = nodes[call] if call < len(nodes) else None
         if node is None:  # no quantised layer reads it
             assert grid is not None
             codes_of_x = np.clip(np.rint(grid.position(x.numpy())), grid.low, grid.high)
-            return torch.from_numpy(codes_of_x * grid.step)
+            return torch.from_numpy(codes_of_x * grid.step), grid.step
         array = as_array(codes[node.name]).astype(np.float64)
         if grid is None:
-            return torch.from_numpy(array * float(node.meta["unit"]))
+            unit = float(node.meta["unit"])
+            return torch.from_numpy(array * unit), unit
         self._compare_codes(path, node, grid, x.numpy(), array, codes)
-        return torch.from_numpy(array * grid.step)
+        return torch.from_numpy(array * grid.step), grid.step
 
     def _compare_codes(
         self,
@@ -238,8 +247,6 @@ class RealChain:
         return np.asarray(total) * 2.0 ** -(shift + 1)
 
     def _module(self, path: str, module: nn.Module, args: Sequence[Any]) -> Any:
-        if isinstance(module, QuantizedLayer):
-            return self._layer(path, module, args[0])
         if isinstance(module, QuantizedTensor):
             found = self._weight(path)
             return torch.from_numpy(found.real if isinstance(found, ReferenceWeight) else found)
@@ -256,17 +263,24 @@ class RealChain:
         result = torch.func.functional_call(module, doubles, tuple(args))
         return pytree.tree_map_only(Tensor, _double, result)
 
-    def _layer(self, path: str, layer: QuantizedLayer, x: Tensor) -> Tensor:
+    def _layer(self, path: str, layer: QuantizedLayer, x: Tensor, step: float | None) -> Tensor:
         found, geometry = self._weight(path), layer.geometry
         weight = found.real if isinstance(found, ReferenceWeight) else found
+        unit: Any = 1.0
         bias = 0.0 if layer.bias is None else as_array(layer.bias).astype(np.float64)
         array = as_array(x)
+        if isinstance(found, ReferenceWeight) and step is not None and found.scale.size in (1, len(weight)):
+            codes = np.rint(array / step)
+            if np.array_equal(codes * step, array):
+                # equal sums stay equal, whatever their order: what picks a maximum behind sees the same ties
+                array, weight, unit = codes, found.integers, found.unit.reshape(-1) * step
         if geometry.kind == "linear":
-            return torch.from_numpy(np.matmul(array, weight.T) + bias)
+            return torch.from_numpy(np.matmul(array, weight.T) * unit + bias)
         sums = reference.convolve(
             array, weight, geometry.stride, geometry.padding, geometry.dilation, geometry.groups
         )
-        return torch.from_numpy(sums + np.reshape(bias, (-1, *[1] * (sums.ndim - 2))))
+        shape = (-1, *[1] * (sums.ndim - 2))
+        return torch.from_numpy(sums * np.reshape(unit, shape) + np.reshape(bias, shape))
 
     def _bent(self, module: ModePReLU, x: Tensor) -> Tensor:
         shape = (-1, *[1] * (x.dim() - 2))
