@@ -58,22 +58,22 @@ def test_fill_in_place_becomes_functional() -> None:
     torch.testing.assert_close(graph_module(x)[0], Fill()(x))
 
 
-class Aliased(nn.Module):
+class WindowsWritten(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = x * 2
-        y[:, 0].mul_(5)
+        y.unfold(1, 1, 1).mul_(5)
         return y
 
 
-class AliasedBase(nn.Module):
+class ConvertedWritten(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = x * 2
-        z = y.transpose(0, 1)
-        y.add_(5)
-        return z
+        z = y.detach()
+        z.add_(5)
+        return y
 
 
-@pytest.mark.parametrize("make", [Aliased, AliasedBase])
+@pytest.mark.parametrize("make", [WindowsWritten, ConvertedWritten])
 @pytest.mark.parametrize("with_examples", [True, False])
 def test_write_seen_through_another_view_is_refused(make: type[nn.Module], with_examples: bool) -> None:
     with pytest.raises(
@@ -141,20 +141,3 @@ def test_write_under_a_condition_is_functional() -> None:
     graph_module = capture(Masked(), torch.randn(2, 3)).graph_module
     x = torch.randn(4, 3)
     torch.testing.assert_close(graph_module(x)[0], Masked()(x))
-
-
-def test_assignment_into_a_slice_names_the_line() -> None:
-    class Padded(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            y = x.new_zeros(x.shape[0], 4)
-            y[:, :3] = x
-            return y
-
-    with pytest.raises(
-        CaptureError, match=r"test_normalise_inplace.py:\d+: the in-place .* what forward reads"
-    ):
-        capture(Padded(), torch.randn(2, 3))
-    with pytest.raises(
-        CaptureError, match=r"test_normalise_inplace.py:\d+.*a value is assigned into a tensor"
-    ):
-        capture(Padded())
