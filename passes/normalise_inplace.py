@@ -96,7 +96,7 @@ def _updates_counter(node: fx.Node, written: fx.Node, memory: SharedMemory) -> b
     owner = memory.owner(written)
     if owner.op != "get_attr":
         return False
-    if written is owner and str(owner.target).rpartition(".")[2] == "num_batches_tracked":
+    if str(owner.target).rpartition(".")[2] == "num_batches_tracked":
         return True
     raise CaptureError(
         f"{source_of(node)}: forward writes into '{owner.target}'; state that changes in forward is only "

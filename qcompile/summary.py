@@ -17,6 +17,7 @@ from .model import QuantModel
 from .passes.aten import RECURRENT, aten_name
 from .passes.attention import ScaledDotProductAttention
 from .passes.borrowed_weights import BorrowedWeights
+from .passes.calls import batch_of
 from .passes.fake_run import FakeRun
 from .passes.layers import QuantizedLayer
 from .passes.quantized_tensor import QuantizedTensor
@@ -98,7 +99,9 @@ def summary(model: Any) -> Summary:
     """
     prepared = as_prepared(model)
     graph = prepared.row_graphs[-1]
-    counted = _Counter(fx.GraphModule(prepared._users, graph)).count(prepared.known_shapes())
+    shapes = prepared.known_shapes()
+    batch = batch_of(prepared.signature, shapes) or 1
+    counted = _Counter(fx.GraphModule(prepared._users, graph)).count(shapes, batch)
     reasons = {one.name: one for one in prepared.records}
     found: dict[str, OperatorSummary] = {}
     for node, number in counted.items():
@@ -156,11 +159,10 @@ def left_in_float(model: QuantModel) -> dict[str, str]:
 class _Counter(FakeRun):
     """Counts multiplications per sample."""
 
-    def count(self, shapes: Any) -> dict[fx.Node, int]:
+    def count(self, shapes: Any, batch: int) -> dict[fx.Node, int]:
         """By node, of those that multiply tensors."""
         self.found: dict[fx.Node, int] = {}
         self.trace(shapes)
-        batch = max(1, int(shapes[0][0])) if shapes and len(shapes[0]) else 1
         return {node: max(1, number // batch) for node, number in self.found.items()}
 
     def run_node(self, n: fx.Node) -> Any:

@@ -97,6 +97,22 @@ def test_write_into_a_buffer_is_refused() -> None:
             capture(Counter(), examples)
 
 
+def test_a_norm_may_count_twice() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(self.norm(x) * 2)
+
+    for examples in (torch.randn(2, 3), None):
+        model, x = Twice(), torch.randn(4, 3)
+        captured = capture(model, examples).graph_module
+        torch.testing.assert_close(captured(x)[0], model(x))
+        assert captured.norm.num_batches_tracked == model.norm.num_batches_tracked == 2
+
+
 def test_remove_in_place_routes_later_uses() -> None:
     graph = fx.Graph()
     x = graph.placeholder("x")

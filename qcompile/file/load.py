@@ -56,10 +56,12 @@ class DeployedModel(MultiModeModel):
         assert self.last_shapes is not None
         if shapes is not None:
             for one, given, stored in zip(self.signature.inputs, shapes, self.last_shapes, strict=True):
-                if tuple(given[1:]) != tuple(stored[1:]):
+                fixed = 1 if one.is_batched and stored else 0
+                if len(given) != len(stored) or tuple(given[fixed:]) != stored[fixed:]:
+                    sizes = [*["batch"] * fixed, *map(str, stored[fixed:])]
                     raise InvalidArgument(
                         f"input {one.name!r} has shape {tuple(given)}; this file was saved for "
-                        f"(batch, {', '.join(str(size) for size in stored[1:])})"
+                        f"({', '.join(sizes)})"
                     )
         graph = self._graphs[self.uniform(mode).name]
         assert isinstance(graph, IntegerModel)
@@ -102,7 +104,7 @@ class Metadata:
             self.layers = tuple(LayerRecord(str(n), bool(q), str(r)) for n, q, r in data["layers"])
         except (KeyError, TypeError, ValueError) as cause:
             raise FileFormatError(f"its model description is malformed ({cause})") from cause
-        if len(self.shapes) != len(self.signature.inputs) or not all(self.shapes):
+        if len(self.shapes) != len(self.signature.inputs):
             raise FileFormatError("its input shapes do not match its inputs")
 
 
