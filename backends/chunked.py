@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from qcompile.errors import InvalidArgument
+from qcompile.passes.calls import batch_of, call_arguments, some_samples
 
 from .target import Executable, Trace
 
@@ -28,18 +29,22 @@ class ChunkedExecutable(Executable):
         self.reproducible, self.is_native = inner.reproducible, inner.is_native
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run part by part; outputs are joined along dimension 0.
+        """Run part by part; outputs are joined along dimension 0. Inputs without a batch go to every part.
 
         Raises:
             InvalidArgument: if the inputs' batches differ, or other dimensions are not the compiled ones.
         """
-        tensors = self.request.signature.bind(args, kwargs)
-        sizes = {len(one) if one.dim() else 0 for one in tensors}
-        if len(sizes) != 1 or 0 in sizes:
+        signature, batch = self.request.signature, self.request.batch
+        tensors = signature.bind(args, kwargs)
+        if not any(one.is_batched for one in signature.inputs):
+            return self.inner(*args, **kwargs)
+        size = batch_of(signature, [one.shape for one in tensors])
+        if not size:
+            given = zip(tensors, signature.inputs, strict=True)
+            sizes = {len(x) if x.dim() else 0 for x, one in given if one.is_batched}
             found = ", ".join(map(str, sorted(sizes)))
             raise InvalidArgument(f"inputs need one batch size along dimension 0, they have {found}")
-        size, batch = sizes.pop(), self.request.batch
-        parts = [self._part(args, kwargs, start, batch) for start in range(0, size, batch)]
+        parts = [self._part(tensors, start, batch) for start in range(0, size, batch)]
         self._check(parts[0])
         leaves = [pytree.tree_flatten(part) for part in parts]
         joined = [
@@ -56,15 +61,16 @@ class ChunkedExecutable(Executable):
                     "cannot be joined; lower for the whole batch, without chunk=True"
                 )
 
-    def _part(self, args: Any, kwargs: Any, start: int, batch: int) -> Any:
-        def take(value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            part = value[start : start + batch]
+    def _part(self, tensors: Sequence[Tensor], start: int, batch: int) -> Any:
+        signature = self.request.signature
+
+        def filled(part: Tensor) -> Tensor:
             missing = batch - len(part)
             return torch.cat([part, part[-1:].expand(missing, *part.shape[1:])]) if missing else part
 
-        given, named = pytree.tree_map(take, (args, kwargs))
+        taken = some_samples(signature, tensors, start, start + batch)
+        flat = [filled(x) if one.is_batched else x for x, one in zip(taken, signature.inputs, strict=True)]
+        given, named = call_arguments(signature, flat)
         return self.inner(*given, **named)
 
     def export(self, folder: str | Path) -> tuple[Path, ...]:

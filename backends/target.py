@@ -41,7 +41,7 @@ class LoweringRequest:
         model: the integer graph.
         signature: how user calls map to the graph's flat inputs and outputs.
         input_shapes: shapes of the flat inputs, batch included.
-        batch: size of dimension 0 of every input.
+        batch: size of dimension 0 of every batched input.
         threads: threads at run time; None leaves the choice to the runtime.
         cpu: a processor whose kind alone is served, by the target's names; None serves all kinds.
         features: the only kinds of processors to serve, by the target's names; None for all.

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import fx
+
+#: What export writes for the open end of a slice.
+SLICE_END = 2**63 - 1
 
 
 def aten_name(node: fx.Node) -> str:
@@ -36,6 +40,13 @@ def arguments_of(node: fx.Node) -> dict[str, Any]:
         else:
             values[argument.name] = argument.default_value
     return values
+
+
+def is_whole_slice(arguments: Mapping[str, Any]) -> bool:
+    """Whether `aten.slice` with these arguments gives its input."""
+    return (
+        arguments["start"] in (None, 0) and arguments["end"] in (None, SLICE_END) and arguments["step"] == 1
+    )
 
 
 #: Operators that run over time by themselves.

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from qcompile.errors import CaptureError, InvalidArgument, InvalidInputType
-from qcompile.passes.capture_export import trace_with_export
+from qcompile.passes.capture_export import trace_settled, trace_with_export
 from qcompile.passes.capture_fx import trace_with_fx
 from qcompile.passes.compare_modes import check_same_in_both_modes
 from qcompile.passes.example_inputs import CallInputs, Examples, examples_of, required_parameters
@@ -54,8 +54,8 @@ def capture(
         model: the user's float model; it is left untouched.
         example_inputs: a tuple (or list) of positional inputs, a dict of keyword inputs, or one tensor;
             tensors may be nested in tuples, lists and dicts. Dimension 0 of the first tensor is the batch,
-            which stays dynamic; an example of batch 1 is repeated. Without examples the model is traced
-            symbolically, which fewer models allow.
+            which stays dynamic, as in others of its size; an example of batch 1 is repeated. Without examples
+            the model is traced symbolically, which fewer models allow.
         dynamic_shapes: other dimensions to leave open, by input, see `open_sizes`.
 
     Returns:
@@ -109,11 +109,10 @@ def _traces(
     model: nn.Module, copied: nn.Module, examples: Examples | None, training: tuple[bool, ...]
 ) -> list[Trace]:
     with random_state_kept(model), _momentum_for_tracing(copied), _default_modes():
-        return [_trace(copied.train(mode), examples) for mode in training]
-
-
-def _trace(model: nn.Module, examples: Examples | None) -> Trace:
-    return trace_with_fx(model) if examples is None else trace_with_export(model, examples)
+        if examples is None:
+            return [trace_with_fx(copied.train(mode)) for mode in training]
+        first, settled = trace_settled(copied.train(training[0]), examples)
+        return [first, *(trace_with_export(copied.train(mode), settled) for mode in training[1:])]
 
 
 def _signature(model: nn.Module, trace: Trace, examples: Examples | None) -> CallSignature:

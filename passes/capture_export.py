@@ -72,16 +72,62 @@ def trace_with_export(model: nn.Module, examples: Examples) -> Trace:
     return Trace(graph_module, exported.call_spec.out_spec, tuple(returned))
 
 
+def trace_settled(model: nn.Module, examples: Examples) -> tuple[Trace, Examples]:
+    """Trace a model in its present mode, with only those inputs at batch 2 that have a batch.
+
+    What was repeated may be no batch: a position, a mask. It is taken as it was given where the model fails
+    otherwise, where its size became a number, and where it is a vector whose size has nothing to do with the
+    batch.
+
+    Args:
+        model: a copy of the user's model.
+        examples: its inputs, all that could be batches of 1 repeated.
+
+    Returns:
+        The trace, and the inputs with which it was made.
+
+    Raises:
+        CaptureError: as `trace_with_export`.
+    """
+    first, *others = examples.batched() or [0]
+    doubtful = [index for index in others if index in examples.repeated]
+    if not doubtful:
+        return trace_with_export(model, examples), examples
+    vectors = [index for index in doubtful if examples.tensors[index].ndim == 1]
+    try:
+        trace = trace_with_export(model, examples)
+    except CaptureError:
+        for fewer in (vectors, doubtful):
+            with contextlib.suppress(CaptureError):
+                given = examples.unrepeated(fewer)
+                return trace_with_export(model, given), given
+        raise
+    sizes = [_first_size(node) for node in trace.graph_module.graph.find_nodes(op="placeholder")]
+    alone = [
+        index
+        for index in doubtful
+        if sizes[index] == "2" or (index in vectors and sizes[index] != sizes[first])
+    ]
+    if not alone:
+        return trace, examples
+    given = examples.unrepeated(alone)
+    return trace_with_export(model, given), given
+
+
+def _first_size(node: fx.Node) -> str:
+    """Dimension 0 of an input: a number, or the name of an open size."""
+    value = node.meta["val"]
+    return str(value.shape[0]) if value.dim() else ""
+
+
 def _export(model: nn.Module, examples: Examples) -> ExportedProgram:
-    shapes = ShapesCollection()
-    batched = [x for x in examples.tensors if x.ndim > 0 and x.shape[0] == examples.batch]
-    first = next((x for x in batched if x.ndim > 1), batched[0] if batched else None)
-    for tensor, opened in zip(examples.tensors, examples.open, strict=True):
+    shapes, batched = ShapesCollection(), examples.batched()
+    for index, (tensor, opened) in enumerate(zip(examples.tensors, examples.open, strict=True)):
         # the first batch must stay dynamic; another input of that size may be no batch (two scales)
-        dynamic = any(tensor is one for one in batched)
-        sizes: dict[int, Any] = {0: Dim.DYNAMIC if tensor is first else Dim.AUTO} if dynamic else {}
+        kind = Dim.DYNAMIC if batched[:1] == [index] else Dim.AUTO
+        sizes: dict[int, Any] = {0: kind} if index in batched else {}
         for one in opened:
-            if one.dim > 0 or not dynamic:
+            if one.dim > 0 or index not in batched:
                 sizes[one.dim] = Dim.DYNAMIC if one.exported is None else one.exported
         shapes[tensor] = sizes
 

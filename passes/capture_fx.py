@@ -55,7 +55,7 @@ _THIN = frozenset(
 
 class _Proxy(fx.Proxy):
     """A proxy that records `x += y` as in place; plain proxies turn it into `x = x + y`, which other names of
-    the same tensor would not see."""
+    the same tensor would not see. It records `x[i] = y`, too, which plain ones refuse."""
 
     def __iadd__(self, other: Any) -> fx.Proxy:
         return self._in_place(operator.iadd, other)
@@ -68,6 +68,9 @@ class _Proxy(fx.Proxy):
 
     def __itruediv__(self, other: Any) -> fx.Proxy:
         return self._in_place(operator.itruediv, other)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
     def _in_place(self, function: Callable[..., Any], other: Any) -> fx.Proxy:
         return self.tracer.create_proxy("call_function", function, (self, other), {})

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -53,6 +54,7 @@ class Examples:
         batch: size of the batch; None if no input has a dimension.
         parameters: the parameters of `forward` that are given.
         positional: names of what `forward` takes by position, in order.
+        repeated: indices of the tensors that were repeated to batch 2.
         single_sample: the inputs as they were given, if that was a batch of 1.
         open: for every tensor its open dimensions besides the batch.
     """
@@ -62,6 +64,7 @@ class Examples:
     batch: int | None
     parameters: tuple[Parameter, ...]
     positional: tuple[str, ...]
+    repeated: frozenset[int] = frozenset()
     single_sample: CallInputs | None = None
     open: tuple[tuple[OpenSize, ...], ...] = ()
 
@@ -69,6 +72,24 @@ class Examples:
     def tensors(self) -> list[Tensor]:
         """All tensors, in the order of the graph's placeholders."""
         return [leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
+
+    def batched(self) -> list[int]:
+        """Indices of the tensors whose dimension 0 may be the batch; the first is the one that surely is."""
+        found = [
+            (tensor.ndim < 2, index)  # a vector may be anything
+            for index, tensor in enumerate(self.tensors)
+            if tensor.ndim > 0 and tensor.shape[0] == self.batch
+        ]
+        return [index for _, index in sorted(found)]
+
+    def unrepeated(self, indices: Collection[int]) -> Examples:
+        """The same with some of the repeated tensors as they were given."""
+        leaves, spec = pytree.tree_flatten((self.args, self.kwargs))
+        places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        for index in indices:
+            leaves[places[index]] = leaves[places[index]][:1].clone()
+        args, kwargs = pytree.tree_unflatten(leaves, spec)
+        return replace(self, args=args, kwargs=kwargs, repeated=self.repeated - set(indices))
 
 
 def examples_of(model: nn.Module, example_inputs: Any, dynamic_shapes: Any = None) -> Examples:
@@ -102,9 +123,8 @@ def examples_of(model: nn.Module, example_inputs: Any, dynamic_shapes: Any = Non
         of_tensors += [opened.get(name, ())] * (count - len(of_tensors))
     if count == 0:
         raise InvalidArgument("example_inputs hold no tensor; pass at least one")
-    return Examples(
-        args, kwargs, batch, tuple(parameters), positional, given if repeated else None, tuple(of_tensors)
-    )
+    single = given if repeated else None
+    return Examples(args, kwargs, batch, tuple(parameters), positional, repeated, single, tuple(of_tensors))
 
 
 def required_parameters(model: nn.Module) -> tuple[str, ...]:
@@ -152,25 +172,21 @@ def _names(
 
 def _at_batch_of_two(
     args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any], int | None, bool]:
-    """Fresh copies of all tensors, the batch, and whether it was repeated.
-
-    Export cannot keep a batch of 1 dynamic, so that one is repeated.
-    """
+) -> tuple[tuple[Any, ...], dict[str, Any], int | None, frozenset[int]]:
+    """Fresh copies of all tensors; export cannot keep a batch of 1 dynamic, so that one is repeated."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
-    batched = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim > 0]
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    batched = [tensor for tensor in tensors if tensor.ndim > 0]
     batched.sort(key=lambda tensor: tensor.ndim < 2)  # a vector may be anything, so it decides last
     batch = batched[0].shape[0] if batched else None
     if batch == 0:
         raise InvalidArgument("example_inputs hold an empty batch; pass at least one sample")
-
-    def fresh(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        leaf = leaf.detach()
-        return (
-            torch.cat([leaf, leaf]) if batch == 1 and leaf.ndim > 0 and leaf.shape[0] == 1 else leaf.clone()
-        )
-
-    args, kwargs = pytree.tree_unflatten([fresh(leaf) for leaf in leaves], spec)
-    return args, kwargs, 2 if batch == 1 else batch, batch == 1
+    repeated = [batch == 1 and tensor.ndim > 0 and tensor.shape[0] == 1 for tensor in tensors]
+    fresh = iter(
+        torch.cat([tensor.detach()] * 2) if again else tensor.detach().clone()
+        for tensor, again in zip(tensors, repeated, strict=True)
+    )
+    leaves = [next(fresh) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    args, kwargs = pytree.tree_unflatten(leaves, spec)
+    indices = frozenset(index for index, again in enumerate(repeated) if again)
+    return args, kwargs, 2 if batch == 1 else batch, indices

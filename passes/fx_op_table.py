@@ -52,8 +52,18 @@ OVERLOADS: dict[str, tuple[OpOverload, ...]] = _table(
     adaptive_avg_pool3d reshape view permute t contiguous clone detach unsqueeze expand repeat roll flip
     stack chunk maximum minimum amax amin pixel_shuffle pixel_unshuffle channel_shuffle
     scaled_dot_product_attention rand new_empty full new_full zeros ones zeros_like ones_like rand_like
-    new_zeros new_ones einsum
+    new_zeros new_ones einsum narrow diagonal copy_ zero_ index_put index_put_ index_copy index_copy_
+    index_add index_add_ scatter_add scatter_add_ select_scatter slice_scatter diagonal_scatter index_select
+    gather masked_scatter masked_scatter_
     """),
+    "select: select.int",
+    "fill_: fill_.Scalar fill_.Tensor",
+    "masked_fill: masked_fill.Scalar masked_fill.Tensor",
+    "masked_fill_: masked_fill_.Scalar masked_fill_.Tensor",
+    "index_fill: index_fill.int_Scalar index_fill.int_Tensor",
+    "index_fill_: index_fill_.int_Scalar index_fill_.int_Tensor",
+    "scatter: scatter.value scatter.src scatter.value_reduce scatter.reduce",
+    "scatter_: scatter_.value scatter_.src scatter_.value_reduce scatter_.reduce",
     "clamp: clamp clamp.Tensor",
     "clip: clamp clamp.Tensor",
     "conv1d: conv1d conv1d.padding",
@@ -105,6 +115,10 @@ OPERATORS: dict[Callable[..., Any], str] = {
     operator.itruediv: "div_",
     math.sqrt: "sqrt",
 }
+
+# What gives no tensor.
+PLAIN_ATTRIBUTES = ("shape", "ndim", "dtype", "device", "is_cuda", "requires_grad", "layout")
+PLAIN_METHODS = ("size", "dim", "ndimension", "numel", "nelement", "item", "stride", "is_floating_point")
 
 Call = tuple[OpOverload, tuple[Any, ...]]
 

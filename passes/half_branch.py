@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from qcompile.errors import InvalidArgument
@@ -185,6 +186,12 @@ def _layer(module: Any, node: fx.Node, groups: ChannelGroups, ratio: float) -> L
 
 def _pixels(groups: ChannelGroups, node: fx.Node, size: int) -> int:
     """Positions per sample of a tensor of `size` features."""
-    inputs = (groups.shapes.get(one) for one in node.graph.find_nodes(op="placeholder"))
-    batch = next(shape[0] for shape in inputs if shape)
+    inputs = [one for one in node.graph.find_nodes(op="placeholder") if groups.shapes.get(one)]
+    batched = [one for one in inputs if _is_batched(one)]
+    batch = groups.shapes[(batched or inputs)[0]][0]
     return math.prod(groups.shapes[node]) // (size * batch)
+
+
+def _is_batched(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and isinstance(value.shape[0], torch.SymInt)

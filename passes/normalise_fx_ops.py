@@ -13,14 +13,12 @@ from torch._ops import OpOverload
 
 from qcompile.errors import CaptureError
 from qcompile.passes.aten import is_aten
-from qcompile.passes.fx_op_table import CALLS, OPERATORS, OVERLOADS
+from qcompile.passes.fx_op_table import CALLS, OPERATORS, OVERLOADS, PLAIN_ATTRIBUTES, PLAIN_METHODS
 from qcompile.passes.manager import Condition, Pass, PassResult
-from qcompile.passes.normalise_fx_indexing import convert_indexing
+from qcompile.passes.normalise_fx_indexing import convert_assignment, convert_indexing
 from qcompile.passes.source_lines import source_of
 
 _aten = torch.ops.aten
-_PLAIN_ATTRIBUTES = ("shape", "ndim", "dtype", "device", "is_cuda", "requires_grad", "layout")
-_PLAIN_METHODS = ("size", "dim", "ndimension", "numel", "nelement", "item", "stride", "is_floating_point")
 _IN_PLACE_OPERATORS = {operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul,
                        operator.itruediv: operator.truediv}  # fmt: skip
 
@@ -46,6 +44,13 @@ class ConvertToAten(Pass):
         """Raises: CaptureError for an in-place call that has no aten form in the table."""
         tensors: set[fx.Node] = set()
         for node in list(graph_module.graph.nodes):
+            if node.target is operator.setitem:
+                if not convert_assignment(graph_module.graph, node, tensors):
+                    raise CaptureError(
+                        f"{source_of(node)}: this assignment into a tensor cannot be followed without "
+                        "examples; pass example_inputs"
+                    )
+                continue
             if not _is_tensor(node, tensors):
                 if node.target in _IN_PLACE_OPERATORS:  # on a size, which has no memory to share
                     node.target = _IN_PLACE_OPERATORS[node.target]
@@ -71,11 +76,11 @@ def _is_tensor(node: fx.Node, tensors: set[fx.Node]) -> bool:
     if node.op in ("placeholder", "get_attr", "call_module"):
         return True
     if node.op == "call_method":
-        return node.target not in _PLAIN_METHODS
+        return node.target not in PLAIN_METHODS
     if node.op != "call_function" or node.target is _aten.sym_size.int:
         return False
     if node.target is getattr:
-        return node.args[1] not in _PLAIN_ATTRIBUTES
+        return node.args[1] not in PLAIN_ATTRIBUTES
     if getattr(node.target, "__module__", None) in ("_operator", "math", "builtins"):
         return any(argument in tensors for argument in node.all_input_nodes)
     return True

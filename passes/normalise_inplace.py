@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import operator
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
 from qcompile.errors import CaptureError
-from qcompile.passes.aten import arguments_of, is_aten
+from qcompile.passes.aten import arguments_of, aten_name, is_aten
 from qcompile.passes.manager import Condition, Pass, PassResult
+from qcompile.passes.shared_memory import SharedMemory
 from qcompile.passes.source_lines import source_of
 
 _aten = torch.ops.aten
@@ -18,15 +19,13 @@ _aten = torch.ops.aten
 _RENAMED: dict[OpOverload, OpOverload] = {
     _aten.bernoulli_.float: _aten.bernoulli.p,
     _aten.normal_.default: _aten.normal_functional.default,
+    _aten.zero_.default: _aten.zeros_like.default,
+    _aten.fill_.Scalar: _aten.full_like.default,
 }
-
-
-_VIEWS_OUTSIDE_THE_TABLE = ("narrow", "swapaxes", "swapdims", "moveaxis", "ravel", "diagonal", "tensor_split")
-_SAME_WITHOUT_TRAINING = (
-    _aten.dropout.default,
-    _aten.feature_dropout.default,
-    _aten.alpha_dropout.default,
-    _aten.feature_alpha_dropout.default,
+#: Writes that put something else in places of a tensor, as a cache is filled.
+_ASSIGNMENTS = frozenset(
+    ("copy_", "index_put_", "index_copy_", "index_add_", "index_fill_", "index_reduce_", "put_")
+    + ("scatter_", "scatter_add_", "scatter_reduce_", "masked_scatter_", "fill_diagonal_")
 )
 
 
@@ -44,76 +43,35 @@ def _first_write(graph_module: fx.GraphModule) -> str | None:
 FUNCTIONAL = Condition("has no operator that writes in place", _first_write)
 
 
-def _may_alias(node: fx.Node) -> list[fx.Node]:
-    """Arguments whose memory the result of a node may share."""
-    if node.op == "call_method" or node.target in (operator.getitem, getattr):
-        return node.all_input_nodes[:1]  # x.T, x.narrow(...), x.float(): may be a view
-    if node.op == "call_function" and getattr(node.target, "__name__", "") in _VIEWS_OUTSIDE_THE_TABLE:
-        return node.all_input_nodes[:1]
-    if not is_aten(node):
-        return []
-    if node.target in _SAME_WITHOUT_TRAINING:
-        # no alias in the schema, but without training these return their argument itself
-        arguments = arguments_of(node)
-        return [] if arguments["train"] else [arguments["input"]]
-    shared: list[fx.Node] = []
-    for argument, value in zip(node.target._schema.arguments, arguments_of(node).values(), strict=True):  # type: ignore[union-attr]
-        if argument.alias_info is not None and isinstance(value, fx.Node):
-            shared.append(value)
-    return shared
-
-
 class RemoveInPlace(Pass):
     """`y = relu_(x)` becomes `y = relu(x)`, and everything after it that used `x` uses `y`.
 
-    That is the same function only if no other view of the same memory is used afterwards; otherwise the pass
-    raises. The update of BatchNorm's counter is dropped, since the BatchNorm modules count for themselves.
+    A write into a view gives the tensor behind it a new value, too (`view_writes`), and other views that are
+    read later are made again. Where that cannot be done, the pass raises if they are. The update of
+    BatchNorm's counter is dropped, since the BatchNorm modules count for themselves.
     """
 
     ensures = (FUNCTIONAL,)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Raises: CaptureError if a write is seen through another view, or goes to a parameter or buffer."""
-        nodes = list(graph_module.graph.nodes)
-        order = {node: index for index, node in enumerate(nodes)}
-        memory: dict[fx.Node, fx.Node] = {}  # node -> the first node that owns the same memory
-        modified = False
-        for node in nodes:
-            if not is_write(node):
-                shared = _may_alias(node)
-                memory[node] = memory[shared[0]] if shared else node
-                continue
-            modified = True
-            written = _written(node)
-            if written.op == "get_attr":
-                _drop_buffer_update(graph_module, node, written)
-                continue
-            self._check_unseen(node, written, memory, order)
-            replacement = _functional(graph_module, node)
-            order[replacement] = order[node]
-            # the result takes over the memory of what was written
-            memory[replacement] = memory[written]
-            for user in list(written.users):
-                if order.get(user, -1) > order[node]:
-                    user.replace_input_with(written, replacement)
-            node.replace_all_uses_with(replacement)
+        """Raises: CaptureError if a write cannot be expressed, or goes into inputs or buffers."""
+        memory, writes = SharedMemory(), []
+        for node in list(graph_module.graph.nodes):
+            written = _written(node) if is_write(node) else None
+            memory.visit(node)
+            if written is not None:
+                writes.append(node)
+                memory.stands_for(node, written)
+                if _updates_counter(node, written, memory):
+                    continue
+                _refuse_assignment_into_input(node, written, memory)
+                value = _functional(graph_module, node)
+                if value is not node.args[0]:  # `x[0] += 1` copies what it added to into its own place
+                    memory.write(node, written, value)
+        memory.drop_unused()
+        for node in reversed(writes):
             graph_module.graph.erase_node(node)
-        return PassResult(graph_module, modified)
-
-    @staticmethod
-    def _check_unseen(
-        node: fx.Node, written: fx.Node, memory: dict[fx.Node, fx.Node], order: dict[fx.Node, int]
-    ) -> None:
-        for other, owner in memory.items():
-            if owner is not memory[written] or other is written:
-                continue
-            late = [user for user in other.users if order.get(user, -1) > order[node]]
-            if late:
-                reader = "forward" if late[0].op == "output" else source_of(late[0])
-                raise CaptureError(
-                    f"{source_of(node)}: the in-place {node.target} also changes what {reader} "
-                    "reads through another view; use the form without '_', or clone() before it"
-                )
+        return PassResult(graph_module, bool(writes))
 
 
 def _written(node: fx.Node) -> fx.Node:
@@ -133,19 +91,42 @@ def _written(node: fx.Node) -> fx.Node:
     )
 
 
-def _drop_buffer_update(graph_module: fx.GraphModule, node: fx.Node, written: fx.Node) -> None:
-    if str(written.target).rpartition(".")[2] != "num_batches_tracked":
+def _updates_counter(node: fx.Node, written: fx.Node, memory: SharedMemory) -> bool:
+    """Whether a write is that of BatchNorm's counter; other buffers may not be written."""
+    owner = memory.owner(written)
+    if owner.op != "get_attr":
+        return False
+    if str(owner.target).rpartition(".")[2] == "num_batches_tracked":
+        return True
+    raise CaptureError(
+        f"{source_of(node)}: forward writes into '{owner.target}'; state that changes in forward is only "
+        "supported inside BatchNorm: pass it as an input, clone() it, and return the new one"
+    )
+
+
+def _refuse_assignment_into_input(node: fx.Node, written: fx.Node, memory: SharedMemory) -> None:
+    """A whole input that is overwritten, as `ReLU(inplace=True)` does, is scratch memory; a cache is not."""
+    owner = memory.owner(written)
+    assigns = aten_name(node) in _ASSIGNMENTS and not _is_under_mask(node)
+    if owner.op == "placeholder" and (assigns or memory.is_part(written)):
         raise CaptureError(
-            f"{source_of(node)}: forward writes into '{written.target}'; "
-            "state that changes in forward is only supported inside BatchNorm"
+            f"{source_of(node)}: forward writes into a part of its input '{owner.name}', which the caller "
+            "would see; clone() it before, and return the new one where the caller needs it"
         )
-    node.replace_all_uses_with(written)
-    graph_module.graph.erase_node(node)
+
+
+def _is_under_mask(node: fx.Node) -> bool:
+    indices = [one for one in arguments_of(node).get("indices") or () if one is not None]
+    values = [one.meta.get("val") for one in indices]
+    return bool(values) and all(isinstance(one, Tensor) and one.dtype is torch.bool for one in values)
 
 
 def _functional(graph_module: fx.GraphModule, node: fx.Node) -> fx.Node:
+    """A new node, in front of a write, that computes what the write leaves in its target."""
     target = node.target
     assert isinstance(target, OpOverload)
+    if target in (_aten.copy_.default, _aten.fill_.Tensor):
+        return _assigned(graph_module.graph, node)
     functional = _RENAMED.get(target)
     if functional is None:
         packet = getattr(torch.ops.aten, target._schema.name.partition("::")[2].removesuffix("_"), None)
@@ -156,6 +137,38 @@ def _functional(graph_module: fx.GraphModule, node: fx.Node) -> fx.Node:
         replacement = graph_module.graph.call_function(functional, node.args, node.kwargs)
     replacement.meta = dict(node.meta)
     return _with_dtype_of(graph_module, node, replacement)
+
+
+def _assigned(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """What another tensor is in the type and shape of the one that it is copied into."""
+    target, source = node.args[:2]
+    assert isinstance(target, fx.Node)
+
+    def call(function: Any, *args: Any) -> fx.Node:
+        with graph.inserting_before(node):
+            made = graph.call_function(function, args)
+        made.meta = dict(node.meta)
+        return made
+
+    if not isinstance(source, fx.Node):
+        return call(_aten.full_like.default, target, source)
+    have, want = source.meta.get("val"), target.meta.get("val")
+    if not isinstance(have, Tensor) or not isinstance(want, Tensor):
+        return call(_aten.expand_as.default, call(_aten.type_as.default, source, target), target)
+    if have.dtype != want.dtype:
+        source = call(_aten.to.dtype, source, want.dtype)
+        source.meta["val"] = have
+    if str(have.shape) == str(want.shape):
+        return source
+    skipped = want.dim() - have.dim()
+    sizes = [
+        size if type(size) is int
+        # an open size that both have is kept
+        else -1 if place >= skipped and str(have.shape[place - skipped]) == str(size)
+        else call(_aten.sym_size.int, target, place)
+        for place, size in enumerate(want.shape)
+    ]  # fmt: skip
+    return call(_aten.expand.default, source, sizes)
 
 
 def _with_dtype_of(graph_module: fx.GraphModule, node: fx.Node, replacement: fx.Node) -> fx.Node:

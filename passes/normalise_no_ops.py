@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from qcompile.passes.aten import arguments_of, is_aten
+from qcompile.passes.aten import arguments_of, is_aten, is_whole_slice
 from qcompile.passes.manager import Condition, Pass, PassResult
 from qcompile.passes.normalise_inplace import FUNCTIONAL
 
 _aten = torch.ops.aten
-SLICE_END = 2**63 - 1  # what export writes for an open end
 
 _ALWAYS = (
     _aten.alias.default,
@@ -24,12 +23,6 @@ _ALWAYS = (
 
 def _switched_off(arguments: dict[str, Any]) -> bool:
     return arguments["train"] is False
-
-
-def _whole(arguments: dict[str, Any]) -> bool:
-    return (
-        arguments["start"] in (None, 0) and arguments["end"] in (None, SLICE_END) and arguments["step"] == 1
-    )
 
 
 def _on_constant(arguments: dict[str, Any]) -> bool:
@@ -43,7 +36,7 @@ _IDENTITY_IF: dict[Any, Callable[[dict[str, Any]], bool]] = {
     _aten.feature_dropout.default: _switched_off,
     _aten.alpha_dropout.default: _switched_off,
     _aten.feature_alpha_dropout.default: _switched_off,
-    _aten.slice.Tensor: _whole,
+    _aten.slice.Tensor: is_whole_slice,
 }
 
 

@@ -10,7 +10,10 @@ from .aten import AVERAGE, LAYOUT, MAX_POOL, arguments_of, aten_name
 
 _NON_NEGATIVE = frozenset(
     ("relu", "relu6", "sigmoid", "hardsigmoid", "softmax", "_softmax", "abs", "exp", "square")
+    + ("zeros", "ones", "zeros_like", "ones_like", "new_zeros", "new_ones")
 )
+#: Writes by the name of what they put into another tensor.
+_WRITES = {"select_scatter": "src", "slice_scatter": "src", "index_put": "values", "index_copy": "source"}
 _KEEPS_SIGN = (
     LAYOUT
     | MAX_POOL
@@ -56,6 +59,9 @@ class NonNegative:
             return name != "hardtanh" and self._known.get(node.all_input_nodes[0], False)
         if name in ("pad", "constant_pad_nd") and (arguments_of(node).get("value") or 0) >= 0:
             return self._known[node.all_input_nodes[0]]
+        if name in _WRITES:
+            written = arguments_of(node)
+            return self._known[written["self"]] and self._known[written[_WRITES[name]]]
         if name in _KEEPS_SIGN:
             scalars = [a for a in node.args if isinstance(a, (int, float))] if name in ("add", "mul") else []
             return all(self._known[one] for one in node.all_input_nodes) and all(s >= 0 for s in scalars)

@@ -32,6 +32,11 @@ class TensorInput:
     shape: tuple[int | None, ...] | None = None
     open: tuple[OpenSize, ...] = ()
 
+    @property
+    def is_batched(self) -> bool:
+        """Whether dimension 0 is the batch; so it is taken where the capture knew no shapes."""
+        return self.shape is None or (len(self.shape) > 0 and self.shape[0] is None)
+
     def check(self, value: Any, floats: torch.dtype | None = None) -> Tensor:
         """The value itself if it fits this input.
 

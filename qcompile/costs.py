@@ -44,18 +44,21 @@ class LayerCost:
         return {**asdict(self), "bitops": self.bitops}
 
 
-def layer_costs(model: IntegerModel, input_shapes: Sequence[Sequence[int]]) -> tuple[LayerCost, ...]:
+def layer_costs(
+    model: IntegerModel, input_shapes: Sequence[Sequence[int]], batch: int | None = None
+) -> tuple[LayerCost, ...]:
     """Costs of every convolution and linear layer of an integer graph, in graph order.
 
     Args:
         model: the graph of one mode.
         input_shapes: shapes of its inputs, batch included.
+        batch: how many samples that is; default: dimension 0 of the first input.
 
     Raises:
         InvalidArgument: if the graph cannot run on inputs of these shapes.
     """
     values = static_values(model, tuple(tuple(shape) for shape in input_shapes))
-    batch = max(1, int(input_shapes[0][0]))
+    batch = max(1, int(input_shapes[0][0]) if batch is None else batch)
     costs = []
     for node in model.graph.nodes:
         name = model.operator_name(node)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from .modes import ActiveMode, Mode, Policy
+from .passes.calls import at_batch, sample_shapes
 from .passes.integer_model import IntegerModel
 from .policy_rows import policy_of
 
@@ -46,8 +47,8 @@ class FoldedModes:
     ) -> IntegerModel:
         """The graph of one mode, folded anew if a parameter or buffer changed since."""
         fingerprint = _fingerprint(model)
-        # dimension 0 is the batch, which integer graphs leave open
-        key = (precision, tuple(tuple(shape[1:]) for shape in shapes))
+        # integer graphs leave the batch open
+        key = (precision, sample_shapes(model.signature, shapes))
         with self._lock:
             if fingerprint != self._fingerprint:
                 self._graphs, self._for_all_sizes, self._fingerprint = {}, {}, fingerprint
@@ -129,21 +130,17 @@ def run_folded(inputs: Sequence[Tensor], handle: int, number: Tensor, rows: Tens
 def _(inputs: Sequence[Tensor], handle: int, number: Tensor, rows: Tensor | None) -> list[Tensor]:
     model = _MODELS[handle]
     with unset_fake_temporarily():
-        found = _output_shapes(model, [(_open(one.shape), one.dtype) for one in inputs])
-    batch = inputs[0].shape[0]
+        found = _output_shapes(model, [one.shape for one in inputs], [one.dtype for one in inputs])
+    known = zip(inputs, model.signature.inputs, strict=True)
+    batch = next((given.shape[0] for given, one in known if one.is_batched), 1)
     return [
         inputs[0].new_empty(shape if share == 0 else [batch * share, *shape[1:]], dtype=dtype)
         for share, shape, dtype in found
     ]
 
 
-def _open(shape: Sequence[Any]) -> tuple[int | None, ...]:
-    """A shape with an open batch."""
-    return (None, *map(int, shape[1:])) if shape else ()
-
-
 def _output_shapes(
-    model: QuantModel, inputs: Sequence[tuple[tuple[int | None, ...], torch.dtype]]
+    model: QuantModel, shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.dtype]
 ) -> list[tuple[int, tuple[int, ...], torch.dtype]]:
     """(rows per sample or 0, sizes, dtype) of every output; those of one mode are those of all."""
     device = next((one.device for one in model.parameters()), torch.device("cpu"))
@@ -152,8 +149,8 @@ def _output_shapes(
             model,
             ActiveMode(),
             [
-                torch.zeros([batch if size is None else size for size in shape], dtype=dtype, device=device)
-                for shape, dtype in inputs
+                torch.zeros(tuple(map(int, shape)), dtype=dtype, device=device)
+                for shape, dtype in zip(at_batch(model.signature, shapes, batch), dtypes, strict=True)
             ],
         )
         for batch in (2, 4)

@@ -12,6 +12,7 @@ from torch import nn
 from .errors import InvalidArgument, InvalidInputType
 from .modes import Mode
 from .multi_mode import MultiModeModel, example_shapes
+from .passes.calls import at_batch, batched_shapes
 from .registry import find_target
 from .wrappers import as_one_graph
 
@@ -36,8 +37,10 @@ def lower(
         model: a prepared or loaded model, or the path of a `.qcm` file.
         target: a name from `qcompile.targets()`.
         bits: the mode; default: the active one.
-        batch: size of dimension 0 of every input.
-        input_shapes: one shape per input without the batch dimension; default: those of the example inputs.
+        batch: size of dimension 0 of every input that is batched: positions, tables and masks that all
+            samples share have the sizes of their examples.
+        input_shapes: one shape per input, without the batch dimension if it has one; default: those of the
+            example inputs.
         threads: threads at run time; None leaves the choice to the runtime.
         cpu: compile only for the best kind that this processor belongs to, by LLVM's name ("cortex-a72");
             targets `x86` and `arm`.
@@ -106,10 +109,10 @@ def _batched_shapes(
             raise InvalidArgument(
                 f"input_shapes has {len(shapes)} entries; the model takes {len(inputs)} inputs"
             )
-        return tuple((batch, *shape) for shape in shapes)
+        return batched_shapes(model.signature, shapes, batch)
     known = example_shapes(model.signature) or model.last_shapes
     if known is None:
         raise InvalidArgument(
             "input shapes are unknown: pass input_shapes=((3, 224, 224),) without the batch"
         )
-    return tuple((batch, *shape[1:]) if shape else () for shape in known)
+    return at_batch(model.signature, known, batch)

@@ -18,6 +18,7 @@ from .partly_prepared import FloatOperator, PartlyPrepared
 from .passes.aten import RECURRENT, aten_name
 from .passes.attention import ScaledDotProductAttention
 from .passes.borrowed_weights import BorrowedWeights
+from .passes.calls import batch_of
 from .passes.fake_run import FakeRun
 from .passes.layers import QuantizedLayer
 from .passes.quantize_layers import SKIPPED
@@ -112,7 +113,9 @@ def summary(model: Any) -> Summary:
 def _of_graph(prepared: QuantModel, path: str) -> list[OperatorSummary]:
     """Everything that multiplies tensors in one graph, under the path where the graph's module is."""
     graph = prepared.row_graphs[-1]
-    counted = _Counter(fx.GraphModule(prepared._users, graph)).count(prepared.known_shapes())
+    shapes = prepared.known_shapes()
+    batch = batch_of(prepared.signature, shapes) or 1
+    counted = _Counter(fx.GraphModule(prepared._users, graph)).count(shapes, batch)
     reasons = {one.name: one for one in prepared.records}
     found: dict[str, OperatorSummary] = {}
     for node, number in counted.items():
@@ -188,11 +191,10 @@ def _left_in_graph(model: QuantModel) -> dict[str, str]:
 class _Counter(FakeRun):
     """Counts multiplications per sample."""
 
-    def count(self, shapes: Any) -> dict[fx.Node, int]:
+    def count(self, shapes: Any, batch: int) -> dict[fx.Node, int]:
         """By node, of those that multiply tensors."""
         self.found: dict[fx.Node, int] = {}
         self.trace(shapes)
-        batch = max(1, int(shapes[0][0])) if shapes and len(shapes[0]) else 1
         return {node: max(1, number // batch) for node, number in self.found.items()}
 
     def run_node(self, n: fx.Node) -> Any:

@@ -97,9 +97,9 @@ def test_inputs_are_checked_in_pieces(model: QuantModel, monkeypatch: pytest.Mon
 
 
 def test_large_samples_make_small_pieces() -> None:
-    assert inputs.piece_samples([torch.empty(64, 3, 32, 32, device="meta")]) == 32
-    assert inputs.piece_samples([torch.empty(64, 3, 224, 224, device="meta")]) == 3
-    assert inputs.piece_samples([torch.empty(64, 3, 2048, 2048, device="meta")]) == 1
+    assert inputs.piece_samples([torch.empty(64, 3, 32, 32, device="meta")], 64) == 32
+    assert inputs.piece_samples([torch.empty(64, 3, 224, 224, device="meta")], 64) == 3
+    assert inputs.piece_samples([torch.empty(64, 3, 2048, 2048, device="meta")], 64) == 1
 
 
 def test_tuples_and_names_bind_like_a_call(model: QuantModel) -> None:

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx
 
+from qcompile.backends.simple_writes import with_simple_writes
 from qcompile.errors import LoweringError
 from qcompile.passes.integer_model import IntegerModel
 from qcompile.passes.static_values import static_values
@@ -97,12 +98,12 @@ class Emitter:
         rules: Mapping[str, Rule],
         packed: bool = False,
     ) -> None:
-        self.model, self._rules, self.packed = model, rules, packed
+        self.model, self._rules, self.packed = with_simple_writes(model, shapes, False), rules, packed
         bits = [node.meta["weight_bits"] for node in model.graph.nodes if "weight_bits" in node.meta]
         narrowest = min(bits, default=8) if packed else 8
         self.builder = GraphBuilder(25 if narrowest <= 2 else 21 if narrowest <= 4 else OPSET)
         self.lowered = Lowered()
-        self._fake = static_values(model, shapes)
+        self._fake = static_values(self.model, shapes)
         self._values: dict[fx.Node, Value] = {}
         self._once: dict[str, Any] = {}
 

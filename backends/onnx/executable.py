@@ -102,8 +102,9 @@ class OnnxExecutable(Executable):
         wanted = self._session.get_inputs()
         if len(inputs) != len(wanted):
             raise InvalidArgument(f"the model takes {len(wanted)} inputs, got {len(inputs)}")
-        for one, value, shape in zip(wanted, inputs, self.request.input_shapes, strict=True):
-            if value.shape[:1] != shape[:1] and value.shape[1:] == shape[1:]:
+        known = self.request.signature.inputs
+        for one, given, value, shape in zip(wanted, known, inputs, self.request.input_shapes, strict=True):
+            if given.is_batched and value.shape[:1] != shape[:1] and value.shape[1:] == shape[1:]:
                 raise InvalidArgument(
                     f"input {one.name!r} has batch {value.shape[0]}, the model was lowered for batch "
                     f"{self.request.batch}; lower it again with batch={value.shape[0]}"

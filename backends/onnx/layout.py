@@ -10,7 +10,7 @@ import numpy as np
 from torch import fx
 
 from qcompile.errors import LoweringError
-from qcompile.passes.aten import arguments_of
+from qcompile.passes.aten import arguments_of, aten_name
 
 from .emit import Emitter, layer_of
 from .forms import channels_first, reshaped, uniform
@@ -70,6 +70,8 @@ def _permute(emitter: Emitter, node: fx.Node, source: str, zero: int) -> str:
         order = [int(one) % rank for one in given["dims"]]
     elif "source" in given:
         order = _moveaxis(rank, _listed(given["source"]), _listed(given["destination"]))
+    elif aten_name(node) == "numpy_T":
+        order.reverse()
     elif rank > 1:
         a, b = int(given.get("dim0", 0)) % rank, int(given.get("dim1", 1)) % rank
         order[a], order[b] = order[b], order[a]
@@ -241,7 +243,7 @@ def pick(emitter: Emitter, node: fx.Node) -> Value:
 MOVES: dict[str, Move] = {
     **dict.fromkeys(("flatten", "view", "reshape", "_unsafe_view", "unflatten"), _reshape),
     **dict.fromkeys(("squeeze", "unsqueeze"), _reshape),
-    **dict.fromkeys(("permute", "transpose", "t", "movedim"), _permute),
+    **dict.fromkeys(("permute", "transpose", "t", "movedim", "numpy_T"), _permute),
     **dict.fromkeys(("slice", "select", "narrow"), _select),
     **dict.fromkeys(("pad", "constant_pad_nd"), _pad),
     **dict.fromkeys(("channel_shuffle", "pixel_shuffle", "pixel_unshuffle"), _shuffle),

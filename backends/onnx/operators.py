@@ -10,7 +10,8 @@ from torch import fx
 from .accumulate import accumulate
 from .emit import Emitter, Rule
 from .epilogue import dequantize, quantize, requantize
-from .float_operators import WRITERS, island
+from .float_operators import WRITERS
+from .islands import island
 from .layout import MOVES, identity, moved, pick, split
 from .products import product
 from .threshold import threshold

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qcompile.backends.simple_writes import with_simple_writes
 from qcompile.backends.target import LoweringRequest
 from qcompile.errors import LoweringError
 
@@ -91,7 +92,9 @@ def _variant(
     request: LoweringRequest, architecture: Architecture, processor: Processor, tapped: bool
 ) -> tuple[Variant, Part]:
     builder = Builder(
-        split_grouped_layers(with_float_weights(request.model)),
+        with_simple_writes(
+            split_grouped_layers(with_float_weights(request.model)), request.input_shapes, True
+        ),
         request.input_shapes,
         lambda layer: choose(layer, processor.features),
         RULES,

@@ -73,10 +73,11 @@ class CompiledExecutable(Executable):
             self.request.signature.inputs, tensors, self.request.input_shapes, strict=True
         ):
             if tuple(value.shape) != tuple(shape):
+                other = f"batch={value.shape[0]} or " if one.is_batched and value.dim() else ""
                 raise InvalidArgument(
                     f"input {one.name!r} has shape {tuple(value.shape)}, the model was lowered for "
-                    f"{tuple(shape)}; lower it again with batch={value.shape[0]} or other input_shapes, or "
-                    "with chunk=True for any batch"
+                    f"{tuple(shape)}; lower it again with {other}other input_shapes, or with chunk=True for "
+                    "any batch"
                 )
             value = value.detach().cpu().contiguous()
             given.append(value.clone() if value.data_ptr() % ALIGNMENT else value)
@@ -95,7 +96,9 @@ class CompiledExecutable(Executable):
         if self._tapped is None:
             folder = Path(self._folder.name) / "tapped"
             self._tapped = self._open(make_artefact(self.request, self._architecture, folder, tapped=True))
-        results = self._run(self._tapped, [torch.from_numpy(np.ascontiguousarray(one)) for one in inputs])
+        results = self._run(
+            self._tapped, [torch.from_numpy(np.require(one, requirements="C")) for one in inputs]
+        )
         taps = self._tapped.artefact.first.taps
         count = len(results) - len(taps)
         values = {}

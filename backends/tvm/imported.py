@@ -27,6 +27,17 @@ TOLERANCE = 1e-4
 _known: set[str] = set()
 
 
+def _scatter_add(node: fx.Node, importer: Any) -> Any:
+    base, axis, index, source = (importer.env[one] if isinstance(one, fx.Node) else one for one in node.args)
+    return importer.block_builder.emit(
+        relax.op.scatter_elements(base, index, source, axis=axis, reduction="add")
+    )
+
+
+#: Operators that TVM has and its importer lacks.
+CONVERTERS = {"scatter_add.default": _scatter_add}
+
+
 def check_operators(program: torch.export.ExportedProgram) -> None:
     """Compare every aten operator of a program as TVM imports it with torch.
 
@@ -122,7 +133,8 @@ def _random(value: Tensor, generator: torch.Generator) -> Tensor:
 def _run(module: fx.GraphModule, inputs: list[Tensor]) -> tuple[Tensor, ...]:
     program = torch.export.export(module, tuple(inputs), strict=False)
     target = tvm.target.Target("llvm")
-    compiled = tvm.compile(relax.transform.LegalizeOps()(from_exported_program(program)), target=target)
+    imported = from_exported_program(program, custom_convert_map=CONVERTERS)
+    compiled = tvm.compile(relax.transform.LegalizeOps()(imported), target=target)
     machine = relax.VirtualMachine(compiled, tvm.cpu())
     found = machine["main"](*(tvm.runtime.tensor(one.numpy()) for one in inputs))
     return tuple(torch.from_numpy(one.numpy().copy()) for one in found)

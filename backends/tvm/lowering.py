@@ -13,7 +13,7 @@ from qcompile.errors import LoweringError
 
 from . import kernel_op
 from .api import relax, tvm
-from .imported import check_operators
+from .imported import CONVERTERS, check_operators
 
 
 def import_graph(graph: fx.GraphModule, shapes: tuple[tuple[int, ...], ...]) -> Any:
@@ -44,7 +44,7 @@ def import_graph(graph: fx.GraphModule, shapes: tuple[tuple[int, ...], ...]) -> 
     try:
         return from_exported_program(
             program,
-            custom_convert_map={"kernel.default": convert},
+            custom_convert_map={**CONVERTERS, "kernel.default": convert},
             run_ep_decomposition=_has_operators(graph),
         )
     except (AssertionError, NotImplementedError, ValueError, TypeError, KeyError) as cause:

@@ -19,6 +19,7 @@ from ..lower import lower
 from ..own_parameters import param_groups
 from ..prepare import prepare
 from ..switching import at
+from .data import Inputs
 from .digits import DigitsNet, digits
 from .evaluate import top1
 from .tables import print_json, print_table
@@ -45,10 +46,11 @@ def _run(output: Path | None, as_json: bool) -> None:
     prepared = prepare(network, x[:2], scheme="vertical", bits=(2, 3, 4))
     _fit_jointly(prepared, network.eval(), x, y)
     prepared.eval()
+    samples = Inputs({"x": test_x}, frozenset())
     rows: list[dict[str, Any]] = [
         {
             "mode": "float",
-            "trained %": top1(network, {"x": test_x}, test_y, BATCH),
+            "trained %": top1(network, samples, test_y, BATCH),
             "lowered %": None,
             "bytes read": sum(4 * parameter.numel() for parameter in network.parameters()),
             "latency us": _latency(network, test_x[:1]),
@@ -65,8 +67,8 @@ def _run(output: Path | None, as_json: bool) -> None:
             rows.append(
                 {
                     "mode": f"{mode.label} bits",
-                    "trained %": top1(at(prepared, mode), {"x": test_x}, test_y, BATCH),
-                    "lowered %": top1(run, {"x": test_x}, test_y, BATCH),
+                    "trained %": top1(at(prepared, mode), samples, test_y, BATCH),
+                    "lowered %": top1(run, samples, test_y, BATCH),
                     "bytes read": recorder.bytes_read,
                     "latency us": _latency(single, test_x[:1]),
                 }

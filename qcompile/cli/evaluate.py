@@ -12,7 +12,7 @@ from ..errors import InvalidArgument
 from ..file.load import load
 from ..lower import lower
 from ..switching import at
-from .data import part, read_labelled
+from .data import Inputs, read_labelled, shared_parameters
 from .tables import print_json, print_table
 
 
@@ -23,7 +23,8 @@ def evaluate_command(
     if batch < 1:
         raise InvalidArgument(f"--batch must be at least 1, not {batch}")
     model = load(file, bits=bits)
-    x, y = read_labelled(data, [one.name for one in model.signature.parameters])
+    names = [one.name for one in model.signature.parameters]
+    x, y = read_labelled(data, names, shared_parameters(model.signature))
     rows: list[dict[str, Any]] = []
     for mode in model.prepared_modes:
         run: Callable[..., Any] = at(model, mode)
@@ -36,12 +37,12 @@ def evaluate_command(
     print_json(rows) if as_json else print_table(f"Accuracy of {file.name}", rows)
 
 
-def top1(run: Callable[..., Any], inputs: dict[str, Tensor], labels: Tensor, batch: int) -> float:
+def top1(run: Callable[..., Any], inputs: Inputs, labels: Tensor, batch: int) -> float:
     """Top-1 accuracy in percent.
 
     Args:
         run: called with keyword inputs.
-        inputs: by parameter.
+        inputs: the samples.
         labels: (samples,) int64.
         batch: samples per call.
 
@@ -50,7 +51,7 @@ def top1(run: Callable[..., Any], inputs: dict[str, Tensor], labels: Tensor, bat
     """
     correct = 0
     for start in range(0, len(labels), batch):
-        given = part(inputs, start, start + batch)
+        given = inputs.part(start, start + batch)
         wanted = labels[start : start + batch]
         outputs = run(**given)
         if not isinstance(outputs, Tensor) or outputs.dim() != 2:

@@ -11,6 +11,7 @@ from ..file.container import Container
 from ..file.load import Metadata, load
 from ..lower import lower
 from ..modes import Mode
+from ..passes.calls import batch_of
 from .tables import print_json, print_table
 
 
@@ -74,8 +75,10 @@ def describe(file: Path) -> dict[str, Any]:
     }
     if available:
         model = load(file)
+        shapes = model.known_shapes()
+        batch = batch_of(model.signature, shapes) or 1
         for mode in model.prepared_modes:
-            costs = layer_costs(model.integer_model(mode), model.known_shapes())
+            costs = layer_costs(model.integer_model(mode), shapes, batch)
             for cost in costs:
                 layers.setdefault(cost.name, {"layer": cost.name, "state": ""})["MACs"] = cost.macs
                 layers[cost.name][f"bytes at {mode.label}"] = cost.weight_bytes

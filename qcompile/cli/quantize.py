@@ -15,7 +15,7 @@ from ..calibrate import calibrate
 from ..errors import FileAccessError, FileFormatError, InvalidArgument
 from ..file.save import save
 from ..prepare import prepare
-from .data import part, read_inputs
+from .data import read_inputs
 
 
 def quantize_command(
@@ -38,9 +38,9 @@ def quantize_command(
         _load_weights(model, weights)
     widths = None if bits is None else [_width(one) for one in bits.split(",")]
     names = None if modes is None else modes.split(",")
-    prepared = prepare(model.eval(), part(inputs, 0, 2), scheme=scheme, bits=widths, modes=names, skip=skip)
-    starts = range(0, len(next(iter(inputs.values()))), batch)
-    calibrate(prepared, (part(inputs, start, start + batch) for start in starts), progress=True)
+    prepared = prepare(model.eval(), inputs.part(0, 2), scheme=scheme, bits=widths, modes=names, skip=skip)
+    starts = range(0, len(inputs), batch)
+    calibrate(prepared, (inputs.part(start, start + batch) for start in starts), progress=True)
     save(prepared.eval(), output)
     print(f"wrote {output}")
 

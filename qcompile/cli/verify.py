@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..errors import InvalidArgument
 from ..file.load import DeployedModel, load
+from ..passes.calls import at_batch, call_arguments
 from ..verify import verify
-from ..verify.inputs import call_arguments
-from .data import part, read_inputs
+from .data import read_inputs, shared_parameters
 from .tables import print_json
 
 
@@ -26,7 +26,8 @@ def verify_command(
     if data is None:
         inputs = random_inputs(model, samples)
     else:
-        inputs = part(read_inputs(data, [one.name for one in model.signature.parameters]), 0, samples)
+        names = [one.name for one in model.signature.parameters]
+        inputs = read_inputs(data, names, shared_parameters(model.signature)).part(0, samples)
     reports = [verify(model, inputs, bits=mode, target=target) for mode in model.prepared_modes]
     if as_json:
         print_json([report.to_dict() for report in reports])
@@ -40,8 +41,9 @@ def random_inputs(model: DeployedModel, samples: int) -> Any:
     """Normal random numbers; 0 and 1 where a model takes whole numbers: indices that any table has."""
     generator = torch.Generator().manual_seed(0)
     flat: list[Tensor] = []
-    for one, shape in zip(model.signature.inputs, model.known_shapes(), strict=True):
-        dtype, size = one.dtype or torch.float32, (samples, *shape[1:])
+    shapes = at_batch(model.signature, model.known_shapes(), samples)
+    for one, size in zip(model.signature.inputs, shapes, strict=True):
+        dtype = one.dtype or torch.float32
         if dtype.is_floating_point:
             flat.append(torch.randn(size, generator=generator).to(dtype))
         else:

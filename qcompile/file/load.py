@@ -57,13 +57,18 @@ class DeployedModel(MultiModeModel):
         assert self.last_shapes is not None
         if shapes is not None:
             for one, given, stored in zip(self.signature.inputs, shapes, self.last_shapes, strict=True):
-                sizes: Sequence[int | None] = one.shape if self.has_open_sizes and one.shape else stored
+                known: Sequence[int | None] = one.shape if self.has_open_sizes and one.shape else stored
+                sizes = [None, *known[1:]] if one.is_batched and stored else list(known)
                 if len(given) != len(sizes) or any(
-                    want not in (None, size) for want, size in zip(sizes[1:], given[1:], strict=True)
+                    want not in (None, size) for want, size in zip(sizes, given, strict=True)
                 ):
+                    names = {opened.dim: opened.name for opened in one.open} | {0: "batch"}
+                    wanted = [
+                        names.get(dim, "any") if size is None else str(size) for dim, size in enumerate(sizes)
+                    ]
                     raise InvalidArgument(
                         f"input {one.name!r} has shape {tuple(given)}; this file was saved for "
-                        f"(batch, {', '.join(str(size) for size in stored[1:])})"
+                        f"({', '.join(wanted)})"
                     )
         graph = self._graphs[self.uniform(mode).name]
         assert isinstance(graph, IntegerModel)
@@ -107,8 +112,10 @@ class Metadata:
             self.layers = tuple(LayerRecord(str(n), bool(q), str(r)) for n, q, r in data["layers"])
         except (KeyError, TypeError, ValueError) as cause:
             raise FileFormatError(f"its model description is malformed ({cause})") from cause
-        scalars = [one.shape == () for one in self.signature.inputs]
-        if scalars != [not shape for shape in self.shapes]:
+        ranks = [None if one.shape is None else len(one.shape) for one in self.signature.inputs]
+        if len(ranks) != len(self.shapes) or any(
+            rank not in (None, len(shape)) for rank, shape in zip(ranks, self.shapes, strict=True)
+        ):
             raise FileFormatError("its input shapes do not match its inputs")
 
 

@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..backends.target import Executable
+from ..passes.calls import call_arguments
 from ..passes.integer_model import IntegerModel
 from ..passes.signature import CallSignature
 from ..registry import find_target
 from .chain import as_array
-from .inputs import call_arguments
 from .structure import constant_differences, graph_differences
 
 
@@ -117,7 +117,7 @@ class ExecutableSubject(Subject):
 
     def tapped(self, inputs: Sequence[Tensor]) -> Observation:
         """Run `trace`."""
-        trace = self.executable.trace([np.ascontiguousarray(as_array(one)) for one in inputs])
+        trace = self.executable.trace([np.require(as_array(one), requirements="C") for one in inputs])
         return Observation(tuple(trace.outputs), trace.values)
 
     def untapped(self, inputs: Sequence[Tensor]) -> tuple[Any, ...]:

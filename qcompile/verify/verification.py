@@ -14,10 +14,11 @@ from ..lower import lower
 from ..model import QuantModel
 from ..modes import Mode, Policy, find_mode
 from ..multi_mode import MultiModeModel
+from ..passes.calls import batch_of, call_arguments, sample_shapes
 from ..passes.integer_model import IntegerModel
 from ..wrappers import as_one_graph
 from .chain import ReferenceGraph
-from .inputs import call_arguments, flat_inputs, piece_samples, pieces, sample_count
+from .inputs import flat_inputs, piece_samples, pieces
 from .real_chain import RealChain
 from .report import VerificationReport
 from .subject import ExecutableSubject, GraphSubject, Subject, flat_outputs
@@ -68,10 +69,10 @@ def verify(
         if chain is not None:
             failures += chain.weight_differences()
         walk = Walk(ReferenceGraph(expected), subject, chain)
-        for first, piece in pieces(inputs, size):
+        samples = batch_of(checked.signature, shapes)
+        for first, piece in pieces(checked.signature, inputs, samples, size):
             if not walk.piece(first, piece):
                 break
-    samples = sample_count(inputs)
     return walk.report(mode.label, 1 if samples is None else samples, failures)
 
 
@@ -104,8 +105,9 @@ def _subject(
     model: MultiModeModel, mode: Mode, inputs: Sequence[Tensor], target: Any
 ) -> tuple[Subject, int | None]:
     """What to check, and how many samples at a time."""
-    samples = sample_count(inputs)
-    size = None if samples is None else piece_samples(inputs)
+    signature, shapes = model.signature, [tuple(one.shape) for one in inputs]
+    samples = batch_of(signature, shapes)
+    size = None if samples is None else piece_samples(inputs, samples)
     if isinstance(target, IntegerModel):
         return GraphSubject(target, "integer graph as given"), size
     if target is None:
@@ -115,15 +117,16 @@ def _subject(
             result = model.run(mode, args, kwargs)
             return flat_outputs(model.signature, result)
 
-        graph = model.integer_model(mode, [tuple(one.shape) for one in inputs])
+        graph = model.integer_model(mode, shapes)
         return GraphSubject(graph, "integer graph", call), size
-    if samples is None or size is None:
+    if samples is None and any(one.is_batched for one in signature.inputs):
         raise InvalidArgument("inputs with different batch sizes cannot be lowered: pass equal dimensions 0")
     if isinstance(target, str):
-        size = next(one for one in range(size, 0, -1) if samples % one == 0)
-        shapes = [tuple(one.shape[1:]) for one in inputs]
-        executable = lower(model, target, bits=mode, batch=size, input_shapes=shapes)
-        return ExecutableSubject(executable, model.signature, fresh=True), size
+        if samples is not None and size is not None:
+            size = next(one for one in range(size, 0, -1) if samples % one == 0)
+        wanted = sample_shapes(signature, shapes)
+        executable = lower(model, target, bits=mode, batch=size or 1, input_shapes=wanted)
+        return ExecutableSubject(executable, signature, fresh=True), size
     executable = _as_executable(target)
     request = executable.request
     if len(request.input_shapes) != len(inputs):
@@ -131,17 +134,17 @@ def _subject(
             f"the executable takes {len(request.input_shapes)} inputs and the model {len(inputs)}: "
             "lower this model"
         )
-    for one, value, shape in zip(model.signature.inputs, inputs, request.input_shapes, strict=True):
-        if tuple(value.shape[1:]) != tuple(shape[1:]):
+    for one, given, shape in zip(signature.inputs, shapes, request.input_shapes, strict=True):
+        from_dimension = 1 if one.is_batched else 0
+        if given[from_dimension:] != tuple(shape[from_dimension:]):
             raise InvalidArgument(
-                f"input {one.name!r} has shape {tuple(value.shape)}; "
-                f"the executable was compiled for {tuple(shape)}"
+                f"input {one.name!r} has shape {given}; the executable was compiled for {tuple(shape)}"
             )
-    if samples % request.batch:
+    if samples is not None and samples % request.batch:
         raise InvalidArgument(
             f"{samples} samples cannot be split into batches of {request.batch}, which the executable takes"
         )
-    return ExecutableSubject(executable, model.signature, fresh=False), request.batch
+    return ExecutableSubject(executable, signature, fresh=False), samples and request.batch
 
 
 def _fresh_graph(model: MultiModeModel, mode: Mode, shapes: Sequence[Sequence[int]]) -> IntegerModel:
