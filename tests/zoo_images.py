@@ -136,7 +136,7 @@ ZOO = {
     "efficientnet": _net("efficientnet", "efficientnet_b0", 64, depth=1),
     "mnasnet": _net("mnasnet", "mnasnet_small", 64, 2),
     "nasnet": _net("nasnet", "nasnet_4a1056", 64, 2, depth=2, samples=2),
-    "pnasnet": _net("pnasnet", "pnasnet5large", 64, 2, depth=1, samples=2),
+    "pnasnet": _net("pnasnet", "pnasnet5large", 96, 3, depth=2, samples=2),
     "darts": _net("darts", "darts", 64, 2, depth=2),
     "hrnet": _net("hrnet", "hrnet_w18_small_v1", 64, 2),
     "dla": _net("dla", "dla34", 64, 2, 0.25),

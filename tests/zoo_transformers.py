@@ -10,6 +10,7 @@ import transformers
 from torch import Tensor, nn
 from zoo_entry import Architecture
 
+transformers.logging.set_verbosity_error()  # it remarks on token ids that configurations leave at their defaults
 Inputs = Callable[[], dict[str, Any]]
 
 WORDS = {"vocab_size": 200, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

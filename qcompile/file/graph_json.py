@@ -72,6 +72,7 @@ _COMPOSITES = (
     | {"tril", "triu", "unsafe_chunk", "unsafe_split", "var", "view_as_complex", "view_as_real", "all", "any"}
     | {"expand_as", "reshape_as", "view_as", "clamp_min", "clamp_max", "numpy_T", "movedim", "flatten"}
     | {"diagonal_scatter", "index_add", "index_copy", "index_fill"}
+    | {"adaptive_max_pool1d", "adaptive_max_pool3d", "max_pool2d_with_indices", "max_pool3d_with_indices"}
     | {"zeros", "ones", "full", "arange", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones"}
 )
 
