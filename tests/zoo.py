@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 import zoo_images
+import zoo_language
 import zoo_plain
 import zoo_transformers
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ import qcompile
 from qcompile.model import QuantModel
 from qcompile.passes.schemes.vertical import VerticalConfig
 
-ZOO: dict[str, Architecture] = zoo_images.ZOO | zoo_transformers.ZOO | zoo_plain.ZOO
+ZOO: dict[str, Architecture] = zoo_images.ZOO | zoo_language.ZOO | zoo_transformers.ZOO | zoo_plain.ZOO
 BITS = (2, 8)
 SHARE = 0.9  # of the multiplications must be quantised
 SECONDS = 600
@@ -164,9 +165,10 @@ def table(outcomes: list[Outcome]) -> Iterator[str]:
     passed = sum(one.passed for one in outcomes)
     yield f"""# Architectures
 
-Written by `python tests/zoo.py > docs/zoo.md`, with {packages}. Random weights, reduced sizes,
-`scheme="vertical"`, modes of {BITS[0]} and {BITS[1]} bits, `VerticalConfig(first_last=8, products=True)`,
-calibrated on noise, verified, saved and loaded. An architecture passes if at least {100 * SHARE:.0f} % of its
+Written by `python tests/zoo.py > docs/zoo.md`, with {packages}.
+Random weights, reduced sizes, `scheme="vertical"`, modes of {BITS[0]} and {BITS[1]} bits,
+`VerticalConfig(first_last=8, products=True)`, calibrated on noise, verified, saved and
+loaded. An architecture passes if at least {100 * SHARE:.0f} % of its
 multiplications are quantised, the outputs of both modes differ, both are exact, and a loaded model gives the
 same outputs. {passed} of {len(outcomes)} pass; [limitations.md](limitations.md) has a way out for the others.
 
