@@ -53,8 +53,8 @@ def uncapturable(model: nn.Module, examples: Examples, error: BaseException) -> 
     line = line_of_error(error) or line_of_stack(str(error)) or UNKNOWN_LINE
     if _DATA_DEPENDENT.search(str(error)) or _DATA_DEPENDENT.search(type(error).__name__):
         return CaptureError(
-            f"{line}: control flow or a size depends on the values of a tensor; "
-            "rewrite it with torch.where, or move it out of forward"
+            f"{line}: control flow, a size or an index depends on the values of a tensor; rewrite it with "
+            "torch.where, write at i[None] instead of i, or move it out of forward"
         )
     return CaptureError(f"{line}: torch.export cannot trace this ({_first_line(error)}); rewrite this line")
 
