@@ -128,7 +128,7 @@ def _inputs(model: QuantModel, batch: Any) -> tuple[tuple[Any, ...], dict[str, A
     if isinstance(batch, dict):
         return (), batch
     if isinstance(batch, (tuple, list)):
-        return tuple(batch[: len(model.signature.inputs)]), {}
+        return tuple(batch[: len(model.signature.parameters)]), {}
     return (batch,), {}
 
 
