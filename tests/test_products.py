@@ -102,7 +102,7 @@ def test_attention_is_exact_and_close_to_float(kind: str, tmp_path: Path) -> Non
         if node.target is torch.ops.qcompile.accumulate_product.default
     ]
     assert len(products) == 2
-    for target in TARGETS if kind == "causal" else TARGETS[:2]:
+    for target in TARGETS[:2]:
         options = {} if target is None else {"target": target}
         for bits in (2, 8):
             assert qcompile.verify(ready, x, bits=bits, **options).exact
@@ -181,7 +181,19 @@ def test_expanded_baddbmm_is_baddbmm(beta: float, alpha: float) -> None:
     torch.testing.assert_close(graph_module(*tensors)[0], Sum()(*tensors))
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS[2:])
+def test_attention_is_exact_on_all_targets(target: str) -> None:
+    torch.manual_seed(0)
+    model, x = Encoder("causal"), torch.randn(3, 7, 5)
+    ready = calibrated(model, x)
+    for bits in (2, 8):
+        assert qcompile.verify(ready, x, bits=bits, target=target).exact
+
+
+@pytest.mark.parametrize(
+    "target", [*TARGETS[:2], *(pytest.param(one, marks=pytest.mark.slow) for one in TARGETS[2:])]
+)
 def test_long_sums(target: str | None) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 6, 5)

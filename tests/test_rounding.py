@@ -10,9 +10,8 @@ from nets import Residual, example
 from torch import Tensor, nn
 
 import qcompile
-from qcompile.passes import rounding
+from qcompile.passes import rounding, vertical_weights
 from qcompile.passes.geometry import Geometry
-from qcompile.passes.schemes import vertical
 
 NETWORKS = ("residual", "plain", "mobile", "dense", "signal")
 
@@ -118,8 +117,8 @@ def test_all_modes_of_a_step_round_the_weights_once(monkeypatch):
     y = torch.arange(len(x)) % 3
     joint.backward(x, y)
     calls = []
-    original = vertical.highest_code
-    monkeypatch.setattr(vertical, "highest_code", lambda *given: calls.append(1) or original(*given))
+    original = vertical_weights.highest_code
+    monkeypatch.setattr(vertical_weights, "highest_code", lambda *given: calls.append(1) or original(*given))
     joint.backward(x, y)
     layers = sum(record.quantized for record in model.records)
     assert len(calls) == layers

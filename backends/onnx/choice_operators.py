@@ -93,8 +93,8 @@ def _scatter(reduction: str) -> Writer:
     return write
 
 
-def _gather(operator: str) -> Writer:
-    return lambda op: op.emit(operator, [op.tensor("self"), op.tensor("index")], axis=int(op.given["dim"]))
+def _gather(op: Island) -> str:
+    return op.emit("GatherElements", [op.tensor("self"), op.tensor("index")], axis=int(op.given["dim"]))
 
 
 def _remainder(op: Island) -> str | None:
@@ -122,7 +122,6 @@ CHOICES: dict[str, Writer] = {
     "arange": _range,
     "scatter": _scatter("none"),
     "scatter_add": _scatter("add"),
-    "gather": _gather("GatherElements"),
-    "index_select": _gather("Gather"),
+    "gather": _gather,
     "remainder": _remainder,
 }
