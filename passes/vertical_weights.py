@@ -17,10 +17,12 @@ from .lsq import SMALLEST_STEP, hold_positive
 from .mode_input import Row, picked
 from .quantizers import WeightCodes, WeightQuantizer
 from .rounding import Bound, save_operands, saved_operands
-from .step_search import SEARCH_GRID
 
 if TYPE_CHECKING:
     from .schemes.vertical import VerticalConfig
+
+#: Steps that a search tries, as parts of the one that covers all weights.
+PARTS = tuple(2.0 ** (-index / 4) for index in range(20))
 
 #: Where a group's codes may lie around, as parts of the middle between its ends.
 CENTRES = (0.0, 0.5, 1.0)
@@ -104,6 +106,7 @@ class VerticalWeightQuantizer(WeightQuantizer):
         bits: weight bits of every mode, by row.
         config: options of the scheme.
         shape: of the weight; dimension 0 are the output channels.
+        covering: whether the first step is to cover every weight, which is good enough without calibration.
 
     Attributes:
         step: (steps,) float parameter, step sizes s of the highest mode; (1,) for one, as fully_shard takes
@@ -117,8 +120,11 @@ class VerticalWeightQuantizer(WeightQuantizer):
     offsets: Tensor
     centres: Tensor | None
 
-    def __init__(self, bits: Sequence[int], config: VerticalConfig, shape: Sequence[int] = ()) -> None:
+    def __init__(
+        self, bits: Sequence[int], config: VerticalConfig, shape: Sequence[int] = (), covering: bool = False
+    ) -> None:
         super().__init__()
+        self.covering = covering
         self.bits, self.highest_bits = tuple(bits), max(bits)
         self.compensation = config.compensation
         self.printed = config.step_gradient == "printed"
@@ -139,7 +145,7 @@ class VerticalWeightQuantizer(WeightQuantizer):
         return compensation(self.highest_bits - self.bits[row]) if self.compensation else (0, 0)
 
     def initialise(self, weight: Tensor) -> None:
-        """s = 2 mean|W| / sqrt(2^K - 1) (Sec. 6.1, printed there for K = 4)."""
+        """s = 2 mean|W| / sqrt(2^K - 1) (Sec. 6.1, printed there for K = 4), or max|W| / (2^(K-1) - 1)."""
         with torch.no_grad():
             self.step.data = self._first_step(weight)
             if self.centres is not None:
@@ -150,7 +156,11 @@ class VerticalWeightQuantizer(WeightQuantizer):
         return weight.reshape(len(self.step), -1)
 
     def _first_step(self, weight: Tensor) -> Tensor:
-        step = 2.0 * self._rows_of(weight).abs().mean(1) / math.sqrt(2**self.highest_bits - 1)
+        magnitudes = self._rows_of(weight).abs()
+        if self.covering:
+            step = magnitudes.amax(1) / max(1, 2 ** (self.highest_bits - 1) - 1)
+        else:
+            step = 2.0 * magnitudes.mean(1) / math.sqrt(2**self.highest_bits - 1)
         return step.clamp_min(SMALLEST_STEP).to(weight.dtype)
 
     def search(self, weight: Tensor, energy: Tensor) -> None:
@@ -173,10 +183,7 @@ class VerticalWeightQuantizer(WeightQuantizer):
             self.centres = centre.to(weight.dtype)
 
     def _least_errors(self, rows: Tensor, energies: Tensor) -> tuple[Tensor, Tensor]:
-        """For each row, the best of `SEARCH_GRID` fractions of the step that covers it, and its centre.
-
-        A group has few weights, so that moving and stretching its codes a little fits them better.
-        """
+        """For each row, a step and the centre of its codes, which only groups move: they have few weights."""
         low, high = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
         grouped = self.centres is not None
         best = torch.zeros_like(low), torch.zeros_like(low)
@@ -193,11 +200,11 @@ class VerticalWeightQuantizer(WeightQuantizer):
         for part in CENTRES if grouped else (0.0,):
             centre = (low + high) * (part / 2)
             whole = torch.maximum(high - centre, centre - low) / max(1, 2 ** (self.highest_bits - 1) - 1)
-            for index in range(1, SEARCH_GRID + 1):
-                offer(whole * (index / SEARCH_GRID), centre)
-        for _ in range(REFINEMENTS if grouped else 0):
+            for part_of_whole in PARTS:
+                offer(whole * part_of_whole, centre)
+        for _ in range(REFINEMENTS):
             step, centre = best
-            for move in MOVES:
+            for move in MOVES if grouped else ():
                 offer(step, centre + step * (move * 2.0 ** (self.highest_bits - min(self.bits))))
             step, centre = best
             for stretch in STRETCHES:

@@ -14,6 +14,7 @@ from torch import nn
 import qcompile
 from qcompile.errors import InvalidArgument
 from qcompile.passes.distillation import cosine_distance, divergence
+from qcompile.passes.layers import QuantizedLayer
 from qcompile.passes.schemes.vertical import VerticalConfig
 from qcompile.passes.vertical_weights import VerticalWeightQuantizer
 
@@ -187,16 +188,28 @@ def test_the_searched_step_has_the_least_errors(kind: str) -> None:
         candidates = []
         for part in (0.0, 0.5, 1.0) if kind == 3 else (0.0,):
             around = (row.min() + row.max()) / 2 * part
-            for size in np.abs(row - around).max() / 7 * np.arange(1, 65) / 64:
-                candidates.append((_log_error(row, counts, size, around), size, around))
-        if kind == 3:  # moved and stretched behind the grid
-            assert _log_error(row, counts, step, centre) <= min(candidates)[0] + 1e-4
-        else:
-            assert (step, centre) == pytest.approx(min(candidates)[1:], rel=1e-5, abs=1e-7)
+            sizes = np.abs(row - around).max() / 7 * 2.0 ** (-np.arange(20) / 4)
+            candidates += [_log_error(row, counts, size, around) for size in sizes]
+        # stretched, and groups moved, behind the grid
+        assert _log_error(row, counts, step, centre) <= min(candidates) + 1e-4
     trained = quantizer.step.detach() * 1.01
     quantizer.step.data = trained.clone()
     quantizer.search(weight, energy)
     assert torch.equal(quantizer.step.detach(), trained)
+
+
+@pytest.mark.parametrize("kind", ["layer", "channel", 3])
+def test_weights_alone_are_covered_without_data(kind: str) -> None:
+    model, x = example("mobile")
+    ready = qcompile.prepare(model, x, modes=("w4", "w8"), config=VerticalConfig(weight_step=kind)).eval()
+    layers = [one for one in ready.modules() if isinstance(one, QuantizedLayer)]
+    assert layers
+    for layer in layers:
+        weight, quantizer = layer.weight.detach(), layer.weight_quantizer
+        assert int(quantizer.codes(weight, 1).codes.abs().amax()) == 127
+        for row, codes in ((0, 16), (1, 256)):
+            error = (quantizer(weight, row).detach() - weight).abs().amax()
+            assert float(error) <= 1.01 * float(weight.abs().amax()) / codes
 
 
 def test_groups_around_a_centre_fit_better() -> None:

@@ -116,8 +116,10 @@ class VerticalScheme(Scheme):
         ]
 
     def _quantizers(self, weight_bits: Sequence[int], activation_bits: Sequence[int]) -> LayerQuantizers:
+        covering = all(mode.is_weight_only for mode in self.modes)  # nothing that has to see data
+
         def weight(layer: Any) -> VerticalWeightQuantizer:
-            return VerticalWeightQuantizer(weight_bits, self.config, layer.weight.shape)
+            return VerticalWeightQuantizer(weight_bits, self.config, layer.weight.shape, covering)
 
         return LayerQuantizers(weight, lambda signed: LsqActivationQuantizer(activation_bits, signed))
 
