@@ -104,10 +104,10 @@ class ModeBatchNorm(ModeModule):
         """Normalise (N, C, *spatial) or (N, C) with the parameters of the active mode."""
         affine, statistics = self.rows_of(active.row_of(self.slot))
         own = active.own_gradient_scale if self.affine_rows > 1 else 1.0
-        weight, bias = (
+        weight, bias = [
             None if one is None else scale_gradient(picked(one, affine), own)
             for one in (self.weight, self.bias)
-        )
+        ]
         means, variances = self.running_mean, self.running_var
         if means is None or variances is None:
             if self.training and self.ranks is not None:

@@ -116,7 +116,7 @@ def hard_coded_size(examples: Examples, error: str, retrace: Callable[[], object
     """
     finder = _SpecialisationFinder()
     logger = logging.getLogger(SHAPES_LOGGER)
-    before = logger.disabled, logger.level, logger.propagate
+    disabled, level, propagate = logger.disabled, logger.level, logger.propagate
     logger.disabled, logger.propagate = False, False
     logger.setLevel(logging.INFO)
     handlers, logger.handlers = logger.handlers, [finder]
@@ -126,7 +126,8 @@ def hard_coded_size(examples: Examples, error: str, retrace: Callable[[], object
         pass  # it is the failure that we are looking into
     finally:
         logger.handlers = handlers
-        logger.disabled, logger.level, logger.propagate = before
+        logger.disabled, logger.propagate = disabled, propagate
+        logger.setLevel(level)  # forgets what the logger remembers of levels
     place = _SIZE.search(error)
     opened = [one for ones in examples.open for one in ones]
     for one in opened:

@@ -130,7 +130,7 @@ class _CountThresholds(torch.autograd.Function):
             output = ctx.again.take(counted, *operands)
         wide = intervals.dtype
         # elements in one order, whatever the memory layout
-        given, x_flat, output = (_flat(one, x).to(wide) for one in (gradients[0], x, output))
+        given, x_flat, output = [_flat(one, x).to(wide) for one in (gradients[0], x, output)]
         value, knots = x_flat * before, knots_of(intervals, start)
         piece = _pieces(value, knots, output, after * height if x.dtype == wide else None)
         outside = intervals.new_zeros(1)
@@ -241,10 +241,10 @@ class ThresholdActivationQuantizer(ActivationQuantizer):
     def forward(self, x: Tensor, active: ActiveMode) -> Tensor:
         """Round `x` (any shape) to the values of the active mode; same shape and dtype."""
         row, own = active.row_of(self.slot), active.own_gradient_scale
-        intervals, start, before, after = (
+        intervals, start, before, after = [
             scale_gradient(picked(one, row).float() if one.dtype in _HALVES else picked(one, row), own)
             for one in (self.interval, self.start, self.before, self.after)
-        )
+        ]
         height: Bound
         if isinstance(row, int):
             levels = 2 ** self.bits[row] - 1

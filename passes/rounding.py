@@ -38,7 +38,7 @@ def rounded(x: Tensor, step: Tensor, low: Any, high: Any) -> Tensor:
 def save_operands(ctx: Any, *operands: Any) -> None:
     """Keep what a backward needs: a mode's constants are numbers, a policy's are tensors."""
     ctx.numbers = [None if isinstance(one, Tensor) else one for one in operands]
-    ctx.save_for_backward(*(one for one in operands if isinstance(one, Tensor)))
+    ctx.save_for_backward(*[one for one in operands if isinstance(one, Tensor)])
 
 
 def saved_operands(ctx: Any) -> list[Any]:

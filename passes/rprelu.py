@@ -68,10 +68,10 @@ class ModePReLU(ModeModule):
         """Apply it to (N, channels, *spatial); same shape and dtype."""
         row, own = active.row_of(self.slot), active.own_gradient_scale
         shape = (-1, *([1] * (x.dim() - 2)))
-        shift_in, slope, shift_out = (
+        shift_in, slope, shift_out = [
             scale_gradient(picked(one, row), own).to(x.dtype)
             for one in (self.shift_in, self.slope, self.shift_out)
-        )
+        ]
         bent = functional.prelu(x - shift_in.reshape(shape), slope)
         return bent + shift_out.reshape(shape)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 
 import pytest
 import torch
@@ -114,6 +115,7 @@ def test_hard_coded_batch_is_refused(make: type[nn.Module], batch: int) -> None:
     message = refused(make(), torch.randn(batch, 4))
     assert message.startswith(line_of(make(), "view(2" if make is HardCoded else "self.table"))
     assert "fixes the batch size to 2" in message
+    assert not logging.getLogger("torch.fx.experimental.symbolic_shapes").isEnabledFor(logging.INFO)
 
 
 def test_without_examples_the_advice_is_to_pass_them() -> None:
