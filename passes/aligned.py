@@ -247,9 +247,9 @@ class AlignedActivationQuantizer(ActivationQuantizer):
         if not isinstance(row, int):
             cells, levels = picked(self.cells, row), picked(self.levels, row)
         elif self.bits[row] == FLOAT_BITS:
-            return (
-                x.clamp(0.0, 1.0) if not self.from_data else torch.minimum(x.clamp_min(0.0), size.to(x.dtype))
-            )
+            limit = size.to(x.dtype)  # the ends have the gradient of the inside, which clamp may not give
+            outside = torch.minimum(x.detach().clamp_min(0.0), limit)
+            return torch.where((x >= 0.0) & (x <= limit), x, outside)
         else:
             cells, levels = self._numbers(row)
         again = Again()

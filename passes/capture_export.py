@@ -9,7 +9,7 @@ import operator
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from qcompile.passes.source_lines import line_of_stack, origin_of
 from qcompile.passes.trace import Trace
 
 _NO_GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled
+_AUTOCAST = torch.ops.higher_order.wrap_with_autocast
 
 
 def trace_with_export(model: nn.Module, examples: Examples) -> Trace:
@@ -190,7 +191,13 @@ def _copy(source: fx.GraphModule, graph: fx.Graph, environment: dict[fx.Node, An
     """Copy the nodes of a graph; returns the values of its output."""
     for node in source.graph.nodes:
         if node.op == "call_function" and node.target is _NO_GRAD:
-            _inline_no_grad(source, node, graph, environment)
+            enabled, *rest = node.args
+            results = _inline(source, rest, graph, environment)
+            if not enabled:
+                results = [_detached(graph, one) if isinstance(one, fx.Node) else one for one in results]
+            environment[node] = results
+        elif node.op == "call_function" and node.target is _AUTOCAST and not node.args[2]:
+            environment[node] = _inline(source, node.args[4:], graph, environment)
         elif node.op == "call_function":
             if isinstance(node.target, torch._ops.HigherOrderOperator):
                 raise _blocked(source, node)
@@ -231,21 +238,15 @@ def _copy_call(node: fx.Node, graph: fx.Graph, environment: dict[fx.Node, Any]) 
     return new
 
 
-def _inline_no_grad(
-    source: fx.GraphModule, node: fx.Node, graph: fx.Graph, environment: dict[fx.Node, Any]
-) -> None:
-    """`with torch.no_grad()` blocks come as a subgraph; inline it and cut the gradients of its results."""
-    enabled, body, *inputs = node.args
-    assert isinstance(body, fx.Node)
+def _inline(
+    source: fx.GraphModule, body_and_inputs: Sequence[Any], graph: fx.Graph, environment: dict[fx.Node, Any]
+) -> list[Any]:
+    """`with torch.no_grad()` blocks, and those of a disabled autocast, come as subgraphs."""
+    body, *inputs = body_and_inputs
     inner = getattr(source, str(body.target))
-    inner_environment = {
-        placeholder: environment[value]  # type: ignore[index]
-        for placeholder, value in zip(inner.graph.find_nodes(op="placeholder"), inputs, strict=True)
-    }
-    results = _copy(inner, graph, inner_environment)
-    if not enabled:
-        results = [_detached(graph, value) if isinstance(value, fx.Node) else value for value in results]
-    environment[node] = results
+    placeholders = inner.graph.find_nodes(op="placeholder")
+    given = {place: environment[value] for place, value in zip(placeholders, inputs, strict=True)}
+    return _copy(inner, graph, given)
 
 
 def _detached(graph: fx.Graph, node: fx.Node) -> fx.Node:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -11,12 +12,22 @@ import torch
 from torch import Tensor, fx, nn
 
 from . import integer_ops  # registers the operators
+from .batchnorm import ModeBatchNorm
 from .bent import Bent
 from .fold import WIDE_BITS, Affine, Epilogue, Term, broadcastable, wide_epilogue
 from .integer_model import IntegerModel
 from .mode_input import ModeModule
 from .module_tree import tensor_at
 from .quantizers import ActivationGrid, ActivationQuantizer, FloatRange, ThresholdGrid
+
+#: A sum with wider bounds is kept within these ranges of the quantiser that reads it, or these steps, ...
+SUM_RANGES, SUM_STEPS = 2.0**5, 2.0**11
+
+#: ... of which each has 2^13 units. That leaves bits for multipliers that differ between channels.
+SUM_UNIT_BITS = 13
+
+#: Units of a sum that no quantiser reads may be this much coarser than those of a summand.
+SUM_GROWTH = 64.0
 
 #: What a tensor of the training graph is in the integer graph: an affine map of integers, or a float node
 #: (also sizes and other non-tensors).
@@ -147,9 +158,10 @@ class Emitter:
         Returns:
             None if no quantiser reads the tensor, directly or behind operators on integers.
         """
-        grid = self._next_grid(source)
-        if grid is None:
+        found = self._next_grid(source)
+        if found is None:
             return None
+        grid, _ = found
         limit = 2 ** (WIDE_BITS - 1)
         reach = 256.0 * math.sqrt(max(grid.high, -grid.low)) * grid.distance
         return self.rounded(source, value, float(np.float32(reach / limit)), limit)
@@ -161,18 +173,49 @@ class Emitter:
         term = Term(node, np.float64(unit), np.float64(-limit), np.float64(limit))
         return Affine((term,), np.float64(0.0), len(self.shapes[source]), 1, layers=(source.name,))
 
-    def _next_grid(self, source: fx.Node) -> ActivationGrid | ThresholdGrid | None:
-        queue, seen = list(source.users), set(source.users)
+    def bounded(self, source: fx.Node, value: Affine) -> Affine | None:
+        """A sum that saturates far beyond what the quantiser behind it tells apart.
+
+        Where sums follow on each other through batch normalisation, bounds grow exponentially with the depth
+        while values do not; units that span them would be coarser than the steps of quantisers.
+
+        Returns:
+            None if no quantiser reads the sum and units that span it would be too coarse: it is float then.
+        """
+        found = self._next_grid(source)
+        if found is None:
+            low, high = value.real_range()
+            unit = max(-float(low.min()), float(high.max())) * 2.0**-WIDE_BITS
+            finest = min(float(np.median(np.abs(term.coefficient))) for term in value.terms)
+            return value if unit <= SUM_GROWTH * finest else None
+        grid, scale = found
+        steps = max(SUM_RANGES * max(grid.high, -grid.low), SUM_STEPS)
+        limit = steps * grid.distance / scale
+        clipped = value.clipped(-limit, limit)
+        if not clipped.is_clipped:
+            return value
+        return replace(clipped, wide_bits=min(WIDE_BITS, math.ceil(math.log2(steps)) + SUM_UNIT_BITS))
+
+    def _next_grid(self, source: fx.Node) -> tuple[ActivationGrid | ThresholdGrid, float] | None:
+        """The nearest quantiser that reads a tensor, and the scale of batch normalisation in between."""
+        scales = {source: 1.0}
+        queue = [source]
         for node in queue:  # grows while it is walked: nearest quantiser first
-            if node.op == "call_module":
+            scale = scales[node]
+            if node.op == "call_module" and node is not source:
                 module = self.model.get_submodule(str(node.target))
                 if isinstance(module, ActivationQuantizer):
                     grid = module.grid(self.row_of(module))
-                    return None if isinstance(grid, FloatRange) else grid
-            if not self.keeps_integers(node):
+                    return None if isinstance(grid, FloatRange) else (grid, scale)
+                maps = (
+                    module.scale_and_shift(self.row_of(module)) if isinstance(module, ModeBatchNorm) else None
+                )
+                if maps is not None:
+                    scale *= float(maps[0].abs().median()) or 1.0
+            if node is not source and not self.keeps_integers(node):
                 continue
-            fresh = [user for user in node.users if user not in seen]
-            seen.update(fresh)
+            fresh = [user for user in node.users if user not in scales]
+            scales.update(dict.fromkeys(fresh, scale))
             queue.extend(fresh)
         return None
 

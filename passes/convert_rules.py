@@ -65,7 +65,7 @@ def _add(sign: float) -> Rule:
         a, b = emitter.unclipped(a), emitter.unclipped(b)
         if _channelled(a) and _channelled(b) and a.axis != b.axis:
             b = emitter.plain(b)
-        return a.plus(b, factor)
+        return emitter.bounded(node, a.plus(b, factor))
 
     return rule
 

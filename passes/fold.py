@@ -75,6 +75,7 @@ class Affine:
         axis: dimension that per-channel values refer to.
         low, high: clipping that is still to be applied.
         layers: module paths of the layers whose accumulators enter.
+        wide_bits: magnitude of the integers if the tensor stays between layers.
     """
 
     terms: tuple[Term, ...]
@@ -84,6 +85,7 @@ class Affine:
     low: float = -math.inf
     high: float = math.inf
     layers: tuple[str, ...] = ()
+    wide_bits: int = WIDE_BITS
 
     @property
     def is_clipped(self) -> bool:
@@ -217,7 +219,7 @@ def _multiplier(ratio: Array, shift: int) -> NDArray[np.int64]:
 
 
 def wide_epilogue(affine: Affine) -> Epilogue:
-    """An epilogue that keeps the tensor at high precision: the unit spans its range with 2^28 to 2^29 steps.
+    """An epilogue that keeps the tensor at high precision: `wide_bits` is the magnitude that spans its range.
 
     The unit is a power of two times that of the summand with the widest range among those with one factor for
     all channels, so a residual stream goes through its sums without being rounded.
@@ -229,13 +231,13 @@ def wide_epilogue(affine: Affine) -> Epilogue:
     if not math.isfinite(largest):
         raise FoldError(f"layer {_names(affine)}: parameters hold NaN or infinity")
     # a clip may leave a sliver of what the sums reach, and sums have 52 bits
-    reach = max(reach, largest * 2.0 ** (WIDE_BITS - WIDE_SUM_BITS))
+    reach = max(reach, largest * 2.0 ** (affine.wide_bits - WIDE_SUM_BITS))
     streams = [term for term in affine.terms if term.coefficient.ndim == 0 and float(term.coefficient)]
     base = reach or 1.0
     if streams and reach > 0:
         widest = max(streams, key=lambda term: float(np.ptp(term.real_range())))
         base = abs(float(widest.coefficient))
-    unit = math.ldexp(base, math.ceil(math.log2(reach / base)) - WIDE_BITS) if reach > 0 else 1.0
+    unit = math.ldexp(base, math.ceil(math.log2(reach / base)) - affine.wide_bits) if reach > 0 else 1.0
     return integer_epilogue(
         affine, unit, round_to_unit(float(low.min()), unit), round_to_unit(float(high.max()), unit)
     )

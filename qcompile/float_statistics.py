@@ -80,9 +80,10 @@ def move(model: QuantModel, base: dict[str, Statistics], unrounded: dict[str, St
         (mean, variance), (mean_before, variance_before) = (
             [one.to(norm.running_mean) for one in pair] for pair in (base[path], unrounded[path])
         )
-        tiny = torch.finfo(norm.running_var.dtype).tiny
         norm.running_mean += mean - mean_before
-        norm.running_var *= variance / variance_before.clamp_min(tiny)
+        # with eps, so that a channel that only rounding brings to life keeps the variance that it has then
+        spread = (norm.running_var + norm.eps) * (variance + norm.eps) / (variance_before + norm.eps)
+        norm.running_var.copy_((spread - norm.eps).clamp_min_(0.0))
 
 
 @contextmanager

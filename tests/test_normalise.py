@@ -291,6 +291,25 @@ def test_no_grad_blocks_are_inlined_without_gradient() -> None:
     torch.testing.assert_close(graph_module.linear.weight.grad, model.linear.weight.grad)
 
 
+def test_blocks_of_a_disabled_autocast_are_inlined() -> None:
+    class InFull(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            with torch.autocast("cpu", enabled=False):
+                y = self.linear(x.float())
+                z = y.sum(1)
+            return y.relu(), z
+
+    model, x = InFull(), torch.randn(2, 3)
+    graph_module = capture(model, x).graph_module
+    assert [node.target for node in graph_module.graph.find_nodes(op="call_module")] == ["linear"]
+    for found, expected in zip(graph_module(x), model(x), strict=True):
+        assert torch.equal(found, expected)
+
+
 def test_arguments_are_written_one_way() -> None:
     graph = fx.Graph()
     x = graph.placeholder("x")

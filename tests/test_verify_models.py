@@ -130,3 +130,36 @@ def test_enlarged_integers(scheme: str, between: list[nn.Module]) -> None:
     for target in (None, "onnx-qdq"):
         report = qcompile.verify(model.eval(), x, bits=4, target=target)
         assert report.exact, report.failures
+
+
+class NormalisedSum(nn.Module):
+    """x to relu(norm(conv(x)) + norm(x)), x (N, C, H, W), after Ding et al. 2021 (RepVGG)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.conv_norm = nn.BatchNorm2d(channels)
+        self.norm = nn.BatchNorm2d(channels, eps=1e-3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.conv_norm(self.conv(x)) + self.norm(x))
+
+
+@pytest.mark.parametrize(("scheme", "modes"), [("vertical", (2, 8)), ("n2uq", (2, 4))])
+def test_sums_whose_bounds_grow_with_the_depth(scheme: str, modes: tuple[int, ...]) -> None:
+    blocks = [NormalisedSum(4) for _ in range(16)]
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), *blocks, nn.Flatten(), nn.LazyLinear(3))
+    for block in blocks:  # a channel without variance is multiplied with 1 / sqrt(eps)
+        with torch.no_grad():
+            block.conv.weight[0] = 0.0
+            block.conv_norm.bias[0] = -20.0
+    for one in network.modules():
+        if isinstance(one, nn.BatchNorm2d):
+            one.momentum = 1.0  # the statistics of one batch
+    x = images(8)
+    network.train()(x)
+    ready = qcompile.prepare(network, x, scheme=scheme, bits=modes)
+    qcompile.calibrate(ready, [x])
+    for bits in modes:
+        report = verify(ready.eval(), x, bits=bits)
+        assert report.exact, report.failures

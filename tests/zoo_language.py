@@ -113,6 +113,7 @@ ZOO = {
     "phi3": _decoder("Phi3"),
     "cohere": _decoder("Cohere"),
     "mixtral": _decoder("Mixtral"),
+    "mixtral_batched": _decoder("Mixtral", experts_implementation="batched_mm"),
     "mamba": of(
         "MambaConfig",
         "MambaForCausalLM",
