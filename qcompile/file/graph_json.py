@@ -37,6 +37,7 @@ _COMPOSITES = (
     | {"silu", "hardswish", "hardsigmoid", "mish", "softplus", "relu6", "selu", "glu", "prelu", "celu"}
     | {"matmul", "einsum", "scaled_dot_product_attention", "stack", "hstack", "vstack", "where", "square"}
     | {"upsample_bilinear2d", "upsample_bicubic2d", "upsample_linear1d", "upsample_trilinear3d", "dropout"}
+    | {"_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"}
     | {"sym_size", "sym_numel", "embedding", "to", "type_as", "concat", "tile", "unfold", "im2col", "roll"}
     | {"gru", "lstm", "rnn_tanh", "rnn_relu", "linalg_vector_norm", "norm", "cumsum", "_weight_norm"}
     | {"__and__", "__or__", "__xor__", "addcmul", "argsort", "baddbmm", "broadcast_to", "bucketize", "cdist"}
