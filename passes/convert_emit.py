@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from . import integer_ops  # registers the operators
 from .batchnorm import ModeBatchNorm
@@ -28,6 +29,9 @@ SUM_UNIT_BITS = 13
 
 #: Units of a sum that no quantiser reads may be this much coarser than those of a summand.
 SUM_GROWTH = 64.0
+
+#: Layers that enlarge what is small, a row or a channel at a time.
+FLOAT_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _InstanceNorm)
 
 #: What a tensor of the training graph is in the integer graph: an affine map of integers, or a float node
 #: (also sizes and other non-tensors).
@@ -148,8 +152,8 @@ class Emitter:
     def fixed_point(self, source: fx.Node, value: fx.Node) -> Affine | None:
         """A float tensor as integers, fine enough to join an integer stream such as a residual sum.
 
-        A stream that only operators without an integer form read, such as layer normalisation, stays in
-        float: they may take apart what is small beside the stream's range.
+        A stream that layer normalisation reads, or only operators without an integer form, stays in float:
+        they may take apart what is small beside the stream's range.
 
         Values saturate beyond 256 sqrt(Q) steps of the quantiser that reads the stream, Q its largest code:
         512 times the mean magnitude of the values for which LSQ's initial step would be right. That range is
@@ -197,13 +201,19 @@ class Emitter:
         return replace(clipped, wide_bits=min(WIDE_BITS, math.ceil(math.log2(steps)) + SUM_UNIT_BITS))
 
     def _next_grid(self, source: fx.Node) -> tuple[ActivationGrid | ThresholdGrid, float] | None:
-        """The nearest quantiser that reads a tensor, and the scale of batch normalisation in between."""
+        """The nearest quantiser that reads a tensor, and the scale of batch normalisation in between.
+
+        Returns:
+            None if there is none, or if other normalisation comes first.
+        """
         scales = {source: 1.0}
         queue = [source]
         for node in queue:  # grows while it is walked: nearest quantiser first
             scale = scales[node]
             if node.op == "call_module" and node is not source:
                 module = self.model.get_submodule(str(node.target))
+                if isinstance(module, FLOAT_NORMS):
+                    return None
                 if isinstance(module, ActivationQuantizer):
                     grid = module.grid(self.row_of(module))
                     return None if isinstance(grid, FloatRange) else (grid, scale)

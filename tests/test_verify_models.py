@@ -163,3 +163,30 @@ def test_sums_whose_bounds_grow_with_the_depth(scheme: str, modes: tuple[int, ..
     for bits in modes:
         report = verify(ready.eval(), x, bits=bits)
         assert report.exact, report.failures
+
+
+class ScaledSums(nn.Module):
+    """Rows (N, rows, 8) through sums with scaled branches behind layer norms (Touvron et al. 2021)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.second, self.last, self.head = (nn.Linear(8, 8, bias=False) for _ in range(4))
+        self.norms = nn.ModuleList(nn.LayerNorm(8, eps=1e-12) for _ in range(3))
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        self.scale = nn.Parameter(torch.full((8,), 1e-5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(self.stem(x))
+        for norm, layer in zip(self.norms, self.layers, strict=True):
+            x = x + self.scale * layer(norm(x))
+        return self.head(self.last(x))
+
+
+def test_small_rows_of_a_stream_reach_layer_normalisation() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 5, 8) * torch.tensor([1e-5, 1.0, 30.0, 1.0, 1.0]).reshape(5, 1)
+    ready = qcompile.prepare(ScaledSums(), x, bits=(2, 8))
+    qcompile.calibrate(ready, [x])
+    for bits in (2, 8):
+        report = verify(ready.eval(), x, bits=bits)
+        assert report.exact, report.failures
