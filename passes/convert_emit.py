@@ -82,7 +82,7 @@ class Emitter:
             name = f"{first}_{name.removeprefix(first)}"
         if name not in self._attributes:
             tensor = value.detach() if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
-            self.constants[name] = tensor.to(dtype).contiguous().clone()
+            self.constants[name] = tensor.to(dtype, copy=True).contiguous()
             self._attributes[name] = self.graph.get_attr(name)
         return self._attributes[name]
 

@@ -161,15 +161,18 @@ def _accumulator_bounds(
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], int]:
     """Exact bounds of each output channel's accumulator, and of sums of products without the offset."""
     low, high = min(low, 0), max(high, 0)  # the border holds code 0
-    codes = weight.codes.double().flatten(1).cpu().numpy()
-    effective = codes * 2.0**weight.offset_shift + weight.offset_numerator
-    positive, negative = np.maximum(effective, 0).sum(1), np.minimum(effective, 0).sum(1)
-    largest, smallest = positive * high + negative * low, positive * low + negative * high
+    found = []
+    for channel in weight.codes.flatten(1).cpu():  # one at a time: float64 is many times the codes
+        codes = channel.double().numpy()
+        effective = codes * 2.0**weight.offset_shift + weight.offset_numerator
+        above, below = np.maximum(effective, 0).sum(), np.minimum(effective, 0).sum()
+        found.append((above * low + below * high, above * high + below * low, np.abs(codes).sum()))
+    smallest, largest, magnitudes = (np.array(one) for one in zip(*found, strict=True))
     if max(float(largest.max()), -float(smallest.min())) >= 2**31:
         raise FoldError(
             f"layer {path!r}: accumulators exceed 32 bits; pass skip=[{path!r}] to leave it in float"
         )
-    bound = int(np.abs(codes).sum(1).max()) * max(high, -low)
+    bound = int(magnitudes.max()) * max(high, -low)
     return smallest, largest, bound
 
 

@@ -249,12 +249,20 @@ class VerticalWeightQuantizer(WeightQuantizer):
         """The mode's integer codes, from W and s in float64."""
         dropped = self.highest_bits - self.bits[row]
         step = hold_positive(self.step.detach()).double()
-        rows = self._rows_of(weight.detach().double())
+        rows = self._rows_of(weight.detach())
+        code = torch.empty(rows.shape, dtype=torch.int16, device=rows.device)
+        count = max(1, PIECE // rows.shape[1])  # float64 temporaries would be many times the weight
+        for start in range(0, len(rows), count):
+            part = slice(start, start + count)
+            for piece, found in zip(rows[part].split(PIECE, 1), code[part].split(PIECE, 1), strict=True):
+                values = piece.double()
+                if self.centres is not None:
+                    values = values - self.centres[part].double().unsqueeze(1)
+                highest = highest_code(values, step[part].unsqueeze(1), self.highest_bits)
+                found.copy_(lower_code(highest, dropped))
         centre = None if self.centres is None else self.centres.double()
-        rows = rows if centre is None else rows - centre.unsqueeze(1)
-        code = lower_code(highest_code(rows, step.unsqueeze(1), self.highest_bits), dropped)
         return WeightCodes(
-            code.to(torch.int16).reshape(weight.shape),
+            code.reshape(weight.shape),
             self.bits[row],
             True,
             step.reshape(self.scale_shape) * 2.0**dropped,
