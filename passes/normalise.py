@@ -8,6 +8,7 @@ from qcompile.passes.manager import Pass, PassManager
 from qcompile.passes.normalise_aliases import NormaliseAliases
 from qcompile.passes.normalise_arguments import NormaliseArguments
 from qcompile.passes.normalise_attention import LiftAttention
+from qcompile.passes.normalise_cells import CellsAsLinear
 from qcompile.passes.normalise_computed import LiftComputedLayers, MatricesAsLinear
 from qcompile.passes.normalise_dropout import LiftDropout
 from qcompile.passes.normalise_einsum import EinsumAsLinear
@@ -77,6 +78,7 @@ _FUNCTIONAL: tuple[Pass, ...] = (
     NormaliseArguments(),
     RemoveMemoryLayout(),
     RemoveNoOps(),
+    CellsAsLinear(),
     EinsumAsLinear(),
     MatricesAsLinear(),
 )

@@ -19,83 +19,13 @@ from torch import Tensor, fx
 
 from ..errors import FileFormatError, LoweringError
 from ..modes import Mode
-from ..passes.aten import AVERAGE, LAYOUT, MAX_POOL
 from ..passes.integer_model import IntegerModel
+from .operators import is_listed
 from .threshold_check import check_thresholds
 
 _SIZE_ARITHMETIC: dict[str, Callable[..., Any]] = {
     name: getattr(operator, name) for name in ("getitem", "add", "sub", "mul", "floordiv", "mod", "neg")
 }
-
-#: Operators that aten does not tag as core, but that models call.
-_COMPOSITES = (
-    LAYOUT
-    | MAX_POOL
-    | AVERAGE
-    | {"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear"}
-    | {"layer_norm", "group_norm", "batch_norm", "instance_norm", "rms_norm", "pad", "softmax", "log_softmax"}
-    | {"silu", "hardswish", "hardsigmoid", "mish", "softplus", "relu6", "selu", "glu", "prelu", "celu"}
-    | {"matmul", "einsum", "scaled_dot_product_attention", "stack", "hstack", "vstack", "where", "square"}
-    | {"upsample_bilinear2d", "upsample_bicubic2d", "upsample_linear1d", "upsample_trilinear3d", "dropout"}
-    | {"_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"}
-    | {"sym_size", "sym_numel", "embedding", "to", "type_as", "concat", "tile", "unfold", "im2col", "roll"}
-    | {"gru", "lstm", "rnn_tanh", "rnn_relu", "linalg_vector_norm", "norm", "cumsum", "_weight_norm"}
-    | {"__and__", "__or__", "__xor__", "addcmul", "argsort", "baddbmm", "broadcast_to", "bucketize", "cdist"}
-    | {
-        "complex",
-        "cosine_similarity",
-        "cumprod",
-        "diff",
-        "dot",
-        "eye",
-        "floor_divide",
-        "isin",
-        "kron",
-        "lerp",
-    }
-    | {f"fft_{way}fft{dims}" for way in ("", "i", "r", "ir") for dims in ("", "2", "n")}
-    | {
-        "real",
-        "imag",
-        "max_unpool2d",
-        "max_unpool3d",
-        "linspace",
-        "logsumexp",
-        "masked_fill",
-        "max",
-        "meshgrid",
-        "min",
-        "moveaxis",
-        "mv",
-        "nan_to_num",
-    }
-    | {"one_hot", "outer", "polar", "rsub", "sort", "std", "swapaxes", "take_along_dim", "tensor_split"}
-    | {"tril", "triu", "unsafe_chunk", "unsafe_split", "var", "view_as_complex", "view_as_real", "all", "any"}
-    | {"expand_as", "reshape_as", "view_as", "clamp_min", "clamp_max", "numpy_T", "movedim", "flatten"}
-    | {"diagonal_scatter", "index_add", "index_copy", "index_fill"}
-    | {"adaptive_max_pool1d", "adaptive_max_pool3d", "max_pool2d_with_indices", "max_pool3d_with_indices"}
-    | {"zeros", "ones", "full", "arange", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones"}
-)
-
-#: Core operators that read files, uninitialised memory or the generator. (How large the tensors of a stored
-#: graph get is checked when it is loaded.)
-_NOT_FROM_FILES = frozenset(
-    (
-        "from_file",
-        "empty",
-        "empty_like",
-        "empty_strided",
-        "new_empty",
-        "rand",
-        "randn",
-        "randint",
-        "randperm",
-        "bernoulli",
-        "normal",
-        "uniform",
-        "resize_",
-    )
-)
 
 MAX_NODES = 100_000
 _META_TYPES: dict[str, Any] = {
@@ -157,7 +87,7 @@ def _operator_name(node: fx.Node) -> str:
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
         name = f"{target._schema.name}.{target._overloadname}"
-        if _allowed(target):
+        if is_listed(target):
             return name
     else:
         for name, function in _SIZE_ARITHMETIC.items():
@@ -168,17 +98,6 @@ def _operator_name(node: fx.Node) -> str:
     raise LoweringError(
         f"layer {layer!r}: operator {name} cannot be stored in a file; replace it in the model"
     )
-
-
-def _allowed(target: torch._ops.OpOverload) -> bool:
-    namespace, _, name = target._schema.name.partition("::")
-    if namespace == "qcompile":
-        return True
-    pure = not any(
-        argument.alias_info and argument.alias_info.is_write for argument in target._schema.arguments
-    )
-    listed = torch.Tag.core in target.tags or torch.Tag.pointwise in target.tags or name in _COMPOSITES
-    return namespace == "aten" and pure and listed and name not in _NOT_FROM_FILES
 
 
 def _encode(value: Any) -> Any:
@@ -287,7 +206,7 @@ def _find_operator(target: str) -> Any:
         packet = getattr(getattr(torch.ops, namespace), name, None)
         if isinstance(packet, torch._ops.OpOverloadPacket) and (overload or "default") in packet.overloads():
             found = getattr(packet, overload or "default")
-    if not isinstance(found, torch._ops.OpOverload) or not _allowed(found):
+    if not isinstance(found, torch._ops.OpOverload) or not is_listed(found):
         raise FileFormatError(f"operator {target!r} may not stand in a file")
     return found
 
