@@ -67,7 +67,7 @@ def texts():
     return found["input_ids"], found["attention_mask"], torch.tensor(windows)
 
 
-@pytest.mark.parametrize("group", [16, 32])
+@pytest.mark.parametrize("group", [8, 16, 32])
 def test_embeddings_keep_their_directions(encoder, texts, tmp_path, group):
     ids, mask, windows = texts
     with torch.no_grad():
@@ -93,6 +93,7 @@ def test_embeddings_keep_their_directions(encoder, texts, tmp_path, group):
         found = cosines(loaded)
         print(group, mode, float(found.mean()), float(found.min()))
         assert float(found.mean()) >= least
+        assert group > 8 or float(found.min()) >= least  # every sentence
         assert qcompile.verify(model, (ids[:2], mask[:2]), bits=mode).exact
         run = qcompile.lower(loaded, target="onnx-qdq", batch=2)
         outputs = loaded(ids[:2], mask[:2])
