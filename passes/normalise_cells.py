@@ -83,9 +83,7 @@ def _gru(call: Call, given: Any) -> list[fx.Node]:
     reset, update = (
         call(_aten.sigmoid.default, call(_aten.add.Tensor, ours[index], theirs[index])) for index in (0, 1)
     )
-    new = call(
-        _aten.tanh.default, call(_aten.add.Tensor, ours[2], call(_aten.mul.Tensor, reset, theirs[2]))
-    )
+    new = call(_aten.tanh.default, call(_aten.add.Tensor, ours[2], call(_aten.mul.Tensor, reset, theirs[2])))
     change = call(_aten.mul.Tensor, update, call(_aten.sub.Tensor, hidden, new))
     return [call(_aten.add.Tensor, new, change)]
 
