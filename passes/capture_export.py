@@ -191,13 +191,14 @@ def _copy(source: fx.GraphModule, graph: fx.Graph, environment: dict[fx.Node, An
     """Copy the nodes of a graph; returns the values of its output."""
     for node in source.graph.nodes:
         if node.op == "call_function" and node.target is _NO_GRAD:
-            enabled, *rest = node.args
-            results = _inline(source, rest, graph, environment)
+            enabled, body, *inputs = node.args
+            results = _inline(source, body, inputs, graph, environment)
             if not enabled:
                 results = [_detached(graph, one) if isinstance(one, fx.Node) else one for one in results]
             environment[node] = results
         elif node.op == "call_function" and node.target is _AUTOCAST and not node.args[2]:
-            environment[node] = _inline(source, node.args[4:], graph, environment)
+            body, *inputs = node.args[4:]
+            environment[node] = _inline(source, body, inputs, graph, environment)
         elif node.op == "call_function":
             if isinstance(node.target, torch._ops.HigherOrderOperator):
                 raise _blocked(source, node)
@@ -239,10 +240,13 @@ def _copy_call(node: fx.Node, graph: fx.Graph, environment: dict[fx.Node, Any]) 
 
 
 def _inline(
-    source: fx.GraphModule, body_and_inputs: Sequence[Any], graph: fx.Graph, environment: dict[fx.Node, Any]
+    source: fx.GraphModule,
+    body: Any,
+    inputs: Sequence[Any],
+    graph: fx.Graph,
+    environment: dict[fx.Node, Any],
 ) -> list[Any]:
     """`with torch.no_grad()` blocks, and those of a disabled autocast, come as subgraphs."""
-    body, *inputs = body_and_inputs
     inner = getattr(source, str(body.target))
     placeholders = inner.graph.find_nodes(op="placeholder")
     given = {place: environment[value] for place, value in zip(placeholders, inputs, strict=True)}

@@ -160,7 +160,8 @@ class Emitter:
         half of what a stream may hold, so that the stream's first sum keeps the unit.
 
         Returns:
-            None if no quantiser reads the tensor, directly or behind operators on integers.
+            None if no quantiser reads the tensor, directly or behind operators on integers, or layer
+            normalisation does before.
         """
         found = self._next_grid(source)
         if found is None:
@@ -184,7 +185,8 @@ class Emitter:
         while values do not; units that span them would be coarser than the steps of quantisers.
 
         Returns:
-            None if no quantiser reads the sum and units that span it would be too coarse: it is float then.
+            None if no quantiser reads the sum, or layer normalisation before one, and units that span it
+            would be too coarse: it is float then.
         """
         found = self._next_grid(source)
         if found is None:
@@ -206,26 +208,23 @@ class Emitter:
         Returns:
             None if there is none, or if other normalisation comes first.
         """
-        scales = {source: 1.0}
-        queue = [source]
+        scales = dict.fromkeys(source.users, 1.0)
+        queue = list(scales)
         for node in queue:  # grows while it is walked: nearest quantiser first
-            scale = scales[node]
-            if node.op == "call_module" and node is not source:
+            if node.op == "call_module":
                 module = self.model.get_submodule(str(node.target))
                 if isinstance(module, FLOAT_NORMS):
                     return None
                 if isinstance(module, ActivationQuantizer):
                     grid = module.grid(self.row_of(module))
-                    return None if isinstance(grid, FloatRange) else (grid, scale)
-                maps = (
-                    module.scale_and_shift(self.row_of(module)) if isinstance(module, ModeBatchNorm) else None
-                )
-                if maps is not None:
-                    scale *= float(maps[0].abs().median()) or 1.0
-            if node is not source and not self.keeps_integers(node):
+                    return None if isinstance(grid, FloatRange) else (grid, scales[node])
+                if isinstance(module, ModeBatchNorm):
+                    maps = module.scale_and_shift(self.row_of(module))
+                    scales[node] *= 1.0 if maps is None else float(maps[0].abs().median()) or 1.0
+            if not self.keeps_integers(node):
                 continue
             fresh = [user for user in node.users if user not in scales]
-            scales.update(dict.fromkeys(fresh, scale))
+            scales.update(dict.fromkeys(fresh, scales[node]))
             queue.extend(fresh)
         return None
 

@@ -4,94 +4,19 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from copy import deepcopy
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from part_networks import BITS, PARTS, Block, Detector, default, images, prepared
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import qcompile
 from qcompile.errors import CaptureError, InvalidArgument, InvalidInputType, QCompileError
-from qcompile.own_parameters import own_parameters
-from qcompile.partly_prepared import PartlyPrepared
 from qcompile.passes.schemes.vertical import VerticalConfig
 
 torch.set_num_threads(1)
-
-BITS = (2, 4, 8)
-PARTS = ("backbone", "neck", "head")
-
-
-class Block(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
-        self.bn = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
-        self.width = width
-
-    def forward(self, x: Tensor, *, scale: Tensor | None = None) -> Tensor:
-        y = self.conv2(torch.relu(self.bn(self.conv1(x))))
-        return torch.relu(x + (y if scale is None else y * scale))
-
-
-class Detector(nn.Module):
-    """Its forward reads a value of a tensor, an attribute of a part and its own training flag."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.stem = nn.Conv2d(3, 8, 3, padding=1)
-        self.backbone = nn.Sequential(Block(8), Block(8))
-        self.neck = Block(8)
-        self.head = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 5))
-        self.recomputes = False
-        self.seen_training: list[bool] = []
-
-    def recomputes_from_now_on(self, yes: bool) -> None:
-        self.recomputes = yes
-
-    def features(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.stem(x))
-        if self.recomputes:
-            return checkpoint(self.backbone, x, use_reentrant=False)
-        return self.backbone(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.seen_training.append(self.training)
-        x = self.features(x)
-        if x.sum().item() > -1e9:
-            x = self.neck(x, scale=torch.ones(()) * self.neck.width / 8)
-        return self.head(x.mean((2, 3)))
-
-
-def images(seed: int = 0, batch: int = 4) -> Tensor:
-    return torch.randn(batch, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
-
-
-@cache
-def _default(calibrated: bool) -> PartlyPrepared:
-    found = prepared(Detector())
-    if calibrated:
-        qcompile.calibrate(found, [images(1), images(2)])
-    return found
-
-
-def prepared(model: nn.Module | None = None, calibrated: bool = False, **options: Any) -> PartlyPrepared:
-    found = qcompile.prepare(model or Detector(), images(), **{"bits": BITS, "submodules": PARTS} | options)
-    assert isinstance(found, PartlyPrepared)
-    if calibrated:
-        qcompile.calibrate(found, [images(1), images(2)])
-    return found
-
-
-def default(calibrated: bool = True) -> PartlyPrepared:
-    """A copy of the model that most tests look at."""
-    return deepcopy(_default(calibrated))
 
 
 def test_whole_model_cannot_be_captured() -> None:
@@ -172,96 +97,6 @@ def test_policies_name_layers_of_all_parts() -> None:
         qcompile.set_bits(model, qcompile.Policy({name: 4 for name in layers if name != "neck.conv2"}))
 
 
-@pytest.mark.parametrize("recomputes", [False, True])
-def test_joint_loss_adds_up_the_modes(recomputes: bool) -> None:
-    """Gradients are those of plain calls at each mode, also where the user's code recomputes a part."""
-    model = prepared(calibrated=True, config=VerticalConfig(distillation=None, batch_norm="shared")).train()
-    plain = deepcopy(model)
-    model.recomputes_from_now_on(recomputes)
-    x, y = images(3), torch.tensor([0, 1, 2, 3])
-    criterion = nn.CrossEntropyLoss()
-    joint = qcompile.JointLoss(model, criterion)
-    joint.backward(x, y)
-    for bits in reversed(BITS):
-        qcompile.set_bits(plain, bits)
-        (criterion(plain(x), y) * joint.weights[bits]).backward()
-    own = {id(one) for one in own_parameters(model)}
-    shared = [name for name, one in model.named_parameters() if id(one) not in own]
-    assert {"stem.weight", "backbone.1.conv2.weight", "neck.bn.weight", "head.2.bias"} <= set(shared)
-    for name in shared:
-        wanted = plain.get_parameter(name).grad
-        assert wanted is not None
-        torch.testing.assert_close(model.get_parameter(name).grad, wanted, msg=name)
-    again = deepcopy(model)
-    again.zero_grad()
-    for loss in qcompile.JointLoss(again, criterion).losses_per_mode(x, y):
-        loss.backward()
-    for a, b in zip(model.parameters(), again.parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad)
-
-
-def test_training_lowers_every_modes_loss() -> None:
-    model = default(calibrated=False).train()
-    joint = qcompile.JointLoss(model, nn.CrossEntropyLoss())
-    groups = qcompile.param_groups(model, lr=0.01)
-    listed = [id(one) for group in groups for one in group["params"]]
-    assert sorted(listed) == sorted(map(id, model.parameters()))
-    optimizer = torch.optim.Adam(groups)
-    y = torch.arange(16) % 5
-    x = images(3, 16) + 3 * torch.randn(5, 3, 1, 1, generator=torch.Generator().manual_seed(0))[y]
-    losses = []
-    for _ in range(20):
-        optimizer.zero_grad()
-        joint.backward(x, y)
-        optimizer.step()
-        losses.append({label: float(loss) for label, loss in joint.losses.items()})
-    assert all(losses[-1][bits] < 0.7 * losses[0][bits] for bits in BITS)
-
-
-def test_teacher_is_the_whole_float_model() -> None:
-    """Schemes that learn from the float original take the whole one, with the weights that were loaded."""
-    trained = Detector()
-    nn.init.normal_(trained.head[2].weight)
-    model = prepared(scheme="n2uq", bits=(2, 4)).train()
-    model.load_state_dict(trained.state_dict())
-    joint = qcompile.JointLoss(model, nn.CrossEntropyLoss())
-    teacher = joint.__dict__["teacher"]
-    assert torch.equal(teacher(images(3)), trained.eval()(images(3)))
-    assert torch.isfinite(joint.backward(images(3), torch.tensor([0, 1, 2, 3])))
-
-
-def test_state_dicts_come_from_the_float_model_and_go_back() -> None:
-    model, other = default(), Detector()
-    for one in other.parameters():
-        nn.init.normal_(one, std=0.1)
-    model.load_state_dict(other.state_dict(), strict=True)
-    back = qcompile.float_state_dict(model)
-    assert back.keys() == other.state_dict().keys()
-    assert all(torch.equal(value, other.state_dict()[key]) for key, value in back.items())
-    qcompile.calibrate(model, [images(1)])
-    copied = default(calibrated=False)
-    copied.load_state_dict(model.state_dict(), strict=True)
-    x = images(3)
-    assert torch.equal(copied.eval()(x), model.eval()(x))
-
-
-def test_code_around_sees_the_training_flag() -> None:
-    model = default()
-    model.seen_training.clear()
-    model.train()(images())
-    model.eval()(images())
-    assert model.seen_training == [True, False]
-
-
-def test_frozen_layers_stay_frozen() -> None:
-    float_model = Detector()
-    float_model.neck.bn.eval()
-    model = prepared(float_model)
-    assert model.training
-    assert not model.get_submodule("neck.bn").training
-    assert model.get_submodule("backbone.0.bn").training
-
-
 def test_methods_and_attributes_of_the_users_model_stay() -> None:
     model, x = default().eval(), images(3)
     assert torch.equal(model.features(x), model.part("backbone")(torch.relu(model.stem(x))))
@@ -280,38 +115,6 @@ def test_float_model_is_left_untouched() -> None:
     assert isinstance(model.neck, Block)
     assert not model.neck._forward_hooks
     assert not model.neck._forward_pre_hooks
-
-
-def test_copies_are_independent() -> None:
-    model, x = default().eval(), images(3)
-    copied, wanted = deepcopy(model), model(x)
-    assert torch.equal(copied(x), wanted)
-    with torch.no_grad():
-        model.get_parameter("neck.conv1.weight").neg_()
-        model.get_parameter("stem.weight").neg_()
-    assert torch.equal(copied(x), wanted)
-    assert not torch.equal(model(x), wanted)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("whole", [True, False])
-def test_compiled_whole_or_in_parts(whole: bool) -> None:
-    model, x = default().eval(), images(3)
-    wanted = {bits: qcompile.at(model, bits)(x) for bits in BITS}
-    compiled: nn.Module = model
-    if whole:
-        compiled = torch.compile(model, backend="eager")
-    else:
-        for part in model.parts.values():
-            part.compile(backend="eager", fullgraph=True)
-    for bits in BITS:
-        assert torch.equal(qcompile.at(compiled, bits)(x), wanted[bits])
-    assert torch.equal(compiled(x), wanted[8])
-    compiled.train()
-    joint = qcompile.JointLoss(compiled, nn.CrossEntropyLoss())
-    eager = qcompile.JointLoss(default().train(), nn.CrossEntropyLoss())
-    y = torch.tensor([0, 1, 2, 3])
-    torch.testing.assert_close(joint.backward(x, y), eager.backward(x, y))
 
 
 def test_parts_convert_verify_save_and_load(tmp_path: Path) -> None:
