@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 from torch import fx, nn
 
 from qcompile.errors import FoldError
-from qcompile.modes import Mode, Policy
+from qcompile.modes import Mode
+from qcompile.policy import Policy
 
 from .aten import PRODUCTS, aten_name
 from .convert_emit import Emitter, Value

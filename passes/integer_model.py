@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from qcompile.modes import Mode, Policy
+from qcompile.modes import Mode
+from qcompile.policy import Policy
 
 
 class IntegerModel(fx.GraphModule):

@@ -11,8 +11,8 @@ from .file.save import save as save
 from .float_state import float_state_dict as float_state_dict
 from .joint_loss import JointLoss as JointLoss
 from .lower import lower as lower
-from .modes import Policy as Policy
 from .own_parameters import param_groups as param_groups
+from .policy import Policy as Policy
 from .prepare import prepare as prepare
 from .registry import schemes as schemes
 from .registry import targets as targets

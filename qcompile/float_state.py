@@ -14,6 +14,7 @@ from .passes.layers import QuantizedLayer
 from .passes.mode_input import ModeModule
 from .passes.quantized_tensor import QuantizedTensor
 from .passes.quantizers import WeightQuantizer
+from .policy import Policy
 from .wrappers import as_prepared
 
 
@@ -74,15 +75,15 @@ def note_loaded_steps(module: nn.Module, incompatible_keys: Any) -> None:
     module.note_steps()
 
 
-def float_state_dict(model: nn.Module, mode: int | str | Mode | None = None) -> dict[str, Tensor]:
-    """The float model's state dict, with the batch normalisation of one mode.
+def float_state_dict(model: nn.Module, mode: int | str | Mode | Policy | None = None) -> dict[str, Tensor]:
+    """The float model's state dict, with the batch normalisation of one mode or policy.
 
     Where modes run copies of the network's body, the first copy that the mode runs whole. In a float mode,
     weights are what it multiplies with; in others the float weights that codes are made of.
 
     Args:
         model: a prepared model.
-        mode: default: the active mode.
+        mode: a mode or policy; default: the active one.
 
     Returns:
         Detached copies under the float model's keys; it loads into the float model with `strict=True`.
@@ -106,8 +107,8 @@ def float_state_dict(model: nn.Module, mode: int | str | Mode | None = None) -> 
     return values
 
 
-def _of_one_graph(prepared: QuantModel, mode: int | str | Mode | None) -> dict[str, Tensor]:
-    row = prepared.row(prepared.uniform(mode))
+def _of_one_graph(prepared: QuantModel, mode: int | str | Mode | Policy | None) -> dict[str, Tensor]:
+    row, row_of = prepared.rows_at(prepared.chosen(mode))
     copies = tuple(f"{path}." for path in prepared.copies)
     quantizers = (*_quantizer_prefixes(prepared), *copies)
     values = {
@@ -122,7 +123,7 @@ def _of_one_graph(prepared: QuantModel, mode: int | str | Mode | None) -> dict[s
         run = prepared.get_submodule(copied.get(path, path))
         held = {name: getattr(run, name) for name in _names_of(run)}
         if isinstance(run, ModeBatchNorm):
-            of_affine, of_statistics = run.rows_of(row)
+            of_affine, of_statistics = run.rows_of(row_of(run))
             held = {
                 name: value[of_affine if name in ("weight", "bias") else of_statistics]
                 for name, value in held.items()

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from .modes import ActiveMode, Mode, Policy
+from .modes import ActiveMode, Mode
 from .passes.calls import at_batch, sample_shapes
 from .passes.integer_model import IntegerModel
+from .policy import Policy
 from .policy_rows import policy_of
 
 if TYPE_CHECKING:

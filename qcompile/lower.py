@@ -13,6 +13,7 @@ from .errors import InvalidArgument, InvalidInputType
 from .modes import Mode
 from .multi_mode import MultiModeModel, example_shapes
 from .passes.calls import at_batch, batched_shapes
+from .policy import Policy
 from .registry import find_target
 from .wrappers import as_one_graph
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 def lower(
     model: nn.Module | str | PathLike[str],
     target: str,
-    bits: int | str | Mode | None = None,
+    bits: int | str | Mode | Policy | None = None,
     batch: int = 1,
     input_shapes: Sequence[Sequence[int]] | None = None,
     threads: int | None = None,
@@ -36,7 +37,7 @@ def lower(
     Args:
         model: a prepared or loaded model, or the path of a `.qcm` file.
         target: a name from `qcompile.targets()`.
-        bits: the mode; default: the active one.
+        bits: the mode or policy; default: the active one.
         batch: size of dimension 0 of every input that is batched: positions, tables and masks that all
             samples share have the sizes of their examples.
         input_shapes: one shape per input, without the batch dimension if it has one; default: those of the
@@ -80,10 +81,10 @@ def lower(
     if isinstance(model, (str, PathLike)):
         from .file.load import load
 
-        loaded: MultiModeModel = load(model, bits=bits)
+        loaded: MultiModeModel = load(model, bits=None if isinstance(bits, Policy) else bits)
     else:
         loaded = as_one_graph(model)
-    mode = loaded.uniform(bits)
+    mode = loaded.chosen(bits)
     shapes = _batched_shapes(loaded, batch, input_shapes)
     integer = loaded.integer_model(mode, shapes)
     kinds = None if features is None else tuple(features)

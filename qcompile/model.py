@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FunctionType, MethodType
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from .errors import CaptureError, InvalidArgument
 from .first_batch import set_first_steps
 from .folded import FoldedModes, handle_of, run_integers
-from .modes import ActiveMode, Mode, Policy
+from .modes import ActiveMode, Mode
 from .multi_mode import example_shapes
 from .part_calls import told
 from .passes.branches import row_graph
@@ -26,6 +26,7 @@ from .passes.quantizers import ActivationQuantizer
 from .passes.schemes.base import Scheme
 from .passes.segments import Segment
 from .passes.signature import CallSignature
+from .policy import Policy
 from .policy_rows import check_policy, policy_rows
 from .prepared import Prepared
 from .ranks import is_sharded
@@ -284,13 +285,14 @@ class QuantModel(Prepared):
                 "parameters are sharded in a half type: load get_model_state_dict(model, "
                 "options=StateDictOptions(full_state_dict=True)) into a freshly prepared model"
             )
+        row, row_of = self.rows_at(mode)
+        return convert_graph(self._users, self.row_graphs[row], mode, row_of, shapes)
+
+    def rows_at(self, mode: Mode | Policy) -> tuple[int, Callable[[ModeModule], int]]:
+        """The row of the graph that runs a mode, and what gives the row of each module."""
         rows = self.rows_of(mode)
         numbers = None if rows.rows is None else rows.rows.tolist()
-
-        def row_of(module: ModeModule) -> int:
-            return rows.row if numbers is None else numbers[module.slot]
-
-        return convert_graph(self._users, self.row_graphs[rows.row], mode, row_of, shapes)
+        return rows.row, lambda module: rows.row if numbers is None else numbers[module.slot]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantModel:
         """A copy with its own parameters; folded graphs are rebuilt on demand."""

@@ -1,20 +1,21 @@
-"""Modes, the bit-widths that one prepared model can run at, and policies, a mode for every layer."""
+"""Modes: the bit-widths that one prepared model can run at."""
 
 from __future__ import annotations
 
 import itertools
 import re
 import reprlib
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import TYPE_CHECKING
 
-from .errors import InvalidArgument, InvalidInputType
+from .errors import InvalidArgument
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from .policy import Policy
 
 _MODE_NAME = re.compile(r"w(\d{1,3})(?:a(\d{1,3}))?", re.ASCII)
 
@@ -82,49 +83,6 @@ class Mode:
             f"{reprlib.repr(value)} is not a mode; write a bit-width from 1 to 8 or a name such as 'w2a4', "
             "or 'w4' for weights only"
         )
-
-
-@dataclass(frozen=True)
-class Policy:
-    """A mode for every quantised layer.
-
-    A tensor that several layers read is quantised once, at the most activation bits that any of them wants.
-    Batch normalisation runs with the parameters of the mode of the layer whose output it normalises.
-
-    Args:
-        layers: mode by module path, for example `{"layer1.0.conv1": 2, "layer1.0.conv2": "w4a4"}`; every
-            quantised layer of the model that it is used with is named.
-
-    Raises:
-        InvalidArgument: for a mode that is none.
-        InvalidInputType: if `layers` is no mapping from names.
-    """
-
-    items: tuple[tuple[str, Mode], ...]
-
-    def __init__(self, layers: Mapping[str, int | str | Mode]) -> None:
-        if not isinstance(layers, Mapping) or not all(isinstance(name, str) for name in layers):
-            raise InvalidInputType(
-                f"a policy maps names of layers to modes, as in {{'conv1': 2}}, not {reprlib.repr(layers)}"
-            )
-        parsed = tuple(sorted((name, Mode.parse(mode)) for name, mode in layers.items()))
-        object.__setattr__(self, "items", parsed)
-
-    @property
-    def layers(self) -> dict[str, Mode]:
-        """Mode by module path."""
-        return dict(self.items)
-
-    @property
-    def name(self) -> str:
-        """As `label`."""
-        return self.label
-
-    @property
-    def label(self) -> str:
-        """What users see: how many layers run at which mode."""
-        counts = Counter(mode for _, mode in self.items)
-        return "policy " + ", ".join(f"{count} x {mode.label}" for mode, count in sorted(counts.items()))
 
 
 @dataclass(frozen=True)

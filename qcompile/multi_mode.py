@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from .errors import InvalidArgument
-from .modes import Mode, Policy, find_mode
+from .modes import Mode, find_mode
 from .passes.integer_model import IntegerModel
 from .passes.quantize_layers import LayerRecord
 from .passes.signature import CallSignature
+from .policy import Policy
 
 
 class MultiModeModel(nn.Module):
@@ -60,16 +61,9 @@ class MultiModeModel(nn.Module):
             raise InvalidArgument(f"a {type(self).__name__} runs uniform modes only, not a policy")
         return find_mode(value, self.prepared_modes)
 
-    def uniform(self, value: int | str | Mode | Policy | None) -> Mode:
-        """A prepared mode, the active one for None.
-
-        Raises:
-            InvalidArgument: if it was not prepared, or is a policy.
-        """
-        found = self.active if value is None else value
-        if isinstance(found, Policy):
-            raise InvalidArgument("this takes a uniform mode, not a policy; policies run in PyTorch only")
-        return find_mode(found, self.prepared_modes)
+    def chosen(self, value: int | str | Mode | Policy | None) -> Mode | Policy:
+        """As `find`, the active one for None."""
+        return self.find(self.active if value is None else value)
 
     def integer_model(
         self, mode: Mode | Policy, shapes: Sequence[Sequence[int]] | None = None

@@ -13,12 +13,13 @@ from torch.utils import _pytree as pytree
 
 from .errors import CaptureError, InvalidArgument
 from .model import QuantModel
-from .modes import ActiveMode, Mode, Policy
+from .modes import ActiveMode, Mode
 from .multi_mode import MultiModeModel
 from .part_calls import PartCalls, telling
 from .passes.mode_input import ModeModule
 from .passes.module_tree import module_at
 from .passes.quantizers import WeightQuantizer
+from .policy import Policy
 from .policy_rows import check_policy
 from .prepared import Prepared
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from .errors import InvalidArgument
-from .modes import Policy, find_mode
+from .modes import find_mode
 from .passes.layers import QuantizedLayer
 from .passes.mode_input import ModeModule
 from .passes.quantized_tensor import QuantizedTensor
+from .policy import Policy
 
 if TYPE_CHECKING:
     from .model import QuantModel

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from .errors import InvalidInputType
-from .modes import ActiveMode, Mode, Policy
+from .modes import ActiveMode, Mode
 from .multi_mode import MultiModeModel
 from .passes.quantizers import ActivationQuantizer, WeightQuantizer
 from .passes.schemes.base import Scheme
+from .policy import Policy
 
 if TYPE_CHECKING:
     from .model import QuantModel

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 
 from .errors import FoldError, InvalidArgument
 from .model import QuantModel
-from .modes import Mode, Policy
+from .modes import Mode
 from .passes.integer_model import IntegerModel
+from .policy import Policy
 
 #: Sizes to convert for are at least this, so that strides and windows leave more than one element.
 LARGE = 1024

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from .modes import Mode, Policy
+from .modes import Mode
 from .multi_mode import MultiModeModel
+from .policy import Policy
 from .prepared import Prepared
 from .wrappers import as_multi_mode
 

@@ -135,13 +135,3 @@ def test_a_mode_that_is_none_is_refused(given):
 def test_a_policy_is_a_mapping_from_names(given):
     with pytest.raises(InvalidInputType, match="maps names of layers to modes"):
         qcompile.Policy(given)
-
-
-def test_what_takes_uniform_modes_says_so():
-    model, _ = trained("residual")
-    model.eval()
-    policy = qcompile.Policy(dict.fromkeys(_layers(model), 2))
-    qcompile.set_bits(model, policy)
-    for call in (qcompile.convert, qcompile.float_state_dict, lambda m: qcompile.lower(m, target="onnx-qdq")):
-        with pytest.raises(InvalidArgument, match="uniform mode"):
-            call(model)

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, fx
 
 from ..errors import FileFormatError, InvalidArgument, QCompileError
-from ..modes import Mode, Policy, find_mode
+from ..modes import Mode, find_mode
 from ..multi_mode import MultiModeModel
 from ..passes.integer_model import IntegerModel
 from ..passes.quantize_layers import LayerRecord
 from ..passes.signature import CallSignature
 from ..passes.static_values import static_values
+from ..policy import Policy
 from .container import Container
 from .graph_json import decode_graph
 from .plane_sections import listed_shape, listed_weights, unpack_sections
@@ -70,7 +71,7 @@ class DeployedModel(MultiModeModel):
                         f"input {one.name!r} has shape {tuple(given)}; this file was saved for "
                         f"({', '.join(wanted)})"
                     )
-        graph = self._graphs[self.uniform(mode).name]
+        graph = self._graphs[self.chosen(mode).name]
         assert isinstance(graph, IntegerModel)
         return graph
 

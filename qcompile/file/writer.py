@@ -1,4 +1,4 @@
-"""Writing `.qcm` files: all of a file appears under its name at once, or nothing changes."""
+"""Writing files: all of a file appears under its name at once, or nothing changes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 import os
 import secrets
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -69,14 +69,8 @@ def write_container(
         front = build_header(_plan(sections, modes, model, prefix))
     except FileFormatError as error:
         raise InvalidArgument(f"cannot write {os.fspath(path)!r}: {error}") from error
-    # A link keeps pointing where it points: its target is replaced, not the link.
-    try:
-        target = os.path.realpath(path)
-        _replace_file(target, front, sections)
-    except (OSError, ValueError) as error:
-        # ValueError: a path with a NUL byte.
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise FileAccessError(f"cannot write {os.fspath(path)!r}: {reason}") from error
+    with replacing(path) as file:
+        _write_all(file, front, sections)
 
 
 def _plan(
@@ -93,7 +87,28 @@ def _plan(
     return Header(f"qcompile {__version__}", tuple(entries), tuple(modes), model, prefix)
 
 
-def _replace_file(target: str, front: bytes, sections: Sequence[Section]) -> None:
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A new file, which takes its place under `path` when the block is done.
+
+    A symbolic link is followed; a file that is replaced hands on its permissions, and keeps its content if
+    anything goes wrong.
+
+    Raises:
+        FileAccessError: if the file cannot be written.
+    """
+    try:
+        # A link keeps pointing where it points: its target is replaced, not the link.
+        with _replacing(os.path.realpath(path)) as file:
+            yield file
+    except (OSError, ValueError) as error:
+        # ValueError: a path with a NUL byte.
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise FileAccessError(f"cannot write {os.fspath(path)!r}: {reason}") from error
+
+
+@contextlib.contextmanager
+def _replacing(target: str) -> Iterator[BinaryIO]:
     permissions = None
     if os.path.exists(target):
         if not os.access(target, os.W_OK):
@@ -105,7 +120,7 @@ def _replace_file(target: str, front: bytes, sections: Sequence[Section]) -> Non
     temporary = os.path.join(folder, f".qcm-{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "xb") as file:
-            _write_all(file, front, sections)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         if permissions is not None:

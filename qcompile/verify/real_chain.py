@@ -25,11 +25,12 @@ from ..passes.borrowed_weights import BorrowedWeights
 from ..passes.eval_identities import IDENTITIES_IN_EVAL
 from ..passes.integer_model import IntegerModel
 from ..passes.layers import QuantizedLayer
-from ..passes.mode_input import MODE_INPUT
+from ..passes.mode_input import MODE_INPUT, ModeModule
 from ..passes.module_tree import tensor_at
 from ..passes.quantized_tensor import QuantizedTensor
 from ..passes.quantizers import ActivationQuantizer
 from ..passes.rprelu import ModePReLU
+from ..policy import Policy
 from . import reference
 from .chain import QUANTISERS, as_array, substitute
 from .formulas import (
@@ -59,11 +60,11 @@ MULTIPLIER_BITS = 30
 
 
 class RealChain:
-    """One mode of a prepared model in float64.
+    """One mode, or policy, of a prepared model in float64.
 
     Args:
         model: the prepared model.
-        mode: the mode.
+        mode: the mode or policy.
         expected: its integer graph; its nodes tell which codes belong to which quantiser.
 
     Attributes:
@@ -72,8 +73,9 @@ class RealChain:
             its code at most, in codes.
     """
 
-    def __init__(self, model: QuantModel, mode: Mode, expected: IntegerModel) -> None:
-        self.model, self.mode, self.row = model, mode, model.row(mode)
+    def __init__(self, model: QuantModel, mode: Mode | Policy, expected: IntegerModel) -> None:
+        self.model = model
+        self.graph_row, self.row_of = model.rows_at(mode)
         formulas = find_formulas(model.scheme.name)
         self.recomputed = formulas is not None
         self.formulas: SchemeFormulas = DeclaredFormulas() if formulas is None else formulas
@@ -86,6 +88,9 @@ class RealChain:
         for node in expected.graph.nodes:
             if expected.operator_name(node) in QUANTISERS:
                 self._codes[str(node.meta["layer"])].append(node)
+
+    def _mode_of(self, module: ModeModule) -> Mode:
+        return self.model.prepared_modes[self.row_of(module)]
 
     # ---- what holds the weights ---------------------------------------------------------------------------
 
@@ -125,7 +130,7 @@ class RealChain:
         if path not in self._weights:
             layer = self.model.get_submodule(path)
             assert isinstance(layer, (QuantizedLayer, QuantizedTensor))
-            self._weights[path] = self.formulas.weight(self.model, layer, self.mode)
+            self._weights[path] = self.formulas.weight(self.model, layer, self._mode_of(layer))
         return self._weights[path]
 
     # ---- the chain ----------------------------------------------------------------------------------------
@@ -144,7 +149,7 @@ class RealChain:
         values: dict[fx.Node, Any] = {}
         steps: dict[fx.Node, float] = {}
         remaining, calls = iter(inputs), defaultdict[str, int](int)
-        for node in self.model.row_graphs[self.row].nodes:
+        for node in self.model.row_graphs[self.graph_row].nodes:
             if node.op == "placeholder":
                 values[node] = None if node.meta.get(MODE_INPUT) else _double(next(remaining).cpu())
             elif node.op == "output":
@@ -187,7 +192,7 @@ class RealChain:
         self, path: str, call: int, module: ActivationQuantizer, x: Tensor, codes: Mapping[str, Any]
     ) -> tuple[Tensor, float | None]:
         """The rounded tensor, and what one code is worth."""
-        grid = self.formulas.activation(self.model, module, self.mode)
+        grid = self.formulas.activation(self.model, module, self._mode_of(module))
         if isinstance(grid, ReferenceRange):
             return x.clamp(grid.low, grid.high), None
         nodes = self._codes[path]
@@ -285,7 +290,7 @@ class RealChain:
     def _bent(self, module: ModePReLU, x: Tensor) -> Tensor:
         shape = (-1, *[1] * (x.dim() - 2))
         shift_in, slope, shift_out = (
-            _double(one.detach().cpu()[self.row]).reshape(shape)
+            _double(one.detach().cpu()[self.row_of(module)]).reshape(shape)
             for one in (module.shift_in, module.slope, module.shift_out)
         )
         moved = x - shift_in
@@ -294,7 +299,8 @@ class RealChain:
     def _normalised(self, module: ModeBatchNorm, x: Tensor) -> Tensor:
         def row(value: Tensor | None) -> Tensor | None:
             # shared parameters have one row
-            return None if value is None else _double(value.detach().cpu()[min(self.row, len(value) - 1)])
+            own = self.row_of(module)
+            return None if value is None else _double(value.detach().cpu()[min(own, len(value) - 1)])
 
         mean, variance = row(module.running_mean), row(module.running_var)
         weight, bias = row(module.weight), row(module.bias)

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from ..errors import InvalidArgument, InvalidInputType
 from ..lower import lower
 from ..model import QuantModel
-from ..modes import Mode, Policy, find_mode
+from ..modes import Mode
 from ..multi_mode import MultiModeModel
 from ..passes.calls import batch_of, call_arguments, sample_shapes
 from ..passes.integer_model import IntegerModel
+from ..policy import Policy
 from ..wrappers import as_one_graph
 from .chain import ReferenceGraph
 from .inputs import flat_inputs, piece_samples, pieces
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 def verify(
     model: nn.Module,
     x: Any,
-    bits: int | str | Mode | None = None,
+    bits: int | str | Mode | Policy | None = None,
     target: str | Executable | IntegerModel | None = None,
 ) -> VerificationReport:
     """Check the numerics contract of one mode on given inputs.
@@ -45,7 +46,7 @@ def verify(
     Args:
         model: a prepared or loaded model. A prepared one is put in eval mode meanwhile.
         x: a tensor, a tuple of positional inputs or a dict of keyword inputs; dimension 0 is the batch.
-        bits: the mode; default: that of a given artefact, or the active one.
+        bits: the mode or policy; default: that of a given artefact, or the active one.
         target: None for the integer graph that the model runs in eval mode; the name of a target, lowered
             afresh at the batch size of `x` (or the largest divisor that keeps memory bounded); an
             executable from `qcompile.lower`; or an integer graph from `qcompile.convert`.
@@ -76,15 +77,15 @@ def verify(
     return walk.report(mode.label, 1 if samples is None else samples, failures)
 
 
-def _mode(model: MultiModeModel, bits: int | str | Mode | None, target: Any) -> Mode:
+def _mode(model: MultiModeModel, bits: int | str | Mode | Policy | None, target: Any) -> Mode | Policy:
     artefact: Mode | Policy | None = None
     if isinstance(target, IntegerModel):
         artefact = target.mode
     elif target is not None and not isinstance(target, str):
         artefact = _as_executable(target).request.model.mode
     if bits is None:
-        return model.uniform(artefact)
-    mode = find_mode(bits, model.prepared_modes)
+        return model.chosen(artefact)
+    mode = model.find(bits)
     if artefact is not None and artefact != mode:
         raise InvalidArgument(f"the target is of mode {artefact.label}, not {mode.label}; leave bits out")
     return mode
@@ -102,7 +103,7 @@ def _as_executable(target: Any) -> Executable:
 
 
 def _subject(
-    model: MultiModeModel, mode: Mode, inputs: Sequence[Tensor], target: Any
+    model: MultiModeModel, mode: Mode | Policy, inputs: Sequence[Tensor], target: Any
 ) -> tuple[Subject, int | None]:
     """What to check, and how many samples at a time."""
     signature, shapes = model.signature, [tuple(one.shape) for one in inputs]
@@ -147,7 +148,7 @@ def _subject(
     return ExecutableSubject(executable, signature, fresh=False), samples and request.batch
 
 
-def _fresh_graph(model: MultiModeModel, mode: Mode, shapes: Sequence[Sequence[int]]) -> IntegerModel:
+def _fresh_graph(model: MultiModeModel, mode: Mode | Policy, shapes: Sequence[Sequence[int]]) -> IntegerModel:
     """The expected graph; not the cached one that eval mode runs, which may be what is checked."""
     if isinstance(model, QuantModel):
         return model.converted(mode, shapes)
