@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -108,7 +109,7 @@ def _of_both_modes(
 def _traces(
     model: nn.Module, copied: nn.Module, examples: Examples | None, training: tuple[bool, ...]
 ) -> list[Trace]:
-    with random_state_kept(model), _momentum_for_tracing(copied), _default_modes():
+    with random_state_kept(model), _nothing_drawn(model), _momentum_for_tracing(copied), _default_modes():
         if examples is None:
             return [trace_with_fx(copied.train(mode)) for mode in training]
         first, settled = trace_settled(copied.train(training[0]), examples)
@@ -187,6 +188,26 @@ def random_state_kept(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         random.setstate(state)
+
+
+@contextmanager
+def _nothing_drawn(model: nn.Module) -> Iterator[None]:
+    """Refuse a forward that draws from generators whose numbers a graph would keep for good.
+
+    Raises:
+        CaptureError: if it does.
+    """
+    states, numpys = random.getstate(), np.random.get_state(legacy=False)
+    try:
+        yield
+        drawn = random.getstate() != states or repr(np.random.get_state(legacy=False)) != repr(numpys)
+    finally:
+        np.random.set_state(numpys)
+    if drawn:
+        raise CaptureError(
+            f"forward of {type(model).__name__} draws from Python's or numpy's random, and a graph would "
+            "keep what it drew; draw with torch.rand and choose with torch.where"
+        )
 
 
 @contextmanager

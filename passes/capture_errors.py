@@ -84,6 +84,15 @@ def blocked(line: UserLine | None, name: str) -> CaptureError:
     return _refused(line, f"a block of '{name}' inside forward cannot be captured", advice)
 
 
+def size_of_values(line: UserLine | None) -> CaptureError:
+    """The error for a tensor whose size follows from values, such as the rows that a mask picks."""
+    return _refused(
+        line,
+        "the size of a tensor depends on the values of another",
+        lambda _: "keep all of its elements and multiply those that are not wanted by 0",
+    )
+
+
 def failing_model(failure: BaseException) -> CaptureError:
     """The error for a model that cannot run on its own examples."""
     return CaptureError(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.export.graph_signature import InputKind, InputSpec, OutputKind
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from qcompile.errors import CaptureError
 from qcompile.passes.capture_errors import (
@@ -23,8 +24,10 @@ from qcompile.passes.capture_errors import (
     TRACING_ERRORS,
     blocked,
     hard_coded_size,
+    size_of_values,
     uncapturable,
 )
+from qcompile.passes.dataclass_outputs import register_dataclasses
 from qcompile.passes.example_inputs import Examples
 from qcompile.passes.module_tree import CONSTANTS, attribute_target, graph_module_of
 from qcompile.passes.source_lines import line_of_stack, origin_of
@@ -32,6 +35,9 @@ from qcompile.passes.trace import Trace
 
 _NO_GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled
 _AUTOCAST = torch.ops.higher_order.wrap_with_autocast
+
+#: What torch.export says of a dataclass that nobody has told it of.
+_UNKNOWN_TYPE = "which is not a known type"
 
 
 def trace_with_export(model: nn.Module, examples: Examples) -> Trace:
@@ -140,6 +146,8 @@ def _export(model: nn.Module, examples: Examples) -> ExportedProgram:
         try:
             return trace()
         except TRACING_ERRORS as error:
+            if _UNKNOWN_TYPE in str(error) and register_dataclasses(model, examples):
+                return _export(model, examples)
             if "specialized it to be a constant" in str(error):
                 raise hard_coded_size(examples, str(error), trace) from error
             raise uncapturable(model, examples, error) from error
@@ -236,6 +244,8 @@ def _copy_call(node: fx.Node, graph: fx.Graph, environment: dict[fx.Node, Any]) 
     new.meta = dict(origin_of(node.meta.get("stack_trace"), path))
     if "val" in node.meta:
         new.meta["val"] = node.meta["val"]
+        if isinstance(node.meta["val"], Tensor) and free_unbacked_symbols(node.meta["val"]):
+            raise size_of_values(line_of_stack(node.meta.get("stack_trace")))
     return new
 
 

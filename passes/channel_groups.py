@@ -20,11 +20,10 @@ from .body import DROPOUTS, Body, is_size
 from .channel_rules import RULES, Channels, Moved, Path, Shape, Use
 from .channel_variables import Segment, Variables
 from .exit_joins import exit_joins, operands
-from .first_last import WEIGHTED
+from .first_last import TRANSPOSED, WEIGHTED
 from .stochastic_depth import StochasticDepth
 from .tensor_shapes import tensor_shapes
 
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _BROADCAST = frozenset(("add", "sub", "mul", "div", "maximum", "minimum", "prelu", "expand_as"))
 
 
@@ -199,7 +198,7 @@ class _Walk:
         groups = 1 if is_linear else module.groups
         if given is None:
             given = Channels(dim, (self.variables.new(inputs, fixed=True),))
-        if isinstance(module, _TRANSPOSED) and groups > 1:
+        if isinstance(module, TRANSPOSED) and groups > 1:
             self.variables.fix(given.segments)
             result = Channels(dim, (self.variables.new(outputs, fixed=True),))
         elif groups > 1 and groups == inputs:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from qcompile.errors import CaptureError
+from qcompile.passes.aten import RECURRENT, aten_name
 from qcompile.passes.attention import ScaledDotProductAttention
 from qcompile.passes.eval_identities import IDENTITIES_IN_EVAL
 from qcompile.passes.module_tree import CONSTANTS, module_at, tensor_at
@@ -104,6 +105,8 @@ def _difference(node: fx.Node | None, other: fx.Node | None) -> str:
         line, what = source_of(other), f"lacks {its} of evaluation"
     else:
         line, what = "forward", "returns something else than evaluation"
+    if other is not None and aten_name(other) in RECURRENT:
+        return f"{line}: a recurrent layer drops values between its layers in training; set its dropout to 0"
     return (
         f"{line}: training {what}; only dropout, stochastic depth and batch norm may differ: switch the "
         "rest off, for example auxiliary heads with aux_logits=False, or pass training=self.training to "

@@ -9,15 +9,11 @@ from torch import fx, nn
 
 from .aten import RECURRENT, aten_name
 
-WEIGHTED = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-    nn.Linear,
-)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED, nn.Linear)
+
+#: Operators with weights that stay operators.
+_OTHERS = (*RECURRENT, "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 
 
 @dataclass(frozen=True)
@@ -53,7 +49,8 @@ def weighted_nodes(graph_module: fx.GraphModule) -> list[fx.Node]:
 
 def first_and_last(graph_module: fx.GraphModule) -> tuple[frozenset[str], frozenset[str]]:
     """Module paths of the layers before which no weighted layer and no embedding comes, and of the layers
-    that no weighted layer follows. Recurrent layers count among the others, and are neither.
+    that no weighted layer follows. Recurrent layers and functional transposed convolutions count among the
+    others, and are neither.
 
     A network with several inputs or outputs has several of each. A layer that is called more than once
     counts as first or last only if all its calls are. Of a part of a network, what stands before and after
@@ -61,8 +58,8 @@ def first_and_last(graph_module: fx.GraphModule) -> tuple[frozenset[str], frozen
     """
     flow = data_flow(graph_module.graph)
     weighted = weighted_nodes(graph_module)
-    recurrent = {node.name for node in graph_module.graph.nodes if aten_name(node) in RECURRENT}
-    names = recurrent | {node.name for node in weighted}
+    others = {node.name for node in graph_module.graph.nodes if aten_name(node) in _OTHERS}
+    names = others | {node.name for node in weighted}
     before = names | {
         node.name
         for node in graph_module.graph.find_nodes(op="call_module", sort=False)

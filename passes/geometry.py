@@ -93,10 +93,10 @@ class Geometry:
         """
         need_x, need_weight, need_bias = wanted[0], wanted[1], wanted[2] and bias_shape is not None
         if self.kind == "linear":
-            rows = upstream.flatten(0, -2)
+            rows = upstream.reshape(-1, upstream.shape[-1])  # of one vector, too
             return (
                 upstream @ weight if need_x else None,
-                rows.T @ x.flatten(0, -2) if need_weight else None,
+                rows.T @ x.reshape(-1, x.shape[-1]) if need_weight else None,
                 rows.sum(0) if need_bias else None,
             )
         padding = [before for before, _ in self.padding]

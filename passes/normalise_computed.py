@@ -7,7 +7,7 @@ from torch import fx, nn
 
 from qcompile.passes.aten import arguments_of, is_aten
 from qcompile.passes.computed_weights import ComputedWeights, WeightProgram
-from qcompile.passes.first_last import WEIGHTED
+from qcompile.passes.first_last import TRANSPOSED, WEIGHTED
 from qcompile.passes.layer_from_node import Origin, computed_layer_of
 from qcompile.passes.manager import Pass, PassResult
 from qcompile.passes.module_tree import module_at, place_module
@@ -95,8 +95,8 @@ class LiftComputedLayers(Pass):
                 continue
             inner = node.meta.get("module_path", "")
             layer = computed_layer_of(node, Origin(static, module_at(self._model, inner), self._training))
-            if layer is None or not issubclass(layer.kind, WEIGHTED):
-                continue
+            if layer is None or not issubclass(layer.kind, WEIGHTED) or issubclass(layer.kind, TRANSPOSED):
+                continue  # transposed ones are multiplied in float, by tensors like any other
             tensors = dict(layer.tensors)
             used = [one for one in tensors.values() if one is not None]
             x = arguments_of(node)[layer.input]

@@ -83,6 +83,7 @@ class QuantizeLayers(Pass):
         reason_for_float: says of a layer why the scheme leaves it in float, None if it does not.
         parameters: whether to round the parameters of other operators that multiply, too.
         products: whether to quantise both factors of products of activations, too.
+        inputs: whether any mode rounds the inputs of layers.
     """
 
     ensures = (Condition("feeds every quantised layer from an activation quantiser", _unquantized_input),)
@@ -96,7 +97,9 @@ class QuantizeLayers(Pass):
         reason_for_float: Callable[[nn.Module], str | None] | None = None,
         parameters: bool = True,
         products: bool = False,
+        inputs: bool = True,
     ) -> None:
+        self.rounded = "weight and input" if inputs else "weight"
         self.parameters, self.products = parameters, products
         self.reason_for_float = reason_for_float
         self.quantizers = LayerQuantizers(weight_quantizer, activation_quantizer)
@@ -134,7 +137,7 @@ class QuantizeLayers(Pass):
         rules.update((str(node.target), FIRST) for node in tables)
         reasons = {str(node.target): self._reason_for_float(graph_module, node, rules) for node in nodes}
         self.records = [
-            LayerRecord(name, reason is None, reason or _how_quantized(rules.get(name)))
+            LayerRecord(name, reason is None, reason or _how_quantized(rules.get(name), self.rounded))
             for name, reason in reasons.items()
         ]
         chosen = [node for node in nodes if reasons[str(node.target)] is None]
@@ -241,7 +244,7 @@ class QuantizeLayers(Pass):
         return own or self.quantizers
 
 
-def _how_quantized(rule: str | None, what: str = "weight and input") -> str:
+def _how_quantized(rule: str | None, what: str) -> str:
     return f"{what} quantised" + ("" if rule is None else f" as {rule}")
 
 

@@ -16,6 +16,7 @@ from qcompile.modes import ActiveMode
 
 from .aten import RECURRENT, arguments_of, aten_name
 from .computed_weights import Computed, WeightProgram
+from .first_last import TRANSPOSED
 from .float_layers import float_call
 from .mode_input import ModeModule
 from .module_tree import free_name, module_at, place_module
@@ -30,9 +31,9 @@ _PRODUCTS = {
     "addmm": ("mat1", "mat2"),
     "baddbmm": ("batch1", "batch2"),
     "einsum": ("tensors",),
+    "tensordot": ("self", "other"),
 }
-_TABLES = {"embedding": ("weight",)}
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_WEIGHTS = {"embedding": ("weight",), "bilinear": ("weight",)}
 
 
 class QuantizedTensor(Computed, ModeModule):
@@ -56,7 +57,7 @@ class QuantizedTensor(Computed, ModeModule):
 
 def is_transposed(module: nn.Module) -> bool:
     """Whether it is a transposed convolution of torch."""
-    return isinstance(module, _TRANSPOSED)
+    return isinstance(module, TRANSPOSED)
 
 
 def as_function(graph_module: fx.GraphModule, node: fx.Node) -> fx.Node:
@@ -88,7 +89,7 @@ def embedding_nodes(graph_module: fx.GraphModule) -> list[fx.Node]:
 def parameters_of(node: fx.Node, static: StaticTensors) -> list[fx.Node]:
     """The tensors of parameters that an operator multiplies with, or looks up: not what it adds."""
     name = aten_name(node)
-    factors = {**_PRODUCTS, **_TABLES}.get(name, ("weight",) if name.startswith("conv") else ())
+    factors = {**_PRODUCTS, **_WEIGHTS}.get(name, ("weight",) if name.startswith("conv") else ())
     if name in RECURRENT and "params" in arguments_of(node):
         factors = ("params",)
     found: list[fx.Node] = []

@@ -53,7 +53,9 @@ class NonNegative:
             return True
         if name in ("hardtanh", "clamp", "clamp_min"):
             values = arguments_of(node)
-            low = values.get("min_val", values.get("min"))
+            low, high = values.get("min_val", values.get("min")), values.get("max_val", values.get("max"))
+            if isinstance(high, (int, float)) and high < 0:
+                return False
             if isinstance(low, (int, float)) and low >= 0:
                 return True
             return name != "hardtanh" and self._known.get(node.all_input_nodes[0], False)
@@ -63,6 +65,7 @@ class NonNegative:
             written = arguments_of(node)
             return self._known[written["self"]] and self._known[written[_WRITES[name]]]
         if name in _KEEPS_SIGN:
-            scalars = [a for a in node.args if isinstance(a, (int, float))] if name in ("add", "mul") else []
-            return all(self._known[one] for one in node.all_input_nodes) and all(s >= 0 for s in scalars)
+            factors = (*node.args, node.kwargs.get("alpha", 1)) if name in ("add", "mul") else ()
+            scalars = [one for one in factors if isinstance(one, (int, float))]
+            return all(self._known[one] for one in node.all_input_nodes) and all(one >= 0 for one in scalars)
         return False

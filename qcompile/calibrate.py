@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, get_args
 
 import torch
@@ -12,7 +12,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from .errors import InvalidArgument, InvalidInputType
-from .float_statistics import float_statistics, measured, move, without_rounding
+from .float_statistics import MovedStatistics, float_statistics, without_rounding
 from .input_energy import InputEnergy
 from .modes import ActiveMode
 from .passes.agreement import Agreement
@@ -79,32 +79,38 @@ def calibrate(
         if not kept:
             raise InvalidArgument("calibrate needs at least one batch, and the iterable was empty")
         base = {part: float_statistics(part) for part in prepared.parts.values()} if statistics else {}
-        known = {part: found for part, found in base.items() if found}
+        known = [MovedStatistics(part, found) for part, found in base.items() if found]
         energy = InputEnergy(prepared)
         if known or weights:
-            _average_from_zero(prepared)
             with without_rounding(prepared), energy.watching():
                 for inputs in _track(kept, "float", progress):
-                    prepared.float_chain(ActiveMode(0), inputs)
-            unrounded = {part: measured(part, 0) for part in known}
+                    with ExitStack() as normalised:
+                        for one in known:
+                            normalised.enter_context(one.float_batch())
+                        prepared.float_chain(ActiveMode(0), inputs)
         if weights:
             for module in prepared.modules():
                 if isinstance(module, (QuantizedLayer, QuantizedTensor)):
                     module.weight_quantizer.search(module.weight.detach(), energy.of(module))
         searches = [_StepSearch(prepared, row, method, percentile) for row in rows]
         wanted = any(one.quantizers for one in searches)
-        for inputs in _track(kept if wanted else [], "steps", progress):
+        for index, inputs in enumerate(_track(kept if wanted else [], "steps", progress)):
             for row in rows:
-                with searches[row].watching():
+                with searches[row].watching(), ExitStack() as normalised:
+                    for one in known:
+                        normalised.enter_context(one.batch(index))
                     prepared.float_chain(ActiveMode(row), inputs)
         for search in searches:
             search.finish()
         _average_from_zero(prepared)
-        for inputs in _track(kept if statistics else [], "statistics", progress):
+        for index, inputs in enumerate(_track(kept if statistics else [], "statistics", progress)):
             for row in rows:
-                prepared.float_chain(ActiveMode(row), inputs)
-        for part, found in known.items():
-            move(part, found, unrounded[part])
+                with ExitStack() as normalised:
+                    for one in known:
+                        normalised.enter_context(one.batch(index, counts=True))
+                    prepared.float_chain(ActiveMode(row), inputs)
+        for one in known:
+            one.finish()
         prepared.note_shapes(kept[-1])
 
 

@@ -38,7 +38,11 @@ def capturable_parts(model: nn.Module, file: str, number: int) -> list[str]:
             pending += reversed(names)
         elif any(isinstance(one, WEIGHTED) for one in module.modules()):
             found.append(path)
-    return found
+    # a layer that stands alone at either end is most likely the first or the last, which stay in float
+    alone = [isinstance(model.get_submodule(path), WEIGHTED) for path in found]
+    ends = {index for index in (0, len(found) - 1) if found and alone[index]}
+    inner = [path for index, path in enumerate(found) if index not in ends]
+    return inner or found
 
 
 def advice(model: nn.Module, file: str, number: int) -> str:

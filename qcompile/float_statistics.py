@@ -7,14 +7,17 @@ rounding moves them, and the float network's own are moved by that much.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from .model import QuantModel
+from .modes import ActiveMode
 from .passes.batchnorm import ModeBatchNorm
 from .passes.layers import QuantizedLayer
 from .passes.quantizers import ActivationQuantizer, WeightQuantizer
@@ -55,35 +58,106 @@ def _norms(model: QuantModel) -> dict[str, ModeBatchNorm]:
     }
 
 
-def measured(model: QuantModel, row: int) -> dict[str, Statistics]:
-    """Copies of what batch normalisation has averaged in one mode, by module path."""
-    found = {}
-    for path, norm in _norms(model).items():
-        _, statistics = norm.rows_of(row)
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        found[path] = norm.running_mean[statistics].clone(), norm.running_var[statistics].clone()
-    return found
+def _of_batch(x: Tensor) -> Statistics:
+    """Mean and variance of every channel of (N, C, ...), as batch normalisation averages them."""
+    rows = x.transpose(0, 1).flatten(1)
+    return rows.mean(1), rows.var(1, correction=min(1, rows.shape[1] - 1))
 
 
-def move(model: QuantModel, base: dict[str, Statistics], unrounded: dict[str, Statistics]) -> None:
-    """Replace measured statistics by the float network's, moved as rounding moved those of the same batches.
+def _average(statistics: Sequence[Statistics]) -> Statistics:
+    means, variances = zip(*statistics, strict=True)
+    return torch.stack(means).mean(0), torch.stack(variances).mean(0)
+
+
+class MovedStatistics:
+    """Batch normalisation of one graph while it is calibrated: by the float network's statistics, moved.
+
+    Every batch is normalised by what it alone would give: steps are searched, and statistics measured,
+    on tensors as evaluation will have them.
 
     Args:
-        model: has averaged over the batches in every mode.
-        base: the float network's own statistics.
-        unrounded: what the same batches give without rounding.
+        model: the graph; its batch normalisation is put in eval mode.
+        base: from `float_statistics`.
     """
-    for path, norm in _norms(model).items():
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        (mean, variance), (mean_before, variance_before) = (
-            [one.to(norm.running_mean) for one in pair] for pair in (base[path], unrounded[path])
-        )
-        norm.running_mean += mean - mean_before
+
+    def __init__(self, model: QuantModel, base: dict[str, Statistics]) -> None:
+        self._norms, self._base = _norms(model), base
+        self._unrounded: list[dict[str, list[Statistics]]] = []
+        self._rounded: dict[tuple[str, int], list[tuple[Statistics, Statistics]]] = defaultdict(list)
+        for norm in self._norms.values():
+            norm.eval()
+
+    @contextmanager
+    def float_batch(self) -> Iterator[None]:
+        """Run the next batch, once, without rounding."""
+        noted: dict[str, list[Statistics]] = defaultdict(list)
+
+        def unmoved(path: str, found: Statistics, active: ActiveMode) -> Statistics:
+            noted[path].append(found)
+            return self._base[path]
+
+        with self._normalising(unmoved):
+            yield
+        self._unrounded.append(noted)
+
+    @contextmanager
+    def batch(self, index: int, counts: bool = False) -> Iterator[None]:
+        """Run a batch, which was the `index`-th without rounding, in one mode.
+
+        Args:
+            index: from 0.
+            counts: whether `finish` is to take it into account.
+        """
+        remaining = {path: iter(calls) for path, calls in self._unrounded[index].items()}
+
+        def moved(path: str, found: Statistics, active: ActiveMode) -> Statistics:
+            unrounded = next(remaining[path])
+            if counts:
+                _, row = self._norms[path].rows_of(active.row)
+                self._rounded[path, row].append((found, unrounded))
+            return self._moved(path, found, unrounded)
+
+        with self._normalising(moved):
+            yield
+
+    def finish(self) -> None:
+        """Every mode's running statistics: the float network's, moved as rounding moved all batches."""
+        for (path, row), pairs in self._rounded.items():
+            norm = self._norms[path]
+            found, unrounded = (_average(calls) for calls in zip(*pairs, strict=True))
+            mean, variance = self._moved(path, found, unrounded)
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
+            assert norm.num_batches_tracked is not None
+            norm.running_mean[row].copy_(mean)
+            norm.running_var[row].copy_(variance)
+            norm.num_batches_tracked[row] = len(pairs)
+
+    def _moved(self, path: str, found: Statistics, unrounded: Statistics) -> Statistics:
+        mean, variance = (one.to(found[0]) for one in self._base[path])
+        eps = self._norms[path].eps
         # with eps, so that a channel that only rounding brings to life keeps the variance that it has then
-        spread = (norm.running_var + norm.eps) * (variance + norm.eps) / (variance_before + norm.eps)
-        norm.running_var.copy_((spread - norm.eps).clamp_min_(0.0))
+        spread = (found[1] + eps) * (variance + eps) / (unrounded[1] + eps)
+        return found[0] + (mean - unrounded[0]), (spread - eps).clamp_min(0.0)
+
+    @contextmanager
+    def _normalising(self, statistics: Callable[[str, Statistics, ActiveMode], Statistics]) -> Iterator[None]:
+        def by_path(path: str) -> Any:
+            def output(norm: ModeBatchNorm, args: tuple[Tensor, ActiveMode], _: Tensor) -> Tensor:
+                x, active = args
+                mean, variance = (one.to(x) for one in statistics(path, _of_batch(x), active))
+                affine, _row = norm.rows_of(active.row)
+                weight, bias = (None if one is None else one[affine] for one in (norm.weight, norm.bias))
+                return functional.batch_norm(x, mean, variance, weight, bias, False, 0.0, norm.eps)
+
+            return output
+
+        hooks = [norm.register_forward_hook(by_path(path)) for path, norm in self._norms.items()]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 @contextmanager

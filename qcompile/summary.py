@@ -21,12 +21,17 @@ from .passes.borrowed_weights import BorrowedWeights
 from .passes.calls import batch_of
 from .passes.fake_run import FakeRun
 from .passes.layers import QuantizedLayer
+from .passes.module_tree import tensor_at
 from .passes.quantize_layers import SKIPPED
 from .passes.quantized_tensor import QuantizedTensor
 from .prepared import Prepared
 from .wrappers import as_prepared
 
 _ATTENTION = "scaled_dot_product_attention"
+
+#: Operators whose factors may be vectors.
+_BY_VECTOR = ("matmul", "mv", "dot")
+_VECTOR = "float: its weight is a vector"
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,7 @@ class OperatorSummary:
     Attributes:
         name: module path, or the name of the graph's node.
         operator: class of the module, or the aten operator.
-        quantized: whether both factors are low-bit codes.
+        quantized: whether its weight is stored in low-bit codes, or both factors of a product are.
         reason: how it is quantised, or why it is in float.
         multiplications: per sample, of all calls in the highest mode.
     """
@@ -62,7 +67,7 @@ class Summary:
 
     @property
     def quantized_share(self) -> float:
-        """Share of all multiplications that are between low-bit codes, 0 to 1."""
+        """Share of all multiplications that are of operators with `quantized`, 0 to 1."""
         total = sum(one.multiplications for one in self.operators)
         return sum(one.multiplications for one in self.operators if one.quantized) / max(1, total)
 
@@ -142,7 +147,17 @@ def _described(model: QuantModel, node: fx.Node, name: str, record: Any, number:
         return OperatorSummary(name, operator, found.quantized, found.reason, number)
     if _reads_rounded(model, node):
         return OperatorSummary(name, operator, True, "weights quantised, multiplied in float", number)
-    return OperatorSummary(name, operator, False, _reason(operator), number)
+    return OperatorSummary(
+        name, operator, False, _VECTOR if _has_vector(model, node) else _reason(operator), number
+    )
+
+
+def _has_vector(model: QuantModel, node: fx.Node) -> bool:
+    """Whether an operator multiplies with a vector of parameters."""
+    if aten_name(node) not in _BY_VECTOR:
+        return False
+    tensors = [tensor_at(model, str(one.target)) for one in node.all_input_nodes if one.op == "get_attr"]
+    return any(one is not None and one.dim() == 1 for one in tensors)
 
 
 def _reads_rounded(model: QuantModel, node: fx.Node) -> bool:
@@ -183,8 +198,9 @@ def _left_in_graph(model: QuantModel) -> dict[str, str]:
     for node in model.row_graphs[-1].nodes:
         operator = aten_name(node)
         weighted = operator in RECURRENT or operator.startswith(("conv", "linear"))
-        if weighted and not _reads_rounded(model, node) and "record" not in node.meta:
-            left[node.name] = _reason(operator)
+        vector = _has_vector(model, node)
+        if (weighted or vector) and not _reads_rounded(model, node) and "record" not in node.meta:
+            left[node.name] = _VECTOR if vector else _reason(operator)
     return left
 
 
@@ -212,6 +228,11 @@ class _Counter(FakeRun):
         """Of operators that torch does not count."""
         if aten_name(node) in RECURRENT:
             return self._recurrent(node)
+        if aten_name(node) == "bilinear":
+            return math.prod(self._shape(node.args[0])[:-1]) * math.prod(self._shape(node.args[2]))
+        factors = [*map(self._shape, node.args)] if aten_name(node) in _BY_VECTOR else []
+        if any(len(one) == 1 for one in factors):
+            return max(map(math.prod, factors))
         module = self.module.get_submodule(str(node.target)) if node.op == "call_module" else None
         if not (isinstance(module, ScaledDotProductAttention) or aten_name(node) == _ATTENTION):
             return None

@@ -219,3 +219,55 @@ def test_progress_goes_to_standard_error(capsys):
     model, x = example("residual")
     qcompile.calibrate(qcompile.prepare(model, x), [x, x], progress=True)
     assert capsys.readouterr().out == ""
+
+
+class _Pooled(nn.Module):
+    """What the batch's own statistics make of one image is far from what evaluation does: a mean of 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.bn1 = nn.BatchNorm2d(8, momentum=None)
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+        self.bn2 = nn.BatchNorm2d(8, momentum=None)
+        self.middle, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.bn2(self.conv(functional.relu(self.bn1(self.stem(x)))))
+        return self.head(functional.relu(self.middle(x.mean((2, 3)))))
+
+
+def _images(count):
+    return torch.randn(count, 3, 8, 8) * 0.5 + torch.randn(count, 3, 1, 1) * 1.5
+
+
+@pytest.mark.parametrize("count", [1, 2, 64])
+def test_steps_are_for_the_statistics_of_evaluation(count):
+    torch.manual_seed(0)
+    network = _Pooled()
+    with torch.no_grad():
+        for _ in range(20):
+            network(_images(64))
+        network.eval()
+        x = _images(count)
+        model = qcompile.prepare(network, x, bits=(2, 8))
+        qcompile.calibrate(model, [x])
+        expected = network(x)
+        error = float((qcompile.at(model.eval(), 8)(x) - expected).norm() / expected.norm())
+        assert error < 0.03
+        # what the layer reads in the float network, by the rule of the search
+        read = network.bn2(network.conv(functional.relu(network.bn1(network.stem(x))))).mean((2, 3))
+    step = float(model.get_submodule("middle").input_quantizer.step.flatten()[-1])
+    assert 0.5 < step / float(read.abs().max() / 127) < 1.5
+
+
+def test_one_row_calibrates_batch_normalisation_of_vectors():
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 2)
+    ).eval()
+    x = torch.randn(1, 6)
+    model = qcompile.prepare(network, x, bits=(2, 8))
+    qcompile.calibrate(model, [x])
+    assert torch.isfinite(qcompile.at(model.eval(), 2)(x)).all()
+    torch.testing.assert_close(model(x), network(x), rtol=0.05, atol=0.02)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import inspect
 import logging
+import random
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import qcompile
 from qcompile.errors import CaptureError
 from qcompile.passes.capture import capture
 
@@ -122,3 +125,55 @@ def test_without_examples_the_advice_is_to_pass_them() -> None:
     message = refused(DataDependent(), None)
     assert message.startswith(line_of(DataDependent(), "if y.sum()"))
     assert "pass example_inputs" in message
+
+
+class _Conditional(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3)
+        self.body = nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU())
+        self.head = nn.Linear(4, 2)
+        self.lstm = nn.LSTM(4, 4, num_layers=2, dropout=0.5, batch_first=True)
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.body(torch.relu(self.stem(x))).mean((2, 3))
+        if self.kind == "rows":
+            y = y[y[:, 0] > 0]  # picks rows
+        if self.kind == "python" and self.training and random.random() < 0.5:
+            y = y * 2
+        if self.kind == "numpy" and self.training:
+            y = y * float(np.random.rand())
+        if self.kind == "lstm":
+            y = self.lstm(y.unsqueeze(1))[0][:, 0]  # drops
+        return self.head(y)
+
+
+def test_rows_that_values_pick_are_refused_at_once():
+    with pytest.raises(CaptureError, match="size of a tensor depends on the values") as caught:
+        qcompile.prepare(_Conditional("rows"), torch.randn(6, 3, 8, 8))
+    assert str(caught.value).startswith(f"test_capture_errors.py:{_line('picks rows')}")
+    # a layer by itself at an end is most likely the first or the last one
+    assert str(caught.value).endswith("submodules=['body']")
+
+
+@pytest.mark.parametrize("kind", ["python", "numpy"])
+def test_what_other_generators_draw_is_not_kept(kind):
+    for seed in range(3):
+        random.seed(seed)
+        before = random.getstate(), repr(np.random.get_state())
+        with pytest.raises(CaptureError, match="draws from Python's or numpy's random"):
+            capture(_Conditional(kind), torch.randn(2, 3, 8, 8))
+        assert (random.getstate(), repr(np.random.get_state())) == before
+    with pytest.warns(UserWarning, match="trains as it evaluates"):
+        capture(_Conditional(kind).eval(), torch.randn(2, 3, 8, 8))
+
+
+def test_dropout_inside_of_a_recurrent_layer_is_named():
+    with pytest.raises(CaptureError, match="set its dropout to 0"):
+        capture(_Conditional("lstm"), torch.randn(2, 3, 8, 8))
+
+
+def _line(text: str) -> int:
+    lines = inspect.getsource(inspect.getmodule(_line)).splitlines()
+    return next(number for number, line in enumerate(lines, 1) if f"# {text}" in line)

@@ -125,3 +125,34 @@ def test_input_shapes_that_do_not_fit_are_one_line():
     qcompile.calibrate(prepared, [x])
     with pytest.raises(InvalidArgument, match=r"does not run on inputs of shape \(1, 4, 12, 12\)"):
         qcompile.lower(prepared.eval(), "onnx-qdq", input_shapes=[(4, 12, 12)])
+
+
+class _Gated(nn.Module):
+    """A linear layer reads one vector, without a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.middle, self.gate = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 8)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.middle(torch.relu(self.stem(x))))
+        gate = torch.sigmoid(self.gate(x.mean((0, 2, 3))))
+        return self.head(x.mean((2, 3)) * gate)
+
+
+def test_linear_layers_train_on_one_vector():
+    x = torch.randn(4, 3, 8, 8)
+    model = qcompile.prepare(_Gated(), x, bits=(2, 8)).train()
+    qcompile.JointLoss(model, nn.CrossEntropyLoss()).backward(x, torch.tensor([0, 1, 0, 1]))
+    layer = model.get_submodule("gate")
+    assert layer.weight.grad.shape == (8, 8)
+    assert layer.weight.grad.abs().sum() > 0
+    # at 8 bits nearly that of the float layer
+    with qcompile.bits(model, 8):
+        model.zero_grad()
+        model(x).square().sum().backward()
+    reference = _Gated()
+    reference.load_state_dict(qcompile.float_state_dict(model, 8))
+    reference(x).square().sum().backward()
+    torch.testing.assert_close(layer.weight.grad, reference.gate.weight.grad, rtol=0.2, atol=0.05)

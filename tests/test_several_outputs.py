@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -90,3 +91,30 @@ def test_the_c_interface_gives_the_same(model: QuantModel, tmp_path: Path) -> No
     for name, one in zip(outputs, expected, strict=True):
         found = np.fromfile(tmp_path / name, np.float32).reshape(one.shape)
         np.testing.assert_array_equal(found, one.numpy())
+
+
+@dataclass
+class _Unregistered:
+    logits: Tensor
+    parts: list[Tensor]
+
+
+class _ReturnsDataclass(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.middle, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> _Unregistered:
+        x = torch.relu(self.middle(torch.relu(self.stem(x))))
+        return _Unregistered(self.head(x), [x, x.sum(1)])
+
+
+def test_dataclasses_need_no_registration(tmp_path):
+    x = torch.randn(4, 8)
+    model = qcompile.prepare(_ReturnsDataclass(), x, bits=(2, 8))
+    qcompile.calibrate(model, [x])
+    found = model.eval()(x)
+    assert isinstance(found, _Unregistered)
+    assert [one.shape for one in found.parts] == [(4, 8), (4,)]
+    qcompile.save(model, tmp_path / "model.qcm")
+    assert torch.equal(qcompile.load(tmp_path / "model.qcm")(x)["logits"], found.logits)

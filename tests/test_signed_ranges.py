@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -221,3 +222,37 @@ def test_targets_compute_with_them(bits: int, low: int, target: str) -> None:
     quantizer.load_state_dict(state)
     report = qcompile.verify(model, x, bits=bits, target=target)
     assert report.exact, report
+
+
+class _Difference(nn.Module):
+    """Differences of tensors that are not negative, in several words."""
+
+    def __init__(self, join: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.left, self.right, self.last, self.head = (nn.Linear(8, 8) for _ in range(5))
+        self.join = join
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        x = self.join(torch.relu(self.left(x)), torch.relu(self.right(x)))
+        return self.head(torch.relu(self.last(x)))
+
+
+@pytest.mark.parametrize(
+    "join",
+    [
+        lambda a, b: torch.add(a, b, alpha=-1),
+        lambda a, b: a.clone().add_(b, alpha=-0.5),
+        lambda a, b: (a - b).clamp(max=-0.01) + b,
+        lambda a, b: a.clamp(max=-0.1) + 0 * b,
+    ],
+)
+def test_differences_may_be_negative(join: Callable[[Tensor, Tensor], Tensor]) -> None:
+    network = _Difference(join).eval()
+    x = torch.randn(64, 8)
+    model = qcompile.prepare(network, x, bits=(2, 8))
+    qcompile.calibrate(model, [x])
+    expected = network(x)
+    found = qcompile.at(model.eval(), 8)(x)
+    assert float((found - expected).detach().norm() / expected.detach().norm()) < 0.02

@@ -142,3 +142,60 @@ def test_a_norm_may_read_a_view_of_a_parameter() -> None:
 
     ready = qcompile.prepare(Queries(), torch.randn(2, 5, 8))
     assert [one.multiplications for one in qcompile.summary(ready).operators] == [3 * 64, 3 * 64, 3 * 16]
+
+
+class _OddProducts(nn.Module):
+    """Parameters that no layer of torch.nn stands for."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.stem, self.middle = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.matrix, self.vector = nn.Parameter(torch.randn(16, 8)), nn.Parameter(torch.randn(8))
+        self.kernel = nn.Parameter(torch.randn(8, 4, 3))
+        self.both = nn.Bilinear(8, 8, 16)
+        self.head, self.kind = nn.Linear(16, 2), kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.middle(torch.relu(self.stem(x))))
+        if self.kind == "vector":
+            return self.head(torch.cat([x, x], 1)) + (x @ self.vector).unsqueeze(1)
+        if self.kind == "transposed":
+            return self.head(
+                functional.conv_transpose1d(x.unsqueeze(2), self.kernel).flatten(1)[:, :8].repeat(1, 2)
+            )
+        y = torch.tensordot(x, self.matrix, dims=([1], [1])) if self.kind == "tensordot" else self.both(x, x)
+        return self.head(torch.relu(y))
+
+
+@pytest.mark.parametrize(
+    ("kind", "multiplications"), [("tensordot", 128), ("bilinear", 16 * 64), ("transposed", 8 * 4 * 3)]
+)
+def test_parameters_of_odd_products_are_quantised(tmp_path, kind, multiplications):
+    x = torch.randn(4, 8)
+    model = qcompile.prepare(_OddProducts(kind), x, bits=(2, 8), strict=True)
+    listed = {one.operator: one for one in qcompile.summary(model).operators}
+    found = next(one for name, one in listed.items() if name.startswith(("tensordot", "bilinear", "conv")))
+    assert found.quantized
+    assert found.multiplications == multiplications
+    qcompile.calibrate(model, [x])
+    assert not torch.equal(qcompile.at(model.eval(), 2)(x), model(x))
+    assert all(qcompile.verify(model, x, bits=bits).exact for bits in (2, 8))
+    qcompile.save(model, tmp_path / "model.qcm")
+    assert torch.equal(qcompile.load(tmp_path / "model.qcm", bits=2)(x), qcompile.at(model, 2)(x))
+
+
+def test_products_with_vectors_are_listed():
+    x = torch.randn(4, 8)
+    listed = {
+        one.operator: one for one in qcompile.summary(qcompile.prepare(_OddProducts("vector"), x)).operators
+    }
+    assert listed["matmul"].reason == "float: its weight is a vector"
+    assert listed["matmul"].multiplications == 8
+    with pytest.raises(InvalidArgument, match="its weight is a vector"):
+        qcompile.prepare(_OddProducts("vector"), x, strict=True)
+
+
+def test_inputs_of_weight_only_modes_are_not_called_quantised():
+    network = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 2))
+    listed = qcompile.summary(qcompile.prepare(network, torch.randn(4, 8), modes=("w4", "w8"))).operators
+    assert [one.reason for one in listed if one.quantized] == ["weight quantised"]

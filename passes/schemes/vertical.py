@@ -111,6 +111,7 @@ class VerticalScheme(Scheme):
                 skip=skip,
                 first_last=first_last if self.config.first_last == 8 else None,
                 products=self.config.products,
+                inputs=not all(mode.is_weight_only for mode in self.modes),
             ),
             SplitBatchNorm(len(self.modes), self.config.batch_norm),
         ]

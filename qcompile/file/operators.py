@@ -16,8 +16,8 @@ _COMPOSITES = """
     combinations complex concat conj conv1d conv2d conv3d conv_transpose1d conv_transpose2d
     conv_transpose3d corrcoef cosine_embedding_loss cosine_similarity count_nonzero cov cross
     cross_entropy_loss cummax cummin cumprod cumsum diag diag_embed diagonal_scatter diff dot dropout
-    dsplit dstack einsum embedding expand_as eye fft_fft fft_fft2 fft_fftfreq fft_fftn fft_fftshift
-    fft_ifft fft_ifft2 fft_ifftn fft_ifftshift fft_irfft fft_irfft2 fft_irfftn fft_rfft fft_rfft2
+    dsplit dstack einsum embedding embedding_bag expand_as eye fft_fft fft_fft2 fft_fftfreq fft_fftn
+    fft_fftshift fft_ifft fft_ifft2 fft_ifftn fft_ifftshift fft_irfft fft_irfft2 fft_irfftn fft_rfft fft_rfft2
     fft_rfftfreq fft_rfftn fliplr flipud floor_divide full full_like glu grid_sampler grid_sampler_3d
     group_norm gru hamming_window hann_window hardsigmoid hardswish histc hsplit hstack huber_loss
     im2col imag index_add index_copy index_fill inner instance_norm isclose isin istft kl_div kron
