@@ -17,12 +17,13 @@ from .bent import Bent, integer_thresholds
 from .convert_emit import Emitter, Value, folded_dtype
 from .eval_identities import IDENTITIES_IN_EVAL
 from .float_layers import float_call, layer_call
-from .fold import Affine, Term, broadcastable, integer_epilogue, staircase_epilogue
+from .fold import Affine, Term, broadcastable, integer_epilogue, staircase_epilogue, wide_epilogue
 from .layers import QuantizedLayer
 from .mode_input import MODE_INPUT, ModeModule
 from .quantized_tensor import QuantizedTensor
 from .quantizers import ActivationGrid, ActivationQuantizer, FloatRange, ThresholdGrid, WeightCodes
 from .rprelu import ModePReLU
+from .threshold_op import ALWAYS, NEVER
 
 _OPS = torch.ops.qcompile
 _ATEN = torch.ops.aten
@@ -94,6 +95,10 @@ def _count_thresholds(emitter: Emitter, source: fx.Node, grid: ThresholdGrid, va
     summed = value if len(value.terms) == 1 else emitter.plain(value)
     chain: Affine | Bent = emitter.bent.get(before, summed)
     base = chain.base if isinstance(chain, Bent) else chain
+    low, high = base.terms[0].bounds
+    if low <= ALWAYS or high >= NEVER:  # sums over large areas
+        base = emitter.epilogue(base, wide_epilogue(base), f"{path}.sum")
+        chain = replace(chain, base=base) if isinstance(chain, Bent) else base
     sign, thresholds = integer_thresholds(chain, grid)
     levels = [broadcastable(one, rank, base.axis) for one in thresholds]
     arguments = (

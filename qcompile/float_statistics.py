@@ -21,18 +21,23 @@ from .modes import ActiveMode
 from .passes.batchnorm import ModeBatchNorm
 from .passes.layers import QuantizedLayer
 from .passes.quantizers import ActivationQuantizer, WeightQuantizer
+from .passes.rprelu import ModePReLU
 
 #: Running mean and variance of a layer.
 Statistics = tuple[Tensor, Tensor]
+
+#: Where rounding leaves a channel without variance, what is left of it is noise: enlarged 16 times at most.
+SMALLEST_CHANGE = 2.0**-8
 
 
 def float_statistics(model: QuantModel) -> dict[str, Statistics] | None:
     """Running mean and variance of the float network by module path.
 
     Returns:
-        None if they are not known: the weights are others by now, or modes run copies of them.
+        None if they are not known: the weights are others by now, modes run copies of them, or activations
+        became others.
     """
-    if model.float_original is None or model.copies:
+    if model.float_original is None or model.copies or any(map(_bends, model.modules())):
         return None
     state = model.float_original.state_dict()
     for path, module in model.named_modules():
@@ -48,6 +53,12 @@ def float_statistics(model: QuantModel) -> dict[str, Statistics] | None:
         found[path] = mean.clone(), variance.clone()
         assert norm.running_mean is not None
     return found
+
+
+def _bends(module: nn.Module) -> bool:
+    """Whether it was a ReLU and is none any more."""
+    parameters = list(module.parameters()) if isinstance(module, ModePReLU) else []
+    return any(bool(one.any()) for one in parameters)
 
 
 def _norms(model: QuantModel) -> dict[str, ModeBatchNorm]:
@@ -137,8 +148,8 @@ class MovedStatistics:
         mean, variance = (one.to(found[0]) for one in self._base[path])
         eps = self._norms[path].eps
         # with eps, so that a channel that only rounding brings to life keeps the variance that it has then
-        spread = (found[1] + eps) * (variance + eps) / (unrounded[1] + eps)
-        return found[0] + (mean - unrounded[0]), (spread - eps).clamp_min(0.0)
+        change = ((found[1] + eps) / (unrounded[1] + eps)).clamp_min(SMALLEST_CHANGE)
+        return found[0] + (mean - unrounded[0]), ((variance + eps) * change - eps).clamp_min(0.0)
 
     @contextmanager
     def _normalising(self, statistics: Callable[[str, Statistics, ActiveMode], Statistics]) -> Iterator[None]:

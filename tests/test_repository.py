@@ -36,7 +36,7 @@ STAGES = (
 )
 
 #: All that passes may know of the rest of the library.
-KNOWN_TO_PASSES = ("qcompile.passes", "qcompile.errors", "qcompile.modes")
+KNOWN_TO_PASSES = ("qcompile.passes", "qcompile.errors", "qcompile.modes", "qcompile.policy")
 
 #: All that backends may know of it.
 KNOWN_TO_BACKENDS = (*KNOWN_TO_PASSES, "qcompile.backends", "qcompile.version")

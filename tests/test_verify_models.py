@@ -190,3 +190,44 @@ def test_small_rows_of_a_stream_reach_layer_normalisation() -> None:
     for bits in (2, 8):
         report = verify(ready.eval(), x, bits=bits)
         assert report.exact, report.failures
+
+
+class PooledHead(nn.Module):
+    """A hidden linear layer reads the mean over a large area: integer sums of it exceed 32 bits."""
+
+    def __init__(self, gated: bool) -> None:
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(4)
+        self.hidden, self.excite = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.last, self.head = nn.Conv2d(4, 4, 1), nn.Linear(4, 3)
+        self.gated = gated
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.stem(x))
+        y = torch.relu(self.norm(self.conv(y)) + y)
+        z = torch.relu(self.hidden(y.mean((2, 3))))
+        if self.gated:
+            gate = torch.sigmoid(self.excite(z))
+            return self.head(torch.relu(self.last(y * gate[:, :, None, None])).mean((2, 3)))
+        return self.head(z)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_thresholds_behind_means_over_large_areas(gated: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 56, 56) + 0.3
+    model = qcompile.prepare(PooledHead(gated), x, scheme="n2uq", bits=(2, 4)).train()
+    optimizer = torch.optim.SGD(qcompile.param_groups(model, lr=0.05), momentum=0.9)
+    joint = qcompile.JointLoss(model, nn.CrossEntropyLoss())
+    for _ in range(3):
+        optimizer.zero_grad()
+        joint.backward(x, torch.arange(4) % 3)
+        optimizer.step()
+    graph = qcompile.convert(model.eval(), 4)
+    bounds = [node for node in graph.graph.nodes if str(node.meta.get("layer", "")).endswith(".sum")]
+    assert bounds  # sums of this size do not go to thresholds as they are
+    for bits in (2, 4):
+        for target in (None, "onnx-qdq"):
+            report = qcompile.verify(model, x, bits=bits, target=target)
+            assert report.exact, report.failures
