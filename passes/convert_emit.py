@@ -10,28 +10,24 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.instancenorm import _InstanceNorm
 
 from . import integer_ops  # registers the operators
-from .batchnorm import ModeBatchNorm
 from .bent import Bent
 from .fold import WIDE_BITS, Affine, Epilogue, Term, broadcastable, wide_epilogue
 from .integer_model import IntegerModel
 from .mode_input import ModeModule
 from .module_tree import tensor_at
-from .quantizers import ActivationGrid, ActivationQuantizer, FloatRange, ThresholdGrid
+from .stream_readers import StreamReader, stream_readers
 
-#: A sum with wider bounds is kept within these ranges of the quantiser that reads it, or these steps, ...
+#: A sum with wider bounds is kept within these ranges of the quantiser that reads it, or these steps.
 SUM_RANGES, SUM_STEPS = 2.0**5, 2.0**11
 
-#: ... of which each has 2^13 units. That leaves bits for multipliers that differ between channels.
+#: The finest step of all quantisers that such a sum reaches has 2^13 units, as far as 29 bits allow. More
+#: would take bits from multipliers that differ between channels.
 SUM_UNIT_BITS = 13
 
 #: Units of a sum that no quantiser reads may be this much coarser than those of a summand.
 SUM_GROWTH = 64.0
-
-#: Layers that enlarge what is small, a row or a channel at a time.
-FLOAT_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _InstanceNorm)
 
 #: What a tensor of the training graph is in the integer graph: an affine map of integers, or a float node
 #: (also sizes and other non-tensors).
@@ -155,20 +151,19 @@ class Emitter:
         A stream that layer normalisation reads, or only operators without an integer form, stays in float:
         they may take apart what is small beside the stream's range.
 
-        Values saturate beyond 256 sqrt(Q) steps of the quantiser that reads the stream, Q its largest code:
-        512 times the mean magnitude of the values for which LSQ's initial step would be right. That range is
-        half of what a stream may hold, so that the stream's first sum keeps the unit.
+        Values saturate beyond 256 sqrt(Q) steps of the nearest quantiser that reads the stream, Q its largest
+        code: 512 times the mean magnitude of the values for which LSQ's initial step would be right. That
+        range is half of what a stream may hold, so that the stream's first sum keeps the unit.
 
         Returns:
             None if no quantiser reads the tensor, directly or behind operators on integers, or layer
             normalisation does before.
         """
-        found = self._next_grid(source)
-        if found is None:
+        readers = self._readers(source)
+        if not readers:
             return None
-        grid, _ = found
         limit = 2 ** (WIDE_BITS - 1)
-        reach = 256.0 * math.sqrt(max(grid.high, -grid.low)) * grid.distance
+        reach = readers[0].reach(256.0 * math.sqrt(readers[0].levels))
         return self.rounded(source, value, float(np.float32(reach / limit)), limit)
 
     def rounded(self, source: fx.Node, value: fx.Node, unit: float, limit: int) -> Affine:
@@ -188,45 +183,21 @@ class Emitter:
             None if no quantiser reads the sum, or layer normalisation before one, and units that span it
             would be too coarse: it is float then.
         """
-        found = self._next_grid(source)
-        if found is None:
+        readers = self._readers(source)
+        if not readers:
             low, high = value.real_range()
             unit = max(-float(low.min()), float(high.max())) * 2.0**-WIDE_BITS
             finest = min(float(np.median(np.abs(term.coefficient))) for term in value.terms)
             return value if unit <= SUM_GROWTH * finest else None
-        grid, scale = found
-        steps = max(SUM_RANGES * max(grid.high, -grid.low), SUM_STEPS)
-        limit = steps * grid.distance / scale
+        limit = readers[0].reach(max(SUM_RANGES * readers[0].levels, SUM_STEPS))
         clipped = value.clipped(-limit, limit)
         if not clipped.is_clipped:
             return value
+        steps = limit / min(one.step for one in readers)
         return replace(clipped, wide_bits=min(WIDE_BITS, math.ceil(math.log2(steps)) + SUM_UNIT_BITS))
 
-    def _next_grid(self, source: fx.Node) -> tuple[ActivationGrid | ThresholdGrid, float] | None:
-        """The nearest quantiser that reads a tensor, and the scale of batch normalisation in between.
-
-        Returns:
-            None if there is none, or if other normalisation comes first.
-        """
-        scales = dict.fromkeys(source.users, 1.0)
-        queue = list(scales)
-        for node in queue:  # grows while it is walked: nearest quantiser first
-            if node.op == "call_module":
-                module = self.model.get_submodule(str(node.target))
-                if isinstance(module, FLOAT_NORMS):
-                    return None
-                if isinstance(module, ActivationQuantizer):
-                    grid = module.grid(self.row_of(module))
-                    return None if isinstance(grid, FloatRange) else (grid, scales[node])
-                if isinstance(module, ModeBatchNorm):
-                    maps = module.scale_and_shift(self.row_of(module))
-                    scales[node] *= 1.0 if maps is None else float(maps[0].abs().median()) or 1.0
-            if not self.keeps_integers(node):
-                continue
-            fresh = [user for user in node.users if user not in scales]
-            scales.update(dict.fromkeys(fresh, scales[node]))
-            queue.extend(fresh)
-        return None
+    def _readers(self, source: fx.Node) -> list[StreamReader]:
+        return stream_readers(self.model, self.row_of, self.keeps_integers, source)
 
     # ---- float --------------------------------------------------------------------------------------------
 

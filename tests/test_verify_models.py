@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from verify_networks import NETWORKS, Dense, Pools, Residual, images, trained
 
 import qcompile
+from qcompile.passes.schemes.vertical import VerticalConfig
 from qcompile.verify import verify
 
 
@@ -230,3 +231,43 @@ def test_thresholds_behind_means_over_large_areas(gated: bool) -> None:
     for bits in (2, 4):
         report = qcompile.verify(model, x, bits=bits)
         assert report.exact, report.failures
+
+
+class PreNormalised(nn.Module):
+    """(N, 6, 8) through residual sums, behind batch normalisation; the last layer reads the sum itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(8, 8), nn.Linear(8, 5)
+        self.position = nn.Parameter(torch.randn(6, 8) / 8)
+        self.norms = nn.ModuleList(nn.BatchNorm1d(8) for _ in range(3))
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x) + self.position
+        for norm, layer in zip(self.norms, self.layers, strict=True):
+            x = x + layer(norm(x.transpose(1, 2)).transpose(1, 2))
+        return self.head(x.mean(1))
+
+
+@pytest.mark.parametrize("scale", [1e-4, 0.02, 1.0, 50.0])
+def test_units_of_a_stream_fit_the_finest_step_that_it_reaches(scale: float) -> None:
+    torch.manual_seed(0)
+    network, x = PreNormalised(), torch.randn(64, 6, 8)
+    with torch.no_grad():
+        for one in (network.stem.weight, network.position, *(layer.weight for layer in network.layers)):
+            one.mul_(scale)
+    for norm in network.norms:
+        norm.momentum = 1.0
+    network.train()(x)
+    config = VerticalConfig(first_last=8)
+    model = qcompile.prepare(network.eval(), x, bits=(2, 4), config=config)
+    qcompile.calibrate(model, [x])
+    graph = qcompile.convert(model.eval(), 2).graph
+    nodes = {node.name: node for node in graph.nodes}
+    step = nodes["head_input_quantizer"].meta["unit"]
+    sums = [node for name, node in nodes.items() if "_output_" in name and "unit" in node.meta]
+    report = verify(model, x, bits=2)
+    assert report.exact, report.failures
+    assert len(sums) >= 3
+    assert max(node.meta["unit"] for node in sums) < 2.0**-11 * step
