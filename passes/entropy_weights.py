@@ -32,6 +32,15 @@ def tanh_ratio(weight: Tensor) -> Tensor:
     return squashed / squashed.detach().abs().amax().clamp_min(SMALLEST_SCALE)
 
 
+def _level(ratio: Tensor, levels: Any) -> Tensor:
+    """The nearest of 0 .. `levels` for a ratio within [-1, 1]; overwrites it.
+
+    In float64, in training as in conversion: weights of one magnitude, such as those of a binary network, lie
+    on ties, which float32 would break by its rounding.
+    """
+    return ratio.clamp_(-1.0, 1.0).add_(1.0).mul_(levels / 2.0).round_()
+
+
 class _RoundLevels(torch.autograd.Function):
     """alpha times the uniform levels on [-1, 1] of clip(W / alpha, -1, 1), half to even.
 
@@ -41,9 +50,8 @@ class _RoundLevels(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, alpha: Any, levels: Any, divide: bool) -> Tensor:
         if divide:
-            ctx.save_for_backward(alpha)
-        code = (((weight / alpha).clamp_(-1.0, 1.0) + 1.0) * (levels / 2.0)).round_()
-        return (code * (2.0 / levels) - 1.0) * alpha
+            ctx.save_for_backward(alpha.to(weight.dtype))
+        return (_level(weight.double() / alpha, levels) * (2.0 / levels) - 1.0).mul_(alpha).to(weight.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
@@ -82,13 +90,10 @@ class EntropyWeightQuantizer(WeightQuantizer):
 
     def forward(self, weight: Tensor, row: Row) -> Tensor:
         """alpha (2 c / (2^b - 1) - 1), the shape of `weight`."""
-        wide = weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight
         levels: Any = 2.0 ** self.bits[row] - 1.0 if isinstance(row, int) else picked(self.levels, row)
         if not self.rescale:
-            return _RoundLevels.apply(tanh_ratio(wide), 1.0, levels, False).to(weight.dtype)
-        return _RoundLevels.apply(wide, self._alpha(wide, levels), levels, self.divide_gradient).to(
-            weight.dtype
-        )
+            return _RoundLevels.apply(tanh_ratio(weight.double()), 1.0, levels, False).to(weight.dtype)
+        return _RoundLevels.apply(weight, self._alpha(weight.double(), levels), levels, self.divide_gradient)
 
     def codes(self, weight: Tensor, row: int) -> WeightCodes:
         """The mode's integers, from W in float64, in two's complement as those of `aligned`."""
@@ -96,7 +101,7 @@ class EntropyWeightQuantizer(WeightQuantizer):
         levels = 2**bits - 1
         alpha = self._alpha(wide, float(levels)) if self.rescale else wide.new_ones(())
         ratio = wide / alpha if self.rescale else tanh_ratio(wide)
-        code = ((ratio.clamp(-1.0, 1.0) + 1.0) * (levels / 2.0)).round_() - 2 ** (bits - 1)
+        code = _level(ratio, levels) - 2 ** (bits - 1)
         scale = alpha.reshape(-1) if self.rescale else alpha
         return WeightCodes(code.to(torch.int16), bits, True, scale * (2.0 / levels), 1, 1)
 

@@ -36,6 +36,12 @@ def thresholds_of(intervals: Tensor, start: Tensor) -> Tensor:
     return (knots[:-1] + knots[1:]) / 2
 
 
+#: Intervals of levels that a mode has not: no value reaches them. Finite, so that averages of parameters are.
+UNUSED = 2.0**100
+
+#: beta2 is held away from 0, where its gradient could not be told.
+SMALLEST_SCALE = 2.0**-100
+
 #: From so many levels on, a binary search is faster than comparisons.
 MOST_COMPARISONS = 40
 
@@ -63,7 +69,7 @@ def counted(
 
     Args:
         x: tensor of any shape.
-        intervals: (n,) a, those beyond a mode's own infinite.
+        intervals: (n,) a, those beyond a mode's own `UNUSED`.
         start, before, after: start, beta1, beta2, shape ().
         height: distance of the values, 2 / n.
     """
@@ -137,11 +143,11 @@ class _CountThresholds(torch.autograd.Function):
         slopes = torch.cat([outside, after * height / intervals, outside])
         d_value = given * slopes.index_select(0, piece)
         sums = _sums_by(piece, given, len(slopes))[1:-1]
-        finite = torch.isfinite(intervals)
-        ways = torch.where(finite, _sums_by(piece, given * value, len(slopes))[1:-1] - knots[:-1] * sums, 0.0)
-        sums = torch.where(finite, sums * slopes[1:-1], 0.0)
+        used = intervals < UNUSED
+        ways = torch.where(used, _sums_by(piece, given * value, len(slopes))[1:-1] - knots[:-1] * sums, 0.0)
+        sums = torch.where(used, sums * slopes[1:-1], 0.0)
         later = sums.sum() - sums.cumsum(0)
-        d_intervals = torch.where(finite, -ways * slopes[1:-1] / intervals - later, 0.0)
+        d_intervals = torch.where(used, -ways * slopes[1:-1] / intervals - later, 0.0)
         d_after = torch.dot(given, output) / after
         d_before = torch.dot(d_value, x_flat)
         d_x = _like((d_value * before).to(x.dtype), x)
@@ -177,7 +183,7 @@ class ThresholdActivationQuantizer(ActivationQuantizer):
         smallest: intervals are held at least this large (Sec. 4.1).
 
     Attributes:
-        interval: (rows, 2^B - 1) a; those beyond a mode's own 2^b - 1 are infinite and not trained.
+        interval: (rows, 2^B - 1) a; those beyond a mode's own 2^b - 1 are `UNUSED` and not trained.
         start, before, after: (rows,) start, beta1, beta2.
         heights: (rows,) distance of the values, for the rows of policies.
     """
@@ -205,7 +211,7 @@ class ThresholdActivationQuantizer(ActivationQuantizer):
     def _equal_intervals(self) -> Tensor:
         most = 2 ** max(self.bits) - 1
         levels = [2**bits - 1 for bits in self.bits]
-        return torch.tensor([[2.0 / n] * n + [math.inf] * (most - n) for n in levels])
+        return torch.tensor([[2.0 / n] * n + [UNUSED] * (most - n) for n in levels])
 
     def initialise(self, x: Tensor, row: int, agreement: Agreement) -> None:
         """beta1 with the least squared error at equal thresholds, beta2 = 1 / beta1.
@@ -251,6 +257,7 @@ class ThresholdActivationQuantizer(ActivationQuantizer):
             intervals, height = intervals[:levels], 2.0 / levels
         else:
             height = picked(self.heights, row).to(intervals.dtype)
+        after = after + torch.where(after == 0.0, SMALLEST_SCALE, 0.0).to(after.dtype)
         intervals, again = intervals.clamp_min(self.smallest), Again()
         output = _CountThresholds.apply(x, intervals, start, before, after, height, again)
         return with_note(output, Rounding(counted, (x, intervals, start, before, after, height), again))

@@ -38,9 +38,7 @@ def load_float_state(module: nn.Module, state_dict: dict[str, Any], prefix: str,
     if not quantizers or any(key.startswith(quantizers) for key in state_dict):
         module.note_float_weights(None)
         return
-    if module.scheme.needs_teacher:
-        float_state = {key.removeprefix(prefix): value for key, value in state_dict.items()}
-        module.note_float_weights({key: value.detach().clone() for key, value in float_state.items()})
+    module.note_float_weights({key.removeprefix(prefix): value for key, value in state_dict.items()})
     for path, copied in getattr(module, "copies", {}).items():
         for name in _names_of(module.get_submodule(path)):
             source = state_dict.get(f"{prefix}{copied.source}.{name}")

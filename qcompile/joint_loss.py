@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -46,8 +45,8 @@ class JointLoss(nn.Module):
             wrapper made of it; it is called through these.
         criterion: criterion(output, y) -> scalar loss.
         teacher: optional float model, whose logits the scheme may distil from. It is not trained; call
-            `teacher.eval()` yourself. Without, schemes that need one take a copy of the float original, which
-            teaches something only if it was trained.
+            `teacher.eval()` yourself. Without, schemes that need one take a copy of the float original, with
+            the float weights that were loaded last: it teaches something only if they were trained.
         batch_fn: for batches of any structure: `batch_fn(forward, batch)` calls `forward` like the model
             and returns (loss, logits); the joint loss is then called as `joint.backward(batch)`. `forward`
             knows its mode, so it may run inside `torch.utils.checkpoint`.
@@ -79,26 +78,21 @@ class JointLoss(nn.Module):
         self.reduces_itself = reduces_itself
         # not registered: the teacher's parameters are not trained and its mode is its owner's business, and
         # a wrapper's are those of the model
-        self.__dict__["teacher"] = self._float_original() if teacher is None else teacher
+        self.__dict__["teacher"] = self._float_teacher() if teacher is None else teacher
         self._owns_teacher = teacher is None
         self.__dict__["wrapped"] = model
         self._labels = tuple(mode.label for mode in self.model.prepared_modes)
         self.losses: dict[int | str, Tensor] = dict.fromkeys(self._labels, torch.tensor(torch.nan))
         self.weights: dict[int | str, float] = dict.fromkeys(self._labels, torch.nan)
 
-    def _float_original(self) -> nn.Module | None:
-        """A copy of the model that was prepared, if the scheme needs a teacher."""
-        if not self.model.scheme.needs_teacher:
-            return None
-        if self.model.float_original is None:
+    def _float_teacher(self) -> nn.Module | None:
+        """The prepared model's own, if the scheme needs one."""
+        if self.model.scheme.needs_teacher and self.model.float_teacher is None:
             raise InvalidArgument(
                 f"scheme {self.model.scheme.name!r} learns from the float network, which the state dict of a "
                 "prepared model does not hold: pass teacher=float_model, with its trained weights"
             )
-        original = deepcopy(self.model.float_original)
-        if self.model.float_state is not None:
-            original.load_state_dict(self.model.float_state)
-        return original.eval().requires_grad_(False)
+        return self.model.float_teacher
 
     def backward(self, *batch: Any) -> Tensor:
         """Accumulate the gradients of all modes, one mode's graph in memory at a time.

@@ -72,9 +72,9 @@ class QuantModel(Prepared):
         float_original: nn.Module,
     ) -> None:
         super().__init__()
-        # not registered: it is the user's, and no part of this model
+        # not registered: they are no parts of this model, the first is the user's
         self.__dict__["float_original"] = float_original
-        self.float_state: dict[str, Any] | None = None
+        self.__dict__["float_teacher"] = None
         self.graph = graph_module.graph
         self.signature = signature
         self.scheme = scheme
@@ -114,7 +114,7 @@ class QuantModel(Prepared):
             "last_shapes",
             "steps_set",
             "float_original",
-            "float_state",
+            "float_teacher",
             "rewritten",
             "row_graphs",
             "copies",

@@ -67,7 +67,7 @@ class PartlyPrepared(Prepared):
         input_count: int,
     ) -> None:
         super().__init__()
-        taken = {"active", "active_rows", "float_state"} & {
+        taken = {"active", "active_rows", "float_teacher"} & {
             *users._modules,
             *users._parameters,
             *users._buffers,
@@ -77,6 +77,7 @@ class PartlyPrepared(Prepared):
                 f"the model has an attribute {min(taken)!r}, a name that prepared models use; rename it"
             )
         self.__dict__["float_original"] = float_original
+        self.__dict__["float_teacher"] = None
         self.__dict__["_names"] = tuple(names)
         self.__dict__["outside"] = tuple(outside)
         self.__dict__["_input_count"] = input_count
@@ -85,7 +86,6 @@ class PartlyPrepared(Prepared):
         self.__dict__["scheme"], self.__dict__["prepared_modes"] = first.scheme, first.prepared_modes
         self.__dict__["scheme_name"] = first.scheme_name
         self.__dict__["prefix_decodable"] = first.prefix_decodable
-        self.float_state = None
         self.training = users.training
         self.activate(first.prepared_modes[-1])
 
@@ -250,14 +250,9 @@ def load_whole_state(module: nn.Module, state_dict: Mapping[str, Any], prefix: s
     )
     if any(key.startswith(added) for key in state_dict):
         module.note_float_weights(None)
-    elif module.scheme.needs_teacher:
-        module.note_float_weights(
-            {
-                key.removeprefix(prefix): value.detach().clone()
-                for key, value in state_dict.items()
-                if key.startswith(prefix)
-            }
-        )
+    else:
+        state = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+        module.note_float_weights(state)
 
 
 def refuse_parts(model: MultiModeModel) -> None:

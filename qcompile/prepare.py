@@ -12,7 +12,7 @@ from .errors import CaptureError, InvalidArgument, InvalidInputType
 from .float_state import load_float_state, note_loaded_steps
 from .model import QuantModel
 from .modes import Mode, parse_modes
-from .passes.capture import capture
+from .passes.capture import capture, copied_model
 from .passes.first_last import Surroundings
 from .passes.manager import PassManager
 from .passes.mode_slots import AssignSlots
@@ -94,6 +94,9 @@ def prepare(
         if error.place is None:
             raise
         raise CaptureError(f"{error}{advice(model, *error.place)}", error.place) from error
+    if prepared.scheme.needs_teacher:
+        # what the user does with the model from now on does not change what is learnt
+        prepared.__dict__["float_teacher"] = copied_model(model).eval().requires_grad_(False)
     left = left_in_float(prepared) if strict else {}
     if left:
         listed = "; ".join(f"{name}: {reason}" for name, reason in left.items())

@@ -27,14 +27,15 @@ class Prepared(MultiModeModel):
         scheme: the scheme that rewrote it.
         active_rows: what the training graph is told to run in a plain call.
         float_original: the model that was prepared; None once a prepared model's state dict was loaded.
-        float_state: the float weights that were loaded since, for schemes that need a float teacher.
+        float_teacher: a copy of it with the float weights that were loaded last, for schemes that learn from
+            one; None otherwise, and where `float_original` is.
         rewritten: what the scheme made of the float network's operators, a line each.
     """
 
     scheme: Scheme
     active_rows: ActiveMode
     float_original: nn.Module | None
-    float_state: dict[str, Any] | None
+    float_teacher: nn.Module | None
     rewritten: tuple[str, ...]
 
     @property
@@ -104,9 +105,10 @@ class Prepared(MultiModeModel):
 
     def note_float_weights(self, state: dict[str, Any] | None) -> None:
         """Float weights were loaded; with None, a prepared model's, whose float original is unknown."""
-        self.float_state = state
         if state is None:
-            self.__dict__["float_original"] = None
+            self.__dict__["float_original"] = self.__dict__["float_teacher"] = None
+        elif self.float_teacher is not None:
+            self.float_teacher.load_state_dict(state, strict=False)  # its own load checks the names
 
     @contextmanager
     def joint_step(self) -> Iterator[None]:

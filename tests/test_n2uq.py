@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from nets import example, shaken
 from reference import n2uq as reference
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import qcompile
 from qcompile.errors import InvalidArgument
@@ -106,6 +109,43 @@ def test_weights_are_spread_by_filter(row, seed, scale):
     np.testing.assert_allclose(real.detach().numpy(), expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("row", range(len(WIDTHS)))
+@pytest.mark.parametrize("rescale", [True, False])
+def test_training_and_conversion_break_ties_alike(row, rescale):
+    generator = np.random.default_rng(row)
+    # W / alpha of weights of one magnitude is 2^(b-1) / (2^b - 1): half a code
+    magnitudes, signs = generator.uniform(0.01, 1.0, (64, 1, 1)), generator.choice([-1.0, 1.0], (64, 3, 3))
+    for weight in (torch.from_numpy(magnitudes * signs).float(), torch.full((8, 3, 3), 1 / 9)):
+        quantizer = EntropyWeightQuantizer(WIDTHS, rescale=rescale)
+        stored = quantizer.codes(weight, row)
+        real = stored.scale.reshape(-1, 1, 1) * (
+            stored.codes + stored.offset_numerator * 2.0**-stored.offset_shift
+        )
+        np.testing.assert_allclose(quantizer(weight, row).numpy(), real.numpy(), rtol=1e-6)
+
+
+def test_averages_of_parameters_are_finite():
+    net, x = example("residual")
+    model = qcompile.prepare(net, x, scheme="n2uq", bits=(2, 4))
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    for _ in range(3):
+        average.update_parameters(model)
+    assert all(bool(torch.isfinite(one).all()) for one in average.module.parameters())
+    found = qcompile.at(average.module.eval(), 2)(x)
+    torch.testing.assert_close(found, qcompile.at(model.eval(), 2)(x), rtol=0, atol=0)
+
+
+def test_scales_leave_zero():
+    quantizer = ThresholdActivationQuantizer((2,))
+    with torch.no_grad():
+        quantizer.after.zero_()
+    x = torch.linspace(-0.5, 2.5, 13)
+    quantizer(x, ActiveMode(0)).sum().backward()
+    expected = float(ThresholdActivationQuantizer((2,))(x, ActiveMode(0)).detach().sum())
+    assert float(quantizer.after.grad) == pytest.approx(expected, rel=1e-5)
+    assert all(bool(torch.isfinite(one.grad).all()) for one in (quantizer.interval, quantizer.start))
+
+
 def test_the_weights_gradient_may_be_divided_by_alpha():
     weight = np.random.default_rng(0).normal(size=(5, 3, 2))
     upstream = np.random.default_rng(1).normal(size=weight.shape)
@@ -197,10 +237,18 @@ def test_the_float_original_teaches_unless_another_does():
 def test_loaded_float_weights_teach():
     net, x = example("residual")
     trained_net, _ = example("residual", seed=7)
+    expected = net.eval()(x)
     model = qcompile.prepare(net, x, scheme="n2uq")
-    model.load_state_dict(trained_net.state_dict())
-    teacher = qcompile.JointLoss(model, nn.CrossEntropyLoss()).__dict__["teacher"]
+    joint = qcompile.JointLoss(model, nn.CrossEntropyLoss())
+    teacher = joint.__dict__["teacher"]
+    with torch.no_grad():
+        next(net.parameters()).zero_()  # the user's own, which is no teacher
+    torch.testing.assert_close(teacher(x), expected, rtol=0, atol=0)
+    copied = copy.deepcopy(model)
+    model.load_state_dict(trained_net.state_dict())  # reaches joint losses that were made before
     torch.testing.assert_close(teacher(x), trained_net.eval()(x), rtol=0, atol=0)
+    other = qcompile.JointLoss(copied, nn.CrossEntropyLoss()).__dict__["teacher"]
+    torch.testing.assert_close(other(x), expected, rtol=0, atol=0)
     model.load_state_dict(model.state_dict())  # a checkpoint does not hold the float network
     with pytest.raises(InvalidArgument, match="pass teacher=float_model"):
         qcompile.JointLoss(model, nn.CrossEntropyLoss())

@@ -271,3 +271,14 @@ def test_units_of_a_stream_fit_the_finest_step_that_it_reaches(scale: float) -> 
     assert report.exact, report.failures
     assert len(sums) >= 3
     assert max(node.meta["unit"] for node in sums) < 2.0**-11 * step
+
+
+@pytest.mark.parametrize(("seed", "bits"), [(1, 2), (3, 4)])
+def test_float_sums_over_large_areas_round_no_more_than_others(seed: int, bits: int) -> None:
+    torch.manual_seed(seed)
+    x = torch.randn(4, 3, 56, 56) + 0.3
+    model = qcompile.prepare(PooledHead(gated=True), x, scheme="n2uq", bits=(2, 4))
+    qcompile.calibrate(model, [x])
+    for target in ("onnx-qdq", "onnx-packed"):
+        report = qcompile.verify(model.eval(), x, bits=bits, target=target)
+        assert report.exact, report.failures

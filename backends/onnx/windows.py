@@ -129,8 +129,8 @@ def emit_mean(emitter: Emitter, node: fx.Node, source: str, axes: Sequence[int],
     """ReduceMean; over many elements one dimension after the other, which rounds less."""
     layer = layer_of(node)
     before, after = (math.prod(emitter.shape(one)) for one in (node.all_input_nodes[0], node))
-    many = keep and before > _LARGE_WINDOW * after
-    steps = [[axis] for axis in axes] if many else [list(axes)]
+    # from the last on, so that axes in front keep their numbers if those behind are gone
+    steps = [[axis] for axis in reversed(axes)] if before > _LARGE_WINDOW * after else [list(axes)]
     for index, step in enumerate(steps):
         last = index == len(steps) - 1
         listed = emitter.builder.initializer(f"{layer}/axes", step, np.int64)

@@ -58,6 +58,8 @@ class QuantizableConfig:
         number("temperature", self.temperature, above=0.0)
         if self.weight_deviations is not None:
             number("weight_deviations", self.weight_deviations, above=0.0)
+        if not (self.alpha is None or isinstance(self.alpha, (tuple, list))):
+            raise InvalidArgument(f"alpha={self.alpha!r} is not a tuple of numbers, one for each mode")
         for index, one in enumerate(self.alpha or ()):
             number(f"alpha[{index}]", one, above=0.0)
 
