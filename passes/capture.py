@@ -79,10 +79,18 @@ def capture(
     try:
         graph_module, trace = _of_both_modes(model, copied, examples)
     except CaptureError as difference:
-        if model.training:
+        try:
+            (trace,) = _traces(model, copied, examples, (False,))
+            graph_module = normalise_evaluation(trace.graph_module, copied)
+        except CaptureError:
+            if model.training:
+                raise difference from None
             raise
-        (trace,) = _traces(model, copied, examples, (False,))
-        graph_module = normalise_evaluation(trace.graph_module, copied)
+        if model.training:
+            raise CaptureError(
+                f"{difference}; or pass the model after model.eval(): it then trains as it evaluates",
+                difference.place,
+            ) from difference
         only_evaluation = str(difference).partition("; ")[0]
         warnings.warn(
             f"training mode of {type(model).__name__} cannot be captured ({only_evaluation}); the model "

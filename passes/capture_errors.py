@@ -14,7 +14,15 @@ from torch import nn
 
 from qcompile.errors import CaptureError
 from qcompile.passes.example_inputs import Examples
-from qcompile.passes.smallest_change import for_autocast, for_batch, for_cond, for_numpy, for_text, for_values
+from qcompile.passes.smallest_change import (
+    for_autocast,
+    for_batch,
+    for_cond,
+    for_numpy,
+    for_text,
+    for_values,
+    makes_list,
+)
 from qcompile.passes.source_lines import UNKNOWN_LINE, UserLine, line_of_error, line_of_stack
 
 # Where torch.export reports what it learns about symbolic sizes.
@@ -153,6 +161,8 @@ def hard_coded_size(examples: Examples, error: str, retrace: Callable[[], object
 
 
 def _fixed_batch(line: UserLine | None, batch: int | None) -> CaptureError:
+    if line is not None and makes_list(line):
+        return _refused(line, "the values of a tensor become a list of numbers", for_values)
     where = UNKNOWN_LINE if line is None else str(line)
     way_out = "use x.shape[0] in place of the number" if line is None else for_batch(line, batch)
     return CaptureError(f"{where}: the model fixes the batch size to {batch}; {way_out}")

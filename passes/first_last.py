@@ -60,11 +60,16 @@ def first_and_last(graph_module: fx.GraphModule) -> tuple[frozenset[str], frozen
     weighted = weighted_nodes(graph_module)
     others = {node.name for node in graph_module.graph.nodes if aten_name(node) in _OTHERS}
     names = others | {node.name for node in weighted}
-    before = names | {
-        node.name
-        for node in graph_module.graph.find_nodes(op="call_module", sort=False)
-        if isinstance(graph_module.get_submodule(str(node.target)), nn.Embedding)
-    }
+    tables = {node.name for node in graph_module.graph.nodes if aten_name(node) == "embedding_bag"}
+    before = (
+        names
+        | tables
+        | {
+            node.name
+            for node in graph_module.graph.find_nodes(op="call_module", sort=False)
+            if isinstance(graph_module.get_submodule(str(node.target)), nn.Embedding)
+        }
+    )
     inside = graph_module.meta.get("surroundings")
     if inside is not None:
         placeholders = graph_module.graph.find_nodes(op="placeholder")

@@ -28,6 +28,8 @@ _SHAPED = (
     "new_ones",
     "arange",
 )
+#: Methods that make numbers of a tensor's elements.
+_TO_PYTHON = ("item", "tolist")
 _EXPORTING = "if not torch.compiler.is_exporting():"
 
 
@@ -64,6 +66,13 @@ def for_values(line: UserLine) -> str:
     if _makes_number(statement):
         return f"keep it a tensor: {_shown(ast.unparse(_as_tensor(statement)))}"
     return "rewrite it with torch.where, or move it out of forward"
+
+
+def makes_list(line: UserLine) -> bool:
+    """Whether a line of the user's makes a list of a tensor's elements."""
+    place = Place.of(line)
+    calls = [one for one in ast.walk(place.statement) if isinstance(one, ast.Attribute)] if place else []
+    return any(one.attr == "tolist" for one in calls)
 
 
 def for_batch(line: UserLine, size: int | None, dim: int = 0) -> str:
@@ -159,7 +168,7 @@ class _AsTensor(ast.NodeTransformer):
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         self.generic_visit(node)
-        if isinstance(node.func, ast.Attribute) and node.func.attr == "item" and not node.args:
+        if isinstance(node.func, ast.Attribute) and node.func.attr in _TO_PYTHON and not node.args:
             return node.func.value
         if isinstance(node.func, ast.Name) and node.func.id in _NUMBERS and len(node.args) == 1:
             return node.args[0]

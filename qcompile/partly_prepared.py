@@ -251,7 +251,9 @@ def load_whole_state(module: nn.Module, state_dict: Mapping[str, Any], prefix: s
     if any(key.startswith(added) for key in state_dict):
         module.note_float_weights(None)
     else:
-        state = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+        state = {
+            key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)
+        }
         module.note_float_weights(state)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import random
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -119,6 +120,31 @@ def test_hard_coded_batch_is_refused(make: type[nn.Module], batch: int) -> None:
     assert message.startswith(line_of(make(), "view(2" if make is HardCoded else "self.table"))
     assert "fixes the batch size to 2" in message
     assert not logging.getLogger("torch.fx.experimental.symbolic_shapes").isEnabledFor(logging.INFO)
+
+
+class Listed(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        first = x.argmax(1).tolist()
+        return x * first[0]
+
+
+def test_lists_of_values_are_refused() -> None:
+    message = refused(Listed(), torch.randn(2, 4))
+    assert message.startswith(line_of(Listed(), "tolist"))
+    assert "keep it a tensor: `first = x.argmax(1)`" in message
+
+
+@pytest.mark.parametrize(
+    "norm", [torch.nn.utils.spectral_norm, torch.nn.utils.parametrizations.spectral_norm]
+)
+def test_what_only_training_does_is_left_out_in_evaluation_mode(
+    norm: Callable[[nn.Module], nn.Module],
+) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), norm(nn.Linear(4, 4)), nn.Linear(4, 2))
+    assert "after model.eval()" in refused(model, torch.randn(2, 4))
+    with pytest.warns(UserWarning, match="trains as it evaluates"):
+        prepared = qcompile.prepare(model.eval(), torch.randn(2, 4))
+    assert prepared.train()(torch.randn(3, 4)).shape == (3, 2)
 
 
 def test_without_examples_the_advice_is_to_pass_them() -> None:

@@ -214,7 +214,8 @@ def test_the_float_mode_needs_another():
 
 
 @pytest.mark.parametrize(
-    "options", [{"batch_norm": "C"}, {"loss": "mse"}, {"temperature": 0.0}, {"alpha": (1.0, -1.0)}, {"alpha": 5}]
+    "options",
+    [{"batch_norm": "C"}, {"loss": "mse"}, {"temperature": 0.0}, {"alpha": (1.0, -1.0)}, {"alpha": 5}],
 )
 def test_options_are_checked(options):
     with pytest.raises(InvalidArgument, match=next(iter(options))):

@@ -180,3 +180,16 @@ def test_embeddings_stay_in_float_by_default_and_where_skipped() -> None:
     for options in ({}, {"config": VerticalConfig(first_last=8), "skip": ["embed"]}):
         ready = qcompile.prepare(Labels(), WORDS, bits=(2, 4), **options)
         assert not any("embed" in one.name and one.quantized for one in ready.records)
+
+
+def test_no_layer_behind_a_bag_of_embeddings_is_the_first() -> None:
+    class Bag(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bag, self.mix, self.head = nn.EmbeddingBag(20, 6), nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, indices: Tensor) -> Tensor:
+            return self.head(torch.relu(self.mix(self.bag(indices))))
+
+    model = qcompile.prepare(Bag(), torch.randint(0, 20, (4, 5)))
+    assert [one.name for one in qcompile.summary(model).operators if one.quantized] == ["mix"]
