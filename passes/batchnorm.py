@@ -44,12 +44,14 @@ class ModeBatchNorm(ModeModule):
         num_batches_tracked: (rows or 1,) int64.
         counts_batches: whether training updates the running statistics; not where a batch comes by again.
             Compiled code does not look: another answer would be another graph.
+        place: where a policy's own mean and variance begin, see `ActiveMode.statistics`.
         ranks: the processes whose batches are normalised together in training; None for this one's alone.
     """
 
     group = "batch_norm"
     ranks: ProcessGroup | None = None
     counts_batches: bool = True
+    place: int = 0
 
     weight: Tensor | None
     bias: Tensor | None
@@ -117,6 +119,10 @@ class ModeBatchNorm(ModeModule):
         if weight is not None and weight.dtype != mean.dtype:  # sharding may keep parameters in a half type
             weight, bias = weight.to(mean.dtype), None if bias is None else bias.to(mean.dtype)
         if not self.training:
+            if active.statistics is not None:
+                found = self.statistics_of(statistics, active.statistics)
+                assert found is not None
+                mean, variance = found
             return functional.batch_norm(x, mean, variance, weight, bias, False, 0.0, self.eps)
         counts = self.counts_batches or torch.compiler.is_compiling()
         if not counts:
@@ -147,19 +153,36 @@ class ModeBatchNorm(ModeModule):
         assert self.running_mean is not None
         return count.to(self.running_mean.dtype).reciprocal()  # cumulative average, as in torch
 
-    def scale_and_shift(self, row: int) -> tuple[Tensor, Tensor] | None:
+    def statistics_of(self, row: Row, statistics: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
+        """(channels,) running mean and variance of a mode, or a policy's own; None if none are kept."""
+        if self.running_mean is None or self.running_var is None:
+            return None
+        _, of_row = self.rows_of(row)
+        mean, variance = picked(self.running_mean, of_row), picked(self.running_var, of_row)
+        if statistics is not None:
+            own = statistics[self.place : self.place + 2 * self.num_features].to(mean)
+            mean, variance = own[: self.num_features], own[self.num_features :]
+        return mean, variance
+
+    def scale_and_shift(self, row: int, statistics: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
         """The eval-mode affine map of one mode: float64 (channels,) scale and shift.
+
+        Args:
+            row: the mode's.
+            statistics: a policy's own, in place of the row's.
 
         Returns:
             None if the layer keeps no running statistics (its output then depends on the batch).
         """
-        if self.running_mean is None or self.running_var is None:
+        found = self.statistics_of(row, statistics)
+        if found is None:
             return None
-        affine, statistics = self.rows_of(row)
-        scale = torch.rsqrt(self.running_var[statistics].detach().double() + self.eps)
+        mean, variance = found
+        affine, _ = self.rows_of(row)
+        scale = torch.rsqrt(variance.detach().double() + self.eps)
         if self.weight is not None:
             scale = scale * self.weight[affine].detach().double()
-        shift = -self.running_mean[statistics].detach().double() * scale
+        shift = -mean.detach().double() * scale
         if self.bias is not None:
             shift = shift + self.bias[affine].detach().double()
         return scale, shift

@@ -11,7 +11,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from qcompile.errors import FoldError
 from qcompile.modes import Mode
@@ -34,6 +34,7 @@ def convert_graph(
     graph: fx.Graph,
     mode: Mode | Policy,
     row_of: Callable[[ModeModule], int],
+    statistics: Tensor | None,
     shapes: Sequence[Sequence[int]],
 ) -> IntegerModel:
     """Fold and convert one mode, or one policy.
@@ -43,6 +44,7 @@ def convert_graph(
         graph: the training graph.
         mode: the mode or policy.
         row_of: the row of each module that depends on the mode.
+        statistics: a policy's own of batch normalisation, see `ActiveMode`; None for those of each row.
         shapes: shapes of the graph's inputs; dimension 0, the batch, stays open in the result.
 
     Returns:
@@ -59,7 +61,7 @@ def convert_graph(
                 "train a step or run qcompile.calibrate(model, batches) first"
             )
     traced = FakeRun(fx.GraphModule(model, graph)).trace(shapes)
-    emitter = Emitter(model, row_of, traced, lambda node: _keeps_integers(model, node))
+    emitter = Emitter(model, row_of, statistics, traced, lambda node: _keeps_integers(model, node))
     values: dict[fx.Node, Value] = {}
     for node in graph.nodes:
         if node.op == "placeholder":

@@ -42,6 +42,7 @@ class Emitter:
     Attributes:
         model: owner of the modules.
         row_of: the row of each module that depends on the mode.
+        statistics: a policy's own of batch normalisation.
         shapes: shape of every node's value in the training graph.
         keeps_integers: whether a node's value is integer where its inputs are.
         constants: buffers of the result by name.
@@ -52,11 +53,12 @@ class Emitter:
         self,
         model: nn.Module,
         row_of: Callable[[ModeModule], int],
+        statistics: Tensor | None,
         shapes: dict[fx.Node, tuple[int, ...]],
         keeps_integers: Callable[[fx.Node], bool],
     ) -> None:
         assert integer_ops.__all__
-        self.model, self.row_of, self.shapes = model, row_of, shapes
+        self.model, self.row_of, self.statistics, self.shapes = model, row_of, statistics, shapes
         self.keeps_integers = keeps_integers
         self.graph = fx.Graph()
         self.constants: dict[str, Tensor] = {}
@@ -197,7 +199,7 @@ class Emitter:
         return replace(clipped, wide_bits=min(WIDE_BITS, math.ceil(math.log2(steps)) + SUM_UNIT_BITS))
 
     def _readers(self, source: fx.Node) -> list[StreamReader]:
-        return stream_readers(self.model, self.row_of, self.keeps_integers, source)
+        return stream_readers(self.model, self.row_of, self.statistics, self.keeps_integers, source)
 
     # ---- float --------------------------------------------------------------------------------------------
 

@@ -260,7 +260,7 @@ def _float_module(emitter: Emitter, node: fx.Node, module: nn.Module, inputs: li
 
 
 def _normalise(emitter: Emitter, node: fx.Node, module: ModeBatchNorm, value: Value) -> Value:
-    maps = module.scale_and_shift(emitter.row_of(module))
+    maps = module.scale_and_shift(emitter.row_of(module), emitter.statistics)
     if maps is None:
         return _float_module(emitter, node, module, [value])
     scale, shift = (one.cpu().numpy() for one in maps)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 
 from torch import fx
 
+from .batchnorm import ModeBatchNorm
 from .layers import QuantizedLayer
 from .manager import Pass, PassResult
 from .mode_input import ModeModule
@@ -18,7 +19,7 @@ class AssignSlots(Pass):
 
     A quantised layer decides for itself; the layers that read a quantiser's output decide for the quantiser;
     a batch normalisation follows the last quantised layer before it, and the first after it where there is
-    none before.
+    none before. Batch normalisation also gets its place among the statistics of a policy.
     """
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
@@ -34,10 +35,14 @@ class AssignSlots(Pass):
             )
 
         order = {node: place for place, node in enumerate(graph_module.graph.nodes)}
+        place = 0
         for slot, (path, nodes) in enumerate(calls.items()):
             module = graph_module.get_submodule(path)
             assert isinstance(module, ModeModule)
             module.slot = slot
+            if isinstance(module, ModeBatchNorm) and module.running_mean is not None:
+                module.place = place
+                place += 2 * module.num_features
             after = sorted(_nearest(nodes, lambda node: node.users, is_layer), key=order.__getitem__)
             before = sorted(
                 _nearest(nodes, lambda node: node.all_input_nodes, is_layer), key=order.__getitem__

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from .batchnorm import ModeBatchNorm
@@ -38,6 +38,7 @@ class StreamReader:
 def stream_readers(
     model: nn.Module,
     row_of: Callable[[ModeModule], int],
+    statistics: Tensor | None,
     keeps_integers: Callable[[fx.Node], bool],
     source: fx.Node,
 ) -> list[StreamReader]:
@@ -48,6 +49,7 @@ def stream_readers(
     Args:
         model: owner of the modules.
         row_of: the row of each module that depends on the mode.
+        statistics: a policy's own of batch normalisation.
         keeps_integers: whether a node's value is integer where its inputs are.
         source: the node that makes the tensor.
 
@@ -69,7 +71,7 @@ def stream_readers(
                     found.append(StreamReader(grid.distance / scale, max(grid.high, -grid.low), centre))
                 continue
             if isinstance(module, ModeBatchNorm):
-                scale, centre = _through(module, row_of(module), scale, centre)
+                scale, centre = _through(module, row_of(module), statistics, scale, centre)
         if keeps_integers(node):
             fresh = [user for user in node.users if user not in maps]
             maps.update(dict.fromkeys(fresh, (scale, centre)))
@@ -77,10 +79,11 @@ def stream_readers(
     return found
 
 
-def _through(module: ModeBatchNorm, row: int, scale: float, centre: float) -> tuple[float, float]:
-    affine = module.scale_and_shift(row)
-    if affine is None or module.running_mean is None:
+def _through(
+    module: ModeBatchNorm, row: int, statistics: Tensor | None, scale: float, centre: float
+) -> tuple[float, float]:
+    affine, found = module.scale_and_shift(row, statistics), module.statistics_of(row, statistics)
+    if affine is None or found is None:
         return scale, centre
-    mean = module.running_mean[module.rows_of(row)[1]]
     factor = float(affine[0].abs().median()) or 1.0
-    return scale * factor, centre + float(mean.abs().max()) / scale
+    return scale * factor, centre + float(found[0].abs().max()) / scale

@@ -21,6 +21,7 @@ from .passes.layers import QuantizedLayer
 from .passes.quantized_tensor import QuantizedTensor
 from .passes.quantizers import ActivationQuantizer, WeightQuantizer
 from .passes.step_search import Sample, clipped_at
+from .policy import Policy
 from .prepared import Prepared
 from .wrappers import as_prepared
 
@@ -39,8 +40,11 @@ def calibrate(
     weights: bool = True,
     statistics: bool = True,
     progress: bool = False,
-) -> None:
+    policy: Policy | None = None,
+) -> Policy | None:
     """Set activation steps that were never set, and re-estimate every mode's batch normalisation.
+
+    With a policy, measure batch normalisation under that policy instead, and leave the model as it is.
 
     Steps come from all batches, layer after layer, each on inputs that the layers before it have already
     quantised. Steps that were trained are kept unless `reset_steps` is given. Running means and variances
@@ -60,6 +64,11 @@ def calibrate(
             Errors of weights count with the mean square of what they are multiplied with.
         statistics: whether to re-estimate batch normalisation; without, every mode keeps what it has.
         progress: show a bar on standard error, if that is a terminal.
+        policy: a policy of the model's layers, whose activation steps are set. The other options but
+            `progress` are not used then.
+
+    Returns:
+        The policy with its statistics, if one was given.
 
     Raises:
         InvalidArgument: if there are no batches, they do not fit the model's inputs, or hold NaN or infinity;
@@ -73,6 +82,8 @@ def calibrate(
         raise InvalidArgument(f"method={method!r} is none of {', '.join(get_args(Method))}")
     if not 0.0 < percentile <= 100.0:
         raise InvalidArgument(f"percentile={percentile!r} must be above 0 and at most 100")
+    if policy is not None:
+        return _measured(prepared, batches, policy, progress)
     rows = range(len(prepared.prepared_modes))
     with torch.no_grad(), _evaluating(prepared, reset_steps, statistics):
         kept = [_checked(prepared, one) for one in _track(batches, "reading", progress)]
@@ -112,6 +123,42 @@ def calibrate(
         for one in known:
             one.finish()
         prepared.note_shapes(kept[-1])
+    return None
+
+
+def _measured(model: Prepared, batches: Iterable[Any], policy: Policy, progress: bool) -> Policy:
+    """The policy with statistics of batch normalisation; one batch in memory at a time."""
+    if not isinstance(policy, Policy):
+        raise InvalidInputType(f"policy must be a qcompile.Policy, not {type(policy).__name__}")
+    active = model.rows_of(model.find(policy))
+    for mode in sorted(set(policy.layers.values())):
+        if not all(part.steps_set[part.row(mode)] for part in model.parts.values()):
+            raise InvalidArgument(
+                f"activation steps of mode {mode.label} were never set; train a step, or run "
+                "qcompile.calibrate(model, batches) without a policy first"
+            )
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    with torch.no_grad(), _evaluating(model, reset_steps=False, statistics=False):
+        base = {name: float_statistics(part) for name, part in model.parts.items()}
+        moved = {name: MovedStatistics(part, base[name]) for name, part in model.parts.items()}
+        index = -1
+        for index, batch in enumerate(_track(batches, "statistics", progress)):
+            inputs = _checked(model, batch)
+            if any(base.values()):
+                with without_rounding(model), ExitStack() as normalised:
+                    for one in moved.values():
+                        normalised.enter_context(one.float_batch())
+                    model.float_chain(ActiveMode(0), inputs)
+            with ExitStack() as normalised:
+                for one in moved.values():
+                    normalised.enter_context(one.batch(index, counts=True))
+                model.float_chain(active, inputs)
+        if index < 0:
+            raise InvalidArgument("calibrate needs at least one batch, and the iterable was empty")
+    for name, one in moved.items():
+        inside = f"{name}." if name else ""
+        found |= {inside + path: pair for (path, _), pair in one.measured().items()}
+    return policy.with_statistics(found)
 
 
 def _track(values: Iterable[Any], what: str, shown: bool) -> Iterable[Any]:

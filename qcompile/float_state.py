@@ -106,7 +106,9 @@ def float_state_dict(model: nn.Module, mode: int | str | Mode | Policy | None = 
 
 
 def _of_one_graph(prepared: QuantModel, mode: int | str | Mode | Policy | None) -> dict[str, Tensor]:
-    row, row_of = prepared.rows_at(prepared.chosen(mode))
+    precision = prepared.chosen(mode)
+    row, row_of = prepared.rows_at(precision)
+    statistics = prepared.rows_of(precision).statistics
     copies = tuple(f"{path}." for path in prepared.copies)
     quantizers = (*_quantizer_prefixes(prepared), *copies)
     values = {
@@ -126,6 +128,10 @@ def _of_one_graph(prepared: QuantModel, mode: int | str | Mode | Policy | None) 
                 name: value[of_affine if name in ("weight", "bias") else of_statistics]
                 for name, value in held.items()
             }
+            if statistics is not None and "running_mean" in held:
+                own = run.statistics_of(0, statistics)
+                assert own is not None
+                held["running_mean"], held["running_var"] = own
         elif isinstance(run, QuantizedLayer) and prepared.prepared_modes[row].is_float:
             held["weight"] = run.weight_quantizer(run.weight, row)
         elif run is module:

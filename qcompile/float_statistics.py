@@ -20,8 +20,10 @@ from .model import QuantModel
 from .modes import ActiveMode
 from .passes.batchnorm import ModeBatchNorm
 from .passes.layers import QuantizedLayer
+from .passes.mode_input import picked
 from .passes.quantizers import ActivationQuantizer, WeightQuantizer
 from .passes.rprelu import ModePReLU
+from .policy_rows import normalisations
 
 #: Running mean and variance of a layer.
 Statistics = tuple[Tensor, Tensor]
@@ -46,7 +48,7 @@ def float_statistics(model: QuantModel) -> dict[str, Statistics] | None:
             if original is None or not torch.equal(original.to(module.weight), module.weight):
                 return None
     found = {}
-    for path, norm in _norms(model).items():
+    for path, norm in normalisations(model).items():
         mean, variance = (state.get(f"{path}.{name}") for name in ("running_mean", "running_var"))
         if mean is None or variance is None:
             return None
@@ -59,14 +61,6 @@ def _bends(module: nn.Module) -> bool:
     """Whether it was a ReLU and is none any more."""
     parameters = list(module.parameters()) if isinstance(module, ModePReLU) else []
     return any(bool(one.any()) for one in parameters)
-
-
-def _norms(model: QuantModel) -> dict[str, ModeBatchNorm]:
-    return {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, ModeBatchNorm) and module.running_mean is not None
-    }
 
 
 def _of_batch(x: Tensor) -> Statistics:
@@ -88,11 +82,11 @@ class MovedStatistics:
 
     Args:
         model: the graph; its batch normalisation is put in eval mode.
-        base: from `float_statistics`.
+        base: from `float_statistics`; None for the batches' own statistics.
     """
 
-    def __init__(self, model: QuantModel, base: dict[str, Statistics]) -> None:
-        self._norms, self._base = _norms(model), base
+    def __init__(self, model: QuantModel, base: dict[str, Statistics] | None) -> None:
+        self._norms, self._base = normalisations(model), base
         self._unrounded: list[dict[str, list[Statistics]]] = []
         self._rounded: dict[tuple[str, int], list[tuple[Statistics, Statistics]]] = defaultdict(list)
         for norm in self._norms.values():
@@ -100,12 +94,12 @@ class MovedStatistics:
 
     @contextmanager
     def float_batch(self) -> Iterator[None]:
-        """Run the next batch, once, without rounding."""
+        """Run the next batch, once, without rounding; only needed with a base."""
         noted: dict[str, list[Statistics]] = defaultdict(list)
 
         def unmoved(path: str, found: Statistics, active: ActiveMode) -> Statistics:
             noted[path].append(found)
-            return self._base[path]
+            return found if self._base is None else self._base[path]
 
         with self._normalising(unmoved):
             yield
@@ -119,32 +113,42 @@ class MovedStatistics:
             index: from 0.
             counts: whether `finish` is to take it into account.
         """
-        remaining = {path: iter(calls) for path, calls in self._unrounded[index].items()}
+        known = {} if self._base is None else self._unrounded[index]
+        remaining = {path: iter(calls) for path, calls in known.items()}
 
         def moved(path: str, found: Statistics, active: ActiveMode) -> Statistics:
-            unrounded = next(remaining[path])
+            unrounded = found if self._base is None else next(remaining[path])
             if counts:
-                _, row = self._norms[path].rows_of(active.row)
-                self._rounded[path, row].append((found, unrounded))
+                norm = self._norms[path]
+                _, row = norm.rows_of(active.row_of(norm.slot))
+                self._rounded[path, int(row)].append((found, unrounded))
             return self._moved(path, found, unrounded)
 
         with self._normalising(moved):
             yield
 
+    def measured(self) -> dict[tuple[str, int], Statistics]:
+        """By path and row, the float network's statistics, moved as rounding moved all batches."""
+        averages = {
+            key: [_average(calls) for calls in zip(*pairs, strict=True)]
+            for key, pairs in self._rounded.items()
+        }
+        return {(path, row): self._moved(path, *pair) for (path, row), pair in averages.items()}
+
     def finish(self) -> None:
-        """Every mode's running statistics: the float network's, moved as rounding moved all batches."""
-        for (path, row), pairs in self._rounded.items():
+        """Make what was measured every mode's running statistics."""
+        for (path, row), (mean, variance) in self.measured().items():
             norm = self._norms[path]
-            found, unrounded = (_average(calls) for calls in zip(*pairs, strict=True))
-            mean, variance = self._moved(path, found, unrounded)
             assert norm.running_mean is not None
             assert norm.running_var is not None
             assert norm.num_batches_tracked is not None
             norm.running_mean[row].copy_(mean)
             norm.running_var[row].copy_(variance)
-            norm.num_batches_tracked[row] = len(pairs)
+            norm.num_batches_tracked[row] = len(self._rounded[path, row])
 
     def _moved(self, path: str, found: Statistics, unrounded: Statistics) -> Statistics:
+        if self._base is None:
+            return found
         mean, variance = (one.to(found[0]) for one in self._base[path])
         eps = self._norms[path].eps
         # with eps, so that a channel that only rounding brings to life keeps the variance that it has then
@@ -157,8 +161,10 @@ class MovedStatistics:
             def output(norm: ModeBatchNorm, args: tuple[Tensor, ActiveMode], _: Tensor) -> Tensor:
                 x, active = args
                 mean, variance = (one.to(x) for one in statistics(path, _of_batch(x), active))
-                affine, _row = norm.rows_of(active.row)
-                weight, bias = (None if one is None else one[affine] for one in (norm.weight, norm.bias))
+                affine, _row = norm.rows_of(active.row_of(norm.slot))
+                weight, bias = (
+                    None if one is None else picked(one, affine) for one in (norm.weight, norm.bias)
+                )
                 return functional.batch_norm(x, mean, variance, weight, bias, False, 0.0, norm.eps)
 
             return output

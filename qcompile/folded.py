@@ -105,7 +105,11 @@ def run_integers(model: QuantModel, active: ActiveMode, inputs: Sequence[Tensor]
     """
     if torch.compiler.is_compiling():
         number = torch.tensor(active.row) if active.number is None else active.number
-        return tuple(torch.ops.qcompile.run_folded(list(inputs), model.model_handle, number, active.rows))
+        return tuple(
+            torch.ops.qcompile.run_folded(
+                list(inputs), model.model_handle, number, active.rows, active.statistics
+            )
+        )
     return _run(model, active, inputs)
 
 
@@ -119,16 +123,21 @@ def _run(model: QuantModel, active: ActiveMode, inputs: Sequence[Tensor]) -> Any
 
 
 @torch.library.custom_op("qcompile::run_folded", mutates_args=())
-def run_folded(inputs: Sequence[Tensor], handle: int, number: Tensor, rows: Tensor | None) -> list[Tensor]:
+def run_folded(
+    inputs: Sequence[Tensor], handle: int, number: Tensor, rows: Tensor | None, statistics: Tensor | None
+) -> list[Tensor]:
     """`run_integers` for compiled code: flat tensors in, flat tensors out."""
     model = _MODELS[handle]
-    active = ActiveMode(int(number), rows, policy=None if rows is None else policy_of(model, rows.tolist()))
+    policy = None if rows is None else policy_of(model, rows.tolist(), statistics)
+    active = ActiveMode(int(number), rows, policy=policy)
     # operators may not return what they were given
     return [one.clone() for one in _run(model, active, inputs)]
 
 
 @run_folded.register_fake
-def _(inputs: Sequence[Tensor], handle: int, number: Tensor, rows: Tensor | None) -> list[Tensor]:
+def _(
+    inputs: Sequence[Tensor], handle: int, number: Tensor, rows: Tensor | None, statistics: Tensor | None
+) -> list[Tensor]:
     model = _MODELS[handle]
     with unset_fake_temporarily():
         found = _output_shapes(model, [one.shape for one in inputs], [one.dtype for one in inputs])

@@ -27,7 +27,7 @@ from .passes.schemes.base import Scheme
 from .passes.segments import Segment
 from .passes.signature import CallSignature
 from .policy import Policy
-from .policy_rows import check_policy, policy_rows
+from .policy_rows import check_policy, policy_rows, policy_statistics, warn_without_statistics
 from .prepared import Prepared
 from .ranks import is_sharded
 from .reach import reaching
@@ -203,7 +203,8 @@ class QuantModel(Prepared):
         return check_policy(self, value) if isinstance(value, Policy) else super().find(value)
 
     def _rows_of_policy(self, policy: Policy, own_gradient_scale: float) -> ActiveMode:
-        return ActiveMode(0, policy_rows(self, policy), own_gradient_scale, policy)
+        rows, statistics = policy_rows(self, policy), policy_statistics(self, policy)
+        return ActiveMode(0, rows, own_gradient_scale, policy, statistics=statistics)
 
     def require_steps(self, active: ActiveMode, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         """Set activation steps that were never set from the inputs of a first call, in training mode."""
@@ -285,8 +286,11 @@ class QuantModel(Prepared):
                 "parameters are sharded in a half type: load get_model_state_dict(model, "
                 "options=StateDictOptions(full_state_dict=True)) into a freshly prepared model"
             )
+        if isinstance(mode, Policy):
+            warn_without_statistics(self, mode)
         row, row_of = self.rows_at(mode)
-        return convert_graph(self._users, self.row_graphs[row], mode, row_of, shapes)
+        statistics = self.rows_of(mode).statistics
+        return convert_graph(self._users, self.row_graphs[row], mode, row_of, statistics, shapes)
 
     def rows_at(self, mode: Mode | Policy) -> tuple[int, Callable[[ModeModule], int]]:
         """The row of the graph that runs a mode, and what gives the row of each module."""

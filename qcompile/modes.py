@@ -100,6 +100,8 @@ class ActiveMode:
             loss weighs a mode by alpha, which must not slow down that mode's own parameters, so it passes
             1 / alpha here.
         policy: where the rows come from.
+        statistics: (total,) float32, a policy's own means and variances of batch normalisation: each layer's
+            begin at its `place`. None for those of each layer's row.
         number: () int64, the row as data, for compiled code that serves all modes with one graph.
         reaches_all: whether the outputs depend on every parameter, if only with a gradient of 0: data
             parallel wrappers leave alone what the graph of the last mode does not reach.
@@ -111,6 +113,7 @@ class ActiveMode:
     policy: Policy | None = None
     number: Tensor | None = None
     reaches_all: bool = False
+    statistics: Tensor | None = None
 
     @property
     def mark(self) -> int:

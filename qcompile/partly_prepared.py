@@ -272,7 +272,11 @@ def refuse_parts(model: MultiModeModel) -> None:
 
 def _policy_of(part: str, policy: Policy) -> Policy:
     inside = f"{part}."
-    return Policy({name.removeprefix(inside): mode for name, mode in policy.items if name.startswith(inside)})
+    own = Policy({name.removeprefix(inside): mode for name, mode in policy.items if name.startswith(inside)})
+    statistics = {
+        path.removeprefix(inside): pair for path, pair in policy.statistics.items() if path.startswith(inside)
+    }
+    return own.with_statistics(statistics)
 
 
 def _precision_of(part: str, precision: Mode | Policy) -> Mode | Policy:

@@ -7,8 +7,13 @@ import os
 import reprlib
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from .errors import FileAccessError, FileFormatError, InvalidArgument, InvalidInputType
 from .file.strict_json import parse_json
@@ -27,7 +32,8 @@ class Policy:
     """A mode for every quantised layer.
 
     A tensor that several layers read is quantised once, at the most activation bits that any of them wants.
-    Batch normalisation runs with the parameters of the mode of the layer whose output it normalises.
+    Batch normalisation runs with the parameters of the mode of the layer whose output it normalises, and
+    with the policy's own statistics if it has any: `calibrate(model, batches, policy=policy)` returns it so.
 
     Args:
         layers: mode by module path, for example `{"layer1.0.conv1": 2, "layer1.0.conv2": "w4a4"}`; every
@@ -39,6 +45,7 @@ class Policy:
     """
 
     items: tuple[tuple[str, Mode], ...]
+    measured: tuple[tuple[str, bytes, bytes], ...] = field(repr=False)
 
     def __init__(self, layers: Mapping[str, int | str | Mode]) -> None:
         if not isinstance(layers, Mapping) or not all(isinstance(name, str) for name in layers):
@@ -47,11 +54,28 @@ class Policy:
             )
         parsed = tuple(sorted((name, Mode.parse(mode)) for name, mode in layers.items()))
         object.__setattr__(self, "items", parsed)
+        object.__setattr__(self, "measured", ())
 
     @property
     def layers(self) -> dict[str, Mode]:
         """Mode by module path."""
         return dict(self.items)
+
+    @property
+    def statistics(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """(channels,) float32 mean and variance of batch normalisation by module path, if measured."""
+        return {path: (_tensor(mean), _tensor(variance)) for path, mean, variance in self.measured}
+
+    def with_statistics(self, statistics: Mapping[str, tuple[Tensor, Tensor]]) -> Policy:
+        """The same modes with statistics of batch normalisation.
+
+        Args:
+            statistics: (channels,) mean and variance by module path.
+        """
+        measured = tuple((path, *map(_bytes, pair)) for path, pair in sorted(statistics.items()))
+        changed = Policy(self.layers)
+        object.__setattr__(changed, "measured", measured)
+        return changed
 
     @property
     def name(self) -> str:
@@ -65,16 +89,21 @@ class Policy:
         return "policy " + ", ".join(f"{count} x {mode.label}" for mode, count in sorted(counts.items()))
 
     def to_json(self) -> str:
-        """As text: the format's name and version, and the mode of every layer.
+        """As text: the format's name and version, the mode of every layer, and statistics if there are any.
 
         Returns:
             JSON that `from_json` reads; equal policies give equal text.
         """
-        content = {
+        content: dict[str, Any] = {
             "format": FORMAT,
             "version": VERSION,
             "layers": {name: f"w{mode.weight_bits}a{mode.activation_bits}" for name, mode in self.items},
         }
+        if self.measured:
+            content["statistics"] = {
+                path: {"mean": mean.tolist(), "variance": variance.tolist()}
+                for path, (mean, variance) in self.statistics.items()
+            }
         return json.dumps(content, ensure_ascii=False, indent=2) + "\n"
 
     @staticmethod
@@ -91,7 +120,7 @@ class Policy:
             raise FileFormatError(
                 f"policy of version {reprlib.repr(content.get('version'))}; this release reads {VERSION}"
             )
-        unknown = sorted(content.keys() - {"format", "version", "layers"})
+        unknown = sorted(content.keys() - {"format", "version", "layers", "statistics"})
         if unknown:
             raise FileFormatError(f"a policy has no entry {reprlib.repr(unknown[0])}")
         layers = content.get("layers")
@@ -102,7 +131,11 @@ class Policy:
                 Mode.parse(mode)
             except InvalidArgument as cause:
                 raise FileFormatError(f"layer {reprlib.repr(name)} of the policy: {cause}") from None
-        return Policy(layers)
+        policy = Policy(layers)
+        statistics = content.get("statistics", {})
+        if not isinstance(statistics, dict):
+            raise FileFormatError('"statistics" of a policy maps names of layers to means and variances')
+        return policy.with_statistics({path: _parsed(path, one) for path, one in statistics.items()})
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write `to_json` to a file, which appears at once or not at all.
@@ -133,3 +166,35 @@ class Policy:
             return Policy.from_json(data)
         except FileFormatError as error:
             raise FileFormatError(f"{os.fspath(path)}: {error}") from error
+
+
+def _bytes(values: Tensor) -> bytes:
+    return values.detach().cpu().numpy().astype("<f4").tobytes()
+
+
+def _tensor(data: bytes) -> Tensor:
+    return torch.from_numpy(np.frombuffer(data, "<f4").astype(np.float32))
+
+
+def _parsed(path: str, given: Any) -> tuple[Tensor, Tensor]:
+    """Mean and variance of one layer.
+
+    Raises:
+        FileFormatError: if they are not lists of finite numbers of one length, variances not negative.
+    """
+    lists = list(given.values()) if isinstance(given, dict) and given.keys() == {"mean", "variance"} else []
+    numbers = [one for one in lists if isinstance(one, list) and all(map(_is_single, one))]
+    if len(numbers) == 2 and len(numbers[0]) == len(numbers[1]) > 0:
+        mean, variance = (torch.tensor(given[name], dtype=torch.float32) for name in ("mean", "variance"))
+        if bool((variance >= 0).all()):
+            return mean, variance
+    raise FileFormatError(
+        f"statistics of {reprlib.repr(path)} in the policy: a mean and a variance, finite and of one length, "
+        "were expected"
+    )
+
+
+def _is_single(value: Any) -> bool:
+    """Whether a JSON value is a finite number in single precision."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and abs(value) <= torch.finfo(torch.float32).max

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from .errors import InvalidArgument
 from .modes import find_mode
+from .passes.batchnorm import ModeBatchNorm
 from .passes.layers import QuantizedLayer
 from .passes.mode_input import ModeModule
 from .passes.quantized_tensor import QuantizedTensor
@@ -46,7 +48,20 @@ def check_policy(model: QuantModel, policy: Policy) -> Policy:
             find_mode(mode, model.prepared_modes)
         except InvalidArgument as cause:
             raise InvalidArgument(f"layer {name!r} of the policy: {cause}") from None
+    if policy.statistics:
+        _check_statistics(model, policy)
     return policy
+
+
+def _check_statistics(model: QuantModel, policy: Policy) -> None:
+    given = {path: len(mean) for path, (mean, _) in policy.statistics.items()}
+    wanted = {path: norm.num_features for path, norm in normalisations(model).items()}
+    for path in sorted(given.keys() | wanted.keys()):
+        if given.get(path) != wanted.get(path):
+            raise InvalidArgument(
+                f"the policy's statistics of {path!r} are of {given.get(path, 0)} channels, and the model "
+                f"normalises {wanted.get(path, 0)} there: calibrate the policy again"
+            )
 
 
 def policy_rows(model: QuantModel, policy: Policy) -> Tensor:
@@ -64,12 +79,49 @@ def policy_rows(model: QuantModel, policy: Policy) -> Tensor:
         return torch.tensor(rows, dtype=torch.int64, device=device)
 
 
-def policy_of(model: QuantModel, rows: Sequence[int]) -> Policy:
-    """The policy that has these rows."""
-    return Policy(
+def policy_of(model: QuantModel, rows: Sequence[int], statistics: Tensor | None) -> Policy:
+    """The policy that has these rows and statistics."""
+    policy = Policy(
         {
             module.layers[0]: model.prepared_modes[rows[module.slot]]
             for module in model.modules()
             if isinstance(module, (QuantizedLayer, QuantizedTensor))
         }
     )
+    if statistics is None:
+        return policy
+    found = {path: norm.statistics_of(0, statistics) for path, norm in normalisations(model).items()}
+    return policy.with_statistics({path: pair for path, pair in found.items() if pair is not None})
+
+
+def normalisations(model: QuantModel) -> dict[str, ModeBatchNorm]:
+    """Batch normalisation that keeps statistics, by path."""
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, ModeBatchNorm) and module.running_mean is not None
+    }
+
+
+def policy_statistics(model: QuantModel, policy: Policy) -> Tensor | None:
+    """(total,) float32 on the model's device: `ActiveMode.statistics` of a policy; None if it has none."""
+    given = policy.statistics
+    norms = normalisations(model)
+    if not (given and norms):
+        return None
+    device = next((parameter.device for parameter in model.parameters()), None)
+    with torch.inference_mode(False):
+        flat = torch.zeros(max(2 * norm.num_features + norm.place for norm in norms.values()))
+        for path, norm in norms.items():
+            flat[norm.place : norm.place + 2 * norm.num_features] = torch.cat(given[path])
+        return flat.to(device)
+
+
+def warn_without_statistics(model: QuantModel, policy: Policy) -> None:
+    """Say that batch normalisation runs with the statistics of uniform modes."""
+    if not policy.statistics and normalisations(model):
+        warnings.warn(
+            f"{policy.label} has no batch normalisation statistics of its own; "
+            "policy = qcompile.calibrate(model, batches, policy=policy) measures them",
+            stacklevel=2,
+        )

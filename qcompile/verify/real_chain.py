@@ -76,6 +76,7 @@ class RealChain:
     def __init__(self, model: QuantModel, mode: Mode | Policy, expected: IntegerModel) -> None:
         self.model = model
         self.graph_row, self.row_of = model.rows_at(mode)
+        self._statistics = mode.statistics if isinstance(mode, Policy) else {}
         formulas = find_formulas(model.scheme.name)
         self.recomputed = formulas is not None
         self.formulas: SchemeFormulas = DeclaredFormulas() if formulas is None else formulas
@@ -256,7 +257,7 @@ class RealChain:
             found = self._weight(path)
             return torch.from_numpy(found.real if isinstance(found, ReferenceWeight) else found)
         if isinstance(module, ModeBatchNorm):
-            return self._normalised(module, args[0])
+            return self._normalised(path, module, args[0])
         if isinstance(module, ModePReLU):
             return self._bent(module, args[0])
         if isinstance(module, IDENTITIES_IN_EVAL):
@@ -296,13 +297,15 @@ class RealChain:
         moved = x - shift_in
         return torch.where(moved >= 0, moved, slope * moved) + shift_out
 
-    def _normalised(self, module: ModeBatchNorm, x: Tensor) -> Tensor:
+    def _normalised(self, path: str, module: ModeBatchNorm, x: Tensor) -> Tensor:
         def row(value: Tensor | None) -> Tensor | None:
             # shared parameters have one row
             own = self.row_of(module)
             return None if value is None else _double(value.detach().cpu()[min(own, len(value) - 1)])
 
         mean, variance = row(module.running_mean), row(module.running_var)
+        if path in self._statistics:
+            mean, variance = (_double(one) for one in self._statistics[path])
         weight, bias = row(module.weight), row(module.bias)
         return nn.functional.batch_norm(x, mean, variance, weight, bias, mean is None, 0.0, module.eps)
 
