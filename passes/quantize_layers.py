@@ -58,6 +58,16 @@ class LayerRecord:
         """Whether it stayed in float because schemes leave such layers, or the caller this one, in float."""
         return self.reason in (f"float: {FIRST}", f"float: {LAST}", SKIPPED)
 
+    @property
+    def is_end(self) -> bool:
+        """Whether it is a first or last layer."""
+        return self.reason.endswith((FIRST, LAST))
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether it has bits of its own, the same in every mode."""
+        return self.quantized and self.is_end
+
 
 def _unquantized_input(graph_module: fx.GraphModule) -> str | None:
     for node in graph_module.graph.nodes:

@@ -37,7 +37,8 @@ class Policy:
 
     Args:
         layers: mode by module path, for example `{"layer1.0.conv1": 2, "layer1.0.conv2": "w4a4"}`; every
-            quantised layer of the model that it is used with is named.
+            quantised layer of the model that it is used with is named, but for first and last layers that
+            have 8 bits in every mode.
 
     Raises:
         InvalidArgument: for a mode that is none.

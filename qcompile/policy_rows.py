@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from .model import QuantModel
 
 
+def layers_of_policies(model: QuantModel) -> list[str]:
+    """Quantised layers whose bits differ between modes, which every policy names."""
+    return [record.name for record in model.records if record.quantized and not record.is_fixed]
+
+
 def check_policy(model: QuantModel, policy: Policy) -> Policy:
     """The policy, if it names every quantised layer of the model and prepared modes only.
 
@@ -32,12 +37,12 @@ def check_policy(model: QuantModel, policy: Policy) -> Policy:
             f"scheme {model.scheme_name!r} runs other layers in every mode, so it has no policies"
         )
     quantised = [record.name for record in model.records if record.quantized]
-    given = policy.layers
+    needed, given = layers_of_policies(model), policy.layers
     unknown = [name for name in given if name not in quantised]
-    missing = [name for name in quantised if name not in given]
+    missing = [name for name in needed if name not in given]
     if unknown:
         raise InvalidArgument(
-            f"the policy names {unknown[0]!r}, which is no quantised layer; those are: {', '.join(quantised)}"
+            f"the policy names {unknown[0]!r}, which is no quantised layer; those are: {', '.join(needed)}"
         )
     if missing:
         raise InvalidArgument(f"the policy says nothing of layer {missing[0]!r}; name every quantised layer")
@@ -69,11 +74,13 @@ def policy_rows(model: QuantModel, policy: Policy) -> Tensor:
     check_policy(model, policy)
     given = policy.layers
     modules = [module for module in model.modules() if isinstance(module, ModeModule)]
+    # what follows a layer with bits of its own, which the policy does not name
+    other = max(policy.layers.values())
     rows = [0] * (1 + max((module.slot for module in modules), default=0))
     for module in modules:
         if module.layers:
-            mode = max((given[name] for name in module.layers), key=lambda mode: mode.activation_bits)
-            rows[module.slot] = model.row(mode)
+            modes = [given.get(name, other) for name in module.layers]
+            rows[module.slot] = model.row(max(modes, key=lambda mode: mode.activation_bits))
     device = next((parameter.device for parameter in model.parameters()), None)
     with torch.inference_mode(False):  # such tensors could not be used in training afterwards
         return torch.tensor(rows, dtype=torch.int64, device=device)

@@ -1,0 +1,170 @@
+"""What the policies of one model cost, without converting each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from .costs import LayerCost, layer_costs
+from .errors import InvalidArgument
+from .model import QuantModel
+from .modes import Mode
+from .pack import plane_bytes
+from .passes.calls import batch_of
+from .passes.layers import QuantizedLayer
+from .passes.quantized_tensor import QuantizedTensor
+from .passes.quantizers import ActivationQuantizer
+from .policy import Policy
+from .policy_rows import layers_of_policies
+
+#: Bits at which first and last layers count, whatever they run at (weight coupling, Sec. 4.1).
+ENDS = 8
+
+#: What a budget may limit, by the name that it has there.
+KINDS: dict[str, Callable[[LayerCost], int]] = {
+    "bitops": lambda cost: cost.bitops,
+    "size": lambda cost: cost.weight_bytes,
+}
+
+
+@dataclass(frozen=True)
+class SearchedLayer:
+    """A layer whose mode a policy chooses.
+
+    Attributes:
+        name: module path.
+        macs: multiply-accumulates per sample.
+        weights: number of weights.
+        reads_codes: whether its input is quantised, too.
+        shares: layers that read the same quantised tensor, itself among them; its activation bits are the
+            most of theirs.
+    """
+
+    name: str
+    macs: int
+    weights: int
+    reads_codes: bool
+    shares: tuple[str, ...]
+
+    def cost(self, weight_bits: int, activation_bits: int) -> LayerCost:
+        """At any bits."""
+        bits = activation_bits if self.reads_codes else 32
+        return LayerCost(self.name, weight_bits, bits, self.macs, weight_bits * plane_bytes(self.weights))
+
+
+@dataclass(frozen=True)
+class PolicyCosts:
+    """Costs of all policies of a prepared model.
+
+    BitOPs of a layer are weight bits * activation bits * multiply-accumulates per sample; first and last
+    layers count at 8 x 8 bits (weight coupling, Sec. 4.1), other layers in float at 32 x 32. Sizes are those
+    of packed weights; layers in float take 4 bytes a weight.
+
+    Attributes:
+        modes: those that policies consist of, increasing.
+        layers: those whose modes policies choose.
+        fixed: costs of the others.
+    """
+
+    modes: tuple[Mode, ...]
+    layers: tuple[SearchedLayer, ...]
+    fixed: tuple[LayerCost, ...] = ()
+
+    def of(self, policy: Policy) -> tuple[LayerCost, ...]:
+        """Every layer's cost, those that have no choice first."""
+        given = policy.layers
+        return self.fixed + tuple(
+            one.cost(given[one.name].weight_bits, max(given[name].activation_bits for name in one.shares))
+            for one in self.layers
+        )
+
+    def total(self, policy: Policy, kind: str) -> int:
+        """One of `KINDS`, over all layers."""
+        return sum(map(KINDS[kind], self.of(policy)))
+
+    def uniform(self, mode: Mode) -> Policy:
+        """The same mode for every layer."""
+        return Policy({one.name: mode for one in self.layers})
+
+    def groups(self) -> list[tuple[SearchedLayer, ...]]:
+        """The layers, those together that read the same quantised tensor."""
+        by_name = {one.name: one for one in self.layers}
+        return [
+            tuple(map(by_name.__getitem__, names))
+            for names in dict.fromkeys(one.shares for one in self.layers)
+        ]
+
+    def bounds(self, kind: str) -> tuple[int, int]:
+        """The least and the largest total of any policy."""
+        constant = sum(map(KINDS[kind], self.fixed))
+        low, high = (sum(self._extreme(group, kind, pick) for group in self.groups()) for pick in (min, max))
+        return constant + low, constant + high
+
+    def _extreme(
+        self, group: Sequence[SearchedLayer], kind: str, pick: Callable[[Iterable[int]], int]
+    ) -> int:
+        def cost(layer: SearchedLayer, modes: Iterable[Mode], activation_bits: int) -> int:
+            return pick(KINDS[kind](layer.cost(mode.weight_bits, activation_bits)) for mode in modes)
+
+        totals = []
+        for bits in {mode.activation_bits for mode in self.modes}:
+            exactly = [mode for mode in self.modes if mode.activation_bits == bits]
+            at_most = [mode for mode in self.modes if mode.activation_bits <= bits]
+            whole = sum(cost(one, at_most, bits) for one in group)
+            # one of them sets the bits of the tensor that all read
+            totals += [whole - cost(one, at_most, bits) + cost(one, exactly, bits) for one in group]
+        return pick(totals)
+
+
+def policy_costs(model: QuantModel) -> PolicyCosts:
+    """Costs of the policies of a model.
+
+    Args:
+        model: from `prepare`, with activation steps that are set.
+
+    Raises:
+        InvalidArgument: if modes run other layers, so that there are no policies.
+        FoldError: if activation steps were never set.
+    """
+    if len({id(graph) for graph in model.row_graphs}) > 1:
+        raise InvalidArgument(
+            f"scheme {model.scheme_name!r} runs other layers in every mode, so it has no policies"
+        )
+    modes = tuple(mode for mode in model.prepared_modes if not (mode.is_float or mode.is_weight_only))
+    if not modes:
+        raise InvalidArgument("the model was prepared without a mode that quantises weights and activations")
+    shapes = model.known_shapes()
+    found: dict[str, LayerCost] = {}
+    for cost in layer_costs(model.integer_model(modes[-1]), shapes, batch_of(model.signature, shapes) or 1):
+        before = found.get(cost.name)  # a layer that is called again multiplies again
+        found[cost.name] = cost if before is None else replace(cost, macs=cost.macs + before.macs)
+    wanted, readers = layers_of_policies(model), _readers(model)
+    ends = {one.name for one in model.records if one.is_end}
+    fixed = [
+        replace(cost, weight_bits=ENDS, activation_bits=ENDS) if name in ends else cost
+        for name, cost in found.items()
+        if name not in wanted
+    ]
+    layers = [
+        SearchedLayer(
+            name,
+            found[name].macs if name in found else 0,
+            _weights(model, name),
+            name in readers,
+            readers.get(name, (name,)),
+        )
+        for name in wanted
+    ]
+    return PolicyCosts(modes, tuple(layers), tuple(fixed))
+
+
+def _readers(model: QuantModel) -> Mapping[str, tuple[str, ...]]:
+    """By layer, the layers that read its quantised input."""
+    quantizers = [one for one in model.modules() if isinstance(one, ActivationQuantizer)]
+    return {name: one.layers for one in quantizers for name in one.layers}
+
+
+def _weights(model: QuantModel, name: str) -> int:
+    module = model.get_submodule(name)
+    assert isinstance(module, (QuantizedLayer, QuantizedTensor))
+    return module.weight.numel()
