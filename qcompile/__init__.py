@@ -16,6 +16,7 @@ from .policy import Policy as Policy
 from .prepare import prepare as prepare
 from .registry import schemes as schemes
 from .registry import targets as targets
+from .search import search as search
 from .summary import summary as summary
 from .switching import at as at
 from .switching import bits as bits

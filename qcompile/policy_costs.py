@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from .costs import LayerCost, layer_costs
 from .errors import InvalidArgument
@@ -82,6 +83,10 @@ class PolicyCosts:
         """One of `KINDS`, over all layers."""
         return sum(map(KINDS[kind], self.of(policy)))
 
+    def fixed_total(self, kind: str) -> int:
+        """What layers without a choice take of it."""
+        return sum(map(KINDS[kind], self.fixed))
+
     def uniform(self, mode: Mode) -> Policy:
         """The same mode for every layer."""
         return Policy({one.name: mode for one in self.layers})
@@ -96,24 +101,32 @@ class PolicyCosts:
 
     def bounds(self, kind: str) -> tuple[int, int]:
         """The least and the largest total of any policy."""
-        constant = sum(map(KINDS[kind], self.fixed))
-        low, high = (sum(self._extreme(group, kind, pick) for group in self.groups()) for pick in (min, max))
-        return constant + low, constant + high
+        return self.total(self.extreme(kind, min), kind), self.total(self.extreme(kind, max), kind)
 
-    def _extreme(
-        self, group: Sequence[SearchedLayer], kind: str, pick: Callable[[Iterable[int]], int]
-    ) -> int:
-        def cost(layer: SearchedLayer, modes: Iterable[Mode], activation_bits: int) -> int:
-            return pick(KINDS[kind](layer.cost(mode.weight_bits, activation_bits)) for mode in modes)
+    def extreme(self, kind: str, pick: Callable[..., Any]) -> Policy:
+        """A policy with the least or the largest total: `pick` is min or max."""
+        modes: dict[str, Mode] = {}
+        for group in self.groups():
+            modes |= pick(self._candidates(group, kind, pick), key=lambda one: one[0])[1]
+        return Policy(modes)
 
-        totals = []
-        for bits in {mode.activation_bits for mode in self.modes}:
-            exactly = [mode for mode in self.modes if mode.activation_bits == bits]
+    def _candidates(
+        self, group: Sequence[SearchedLayer], kind: str, pick: Callable[..., Any]
+    ) -> Iterator[tuple[int, dict[str, Mode]]]:
+        """Totals and modes of a group, the extreme ones among them."""
+        for bits in sorted({mode.activation_bits for mode in self.modes}):
             at_most = [mode for mode in self.modes if mode.activation_bits <= bits]
-            whole = sum(cost(one, at_most, bits) for one in group)
-            # one of them sets the bits of the tensor that all read
-            totals += [whole - cost(one, at_most, bits) + cost(one, exactly, bits) for one in group]
-        return pick(totals)
+            exactly = [mode for mode in at_most if mode.activation_bits == bits]
+            for setting in group:  # one of them sets the bits of the tensor that all read
+                found, total = {}, 0
+                for one in group:
+                    costs = {
+                        mode: KINDS[kind](one.cost(mode.weight_bits, bits))
+                        for mode in (exactly if one is setting else at_most)
+                    }
+                    found[one.name] = pick(costs, key=costs.__getitem__)
+                    total += costs[found[one.name]]
+                yield total, found
 
 
 def policy_costs(model: QuantModel) -> PolicyCosts:

@@ -205,6 +205,14 @@ def view_of_a_wrapped_model(rank: int, count: int) -> dict[str, Tensor]:
     return {name: one.grad for name, one in model.named_parameters()}
 
 
+def searched(rank: int, count: int) -> list[str]:
+    """Policies that each method finds, as text."""
+    model, data = prepared(torch.float32, VerticalConfig()), batches(2, torch.float32)
+    qcompile.calibrate(model, [x for x, _ in data])
+    found = [qcompile.search(model, data, "bitops<=0.7x", method) for method in ("greedy", "evolution")]
+    return [policy.to_json() for policy in found]
+
+
 def one_bad_batch(rank: int, count: int, value: float) -> str:
     """What every rank says if one of them gets a batch with NaN or infinity first."""
     model = prepared(torch.float32, VerticalConfig())

@@ -28,6 +28,7 @@ _JOBS: dict[str, tuple[Any, dict[str, Any]]] = {
     "sharded": (rank_jobs.train, {"recipe": "sharded", "calibrated": True, "micro": 2, **DOUBLE}),
     "refusals": (rank_jobs.refusals, {}),
     "first steps": (rank_jobs.first_steps, {}),
+    "searched": (rank_jobs.searched, {}),
     "view": (rank_jobs.view_of_a_wrapped_model, {}),
     "nan": (rank_jobs.one_bad_batch, {"value": torch.nan}),
     "infinity": (rank_jobs.one_bad_batch, {"value": torch.inf}),
@@ -129,6 +130,11 @@ def test_a_loop_that_reduces_by_itself_is_let_through(on_two):
 def test_the_first_batch_sets_the_same_steps_on_all_ranks(on_two):
     one, other = on_two["first steps"]
     torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_two_ranks_find_the_policies_of_one(on_two):
+    expected = rank_jobs.searched(0, 1)
+    assert on_two["searched"] == [expected, expected]
 
 
 def test_views_of_a_wrapped_model_reduce(on_two):

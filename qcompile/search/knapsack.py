@@ -99,7 +99,7 @@ class _Problem:
         self._cost = np.array(
             [kind(one.layer.cost(one.mode.weight_bits, one.activation_bits)) for one in self.choices]
         )
-        self._left = budget.limit - sum(map(kind, costs.fixed))
+        self._left = budget.limit - costs.fixed_total(budget.kind)
         self._rows, self._sides = self._one_choice_each(levels)
         self._excluded: list[Any] = []
 

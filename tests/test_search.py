@@ -1,0 +1,185 @@
+"""Search: greedy against a step-by-step reference, losses against whole runs, budgets held."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from nets import trained
+from torch import nn
+
+import qcompile
+from qcompile.errors import InvalidArgument, InvalidInputType
+from qcompile.modes import Mode
+from qcompile.policy import Policy
+from qcompile.policy_costs import PolicyCosts, SearchedLayer, policy_costs
+from qcompile.search.budget import parse_budget
+from qcompile.search.evaluation import Evaluator
+from qcompile.search.greedy import greedy, minmax
+
+torch.set_num_threads(1)
+
+UNIFORM = tuple(Mode(b, b) for b in (2, 3, 4))
+GRID = tuple(Mode(w, a) for w in (2, 3, 4) for a in (2, 3, 4))
+MACS = {"a": 10, "b": 30, "c": 5}
+TOY = tuple(SearchedLayer(name, macs, macs, True, (name,)) for name, macs in MACS.items())
+
+
+def _toy_loss(bits):
+    """Hand-made: w and a by layer to a loss; c matters most, b hardly."""
+    harm = {"a": 1.0, "b": 0.2, "c": 4.0}
+    return sum(harm[name] * (4.0**-w + 0.5 * 3.0**-a) for name, (w, a) in bits.items())
+
+
+def _losses(current, candidates):
+    return [_toy_loss({n: (m.weight_bits, m.activation_bits) for n, m in one.items}) for one in candidates]
+
+
+def _reference(kinds_of_phase, limit, trade, on_loss):
+    """Eq. 9 step by step over {layer: [w, a]}; `kinds_of_phase` gives the indices that may change."""
+    state = dict.fromkeys(MACS, (4, 4))
+    seen, path = [state], []
+
+    def cost(one):
+        return sum(w * a * MACS[name] for name, (w, a) in one.items())
+
+    while cost(state) > limit:
+        found = []
+        for name in sorted(MACS):
+            for places in kinds_of_phase(cost(state)):
+                for step in (1, -1):
+                    pair = list(state[name])
+                    for place in places:
+                        pair[place] += step
+                    other = {**state, name: tuple(pair)}
+                    if min(pair) >= 2 and max(pair) <= 4 and other not in seen:
+                        found.append(other)
+        losses, costs = (
+            np.array([_toy_loss(one) for one in found]),
+            np.array([float(cost(one)) for one in found]),
+        )
+
+        def scaled(values):
+            span = values.max() - values.min()
+            return (values - values.min()) / span if span else np.zeros_like(values)
+
+        score = trade * scaled(losses) + scaled(costs) if on_loss else scaled(losses) + trade * scaled(costs)
+        state = found[int(np.argmin(score))]
+        seen.append(state)
+        path.append(state)
+    return path
+
+
+@pytest.mark.parametrize("limit", [600, 450, 300, 200])
+@pytest.mark.parametrize("trade", [0.0, 0.5, 1.5])
+@pytest.mark.parametrize("on_loss", [False, True])
+@pytest.mark.parametrize("kind", ["tied", "both", "weights first"])
+def test_greedy_is_the_papers_step_by_step(limit, trade, on_loss, kind):
+    halfway = np.sqrt(720.0 * limit)
+    phases = {
+        "tied": lambda cost: [(0, 1)],
+        "both": lambda cost: [(0,), (1,)],
+        "weights first": lambda cost: [(0,)] if cost > halfway else [(1,)],
+    }
+    costs = PolicyCosts(UNIFORM if kind == "tied" else GRID, TOY)
+    path = []
+    budget = parse_budget(f"bitops<={limit}", costs)
+    first = kind != "both"
+    found = greedy(costs, _losses, budget, trade, on_loss, first, lambda *told: path.append(told[0]))
+    expected = _reference(phases[kind], limit, trade, on_loss)
+    given = [{n: (m.weight_bits, m.activation_bits) for n, m in one.items} for one in path]
+    assert given == expected
+    assert found == path[-1]
+
+
+def test_minmax_of_equal_values_is_zero():
+    assert minmax([3.0, 3.0]) == [0.0, 0.0]
+    assert minmax([1.0, 3.0, 2.0]) == [0.0, 1.0, 0.5]
+
+
+def _batches(x, count=2):
+    labels = torch.arange(len(x)) % 3
+    return [(one, target) for one, target in zip(x.chunk(count), labels.chunk(count), strict=True)]
+
+
+def _random_policy(costs, seed):
+    chosen = random.Random(seed)
+    return Policy({one.name: chosen.choice(costs.modes) for one in costs.layers})
+
+
+@pytest.mark.parametrize("name", ["residual", "mobile", "dense"])
+def test_losses_are_those_of_whole_runs(name):
+    model, x = trained(name)
+    model.train()
+    criterion, batches = nn.CrossEntropyLoss(), _batches(x)
+    costs = policy_costs(model)
+    evaluator = Evaluator(model, batches, criterion)
+    policies = [_random_policy(costs, seed) for seed in range(6)]
+    found = evaluator.losses(policies[0], policies)
+    assert model.training
+    model.eval()
+    for policy, loss in zip(policies, found, strict=True):
+        with torch.inference_mode():
+            sums = [
+                float(
+                    criterion(
+                        model.signature.restore(model.float_chain(model.rows_of(policy), [one])), target
+                    )
+                )
+                * len(one)
+                for one, target in batches
+            ]
+        assert loss == sum(sums) / len(x)
+
+
+@pytest.mark.parametrize("method", ["greedy", "knapsack", "evolution"])
+def test_policies_hold_their_budgets(method):
+    model, x = trained("residual")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    costs = policy_costs(model)
+    budgets = ["bitops<=0.9x", "bitops<=0.7x", "size<=0.8x"]
+    found = qcompile.search(model, _batches(x), budgets, method)
+    for policy, text in zip(found, budgets, strict=True):
+        budget = parse_budget(text, costs)
+        assert costs.total(policy, budget.kind) <= budget.limit
+        assert policy.statistics
+        report = qcompile.verify(model, x, bits=policy)
+        assert report.exact, report.failures
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    again = qcompile.search(model, _batches(x), budgets[1], method)
+    assert again == found[1]
+
+
+def test_dicts_and_several_inputs():
+    model, x = trained("residual")
+    name = model.signature.parameters[0].name
+    plain = qcompile.search(model, _batches(x), "bitops<=0.7x")
+    as_dicts = [({name: one}, target) for one, target in _batches(x)]
+    as_tuples = [((one,), target) for one, target in _batches(x)]
+    assert qcompile.search(model, as_dicts, "bitops<=0.7x") == plain
+    assert qcompile.search(model, as_tuples, "bitops<=0.7x") == plain
+
+
+def test_bad_input_is_one_line():
+    model, x = trained("residual")
+    batches = _batches(x)
+    with pytest.raises(InvalidArgument, match="'anneal' is none of greedy, knapsack, evolution"):
+        qcompile.search(model, batches, "bitops<=0.7x", "anneal")
+    with pytest.raises(InvalidArgument, match="trade_on"):
+        qcompile.search(model, batches, "bitops<=0.7x", trade_on="size")
+    with pytest.raises(InvalidArgument, match="trade=-1"):
+        qcompile.search(model, batches, "bitops<=0.7x", trade=-1)
+    with pytest.raises(InvalidArgument, match="loader was empty"):
+        qcompile.search(model, [], "bitops<=0.7x")
+    with pytest.raises(InvalidInputType, match="batches"):
+        qcompile.search(model, [x], "bitops<=0.7x")
+    with pytest.raises(InvalidInputType, match="iterable"):
+        qcompile.search(model, 3, "bitops<=0.7x")
+    with pytest.raises(InvalidArgument, match=r"the loss of policy .* is nan"):
+        qcompile.search(model, [(x * torch.nan, batches[0][1].repeat(2))], "bitops<=0.7x")
+    with pytest.raises(InvalidArgument, match="below that of the smallest"):
+        qcompile.search(model, batches, "bitops<=1")
+    with pytest.raises(InvalidArgument, match="above that of the largest"):
+        qcompile.search(model, batches, "bitops<=1.5x")
