@@ -156,7 +156,8 @@ def _evaluating(model: QuantModel) -> Iterator[None]:
     flags = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        yield
+        with model.joint_step():  # what codes of all modes derive from is computed once
+            yield
     finally:
         for module, flag in flags.items():
             module.training = flag
