@@ -133,6 +133,12 @@ def _accumulate(emitter: Emitter, node: fx.Node, module: QuantizedLayer, value: 
         return _weight_only_layer(emitter, path, module, weight, value)
     if not value.is_plain:
         raise FoldError(f"layer {path!r}: its input is not quantised")
+    channels = len(weight.codes)
+    if tuple(weight.scale.shape) not in ((), (1,), (channels,)):
+        raise FoldError(
+            f"layer {path!r}: scales of weight codes have shape {tuple(weight.scale.shape)}; () or "
+            f"({channels},) was expected"
+        )
     term = value.terms[0]
     low, high, bound = _accumulator_bounds(weight, int(term.low), int(term.high), path)
     codes = emitter.constant(f"{path}.weight_codes", weight.codes, torch.int8)

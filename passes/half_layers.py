@@ -5,16 +5,18 @@ MBQuant, Sec. 3.3: the half branch of an odd bit-width uses the leading channels
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from .borrowed_weights import BorrowedWeights
 from .half_branch import LayerSlice
 from .layers import QuantizedLayer
 from .manager import Pass, PassResult
 from .mode_input import ModeModule
+from .module_tree import tensor_at
 
 
 def kept_weight(weight: Tensor, part: LayerSlice) -> Tensor:
@@ -64,6 +66,27 @@ class SlicedLayer(_OfAnother, QuantizedLayer):  # type: ignore[override]
 
 class SlicedWeights(_OfAnother, BorrowedWeights):
     """A layer that stays in float; weight and bias are those of another one, sliced."""
+
+
+def unread_parameters(model: nn.Module, graphs: Sequence[fx.Graph]) -> list[nn.Parameter]:
+    """Of a branch that only half branches use, what they do not borrow.
+
+    Args:
+        model: owner of the modules that the graphs call.
+        graphs: of every mode.
+    """
+    if not any(isinstance(one, _OfAnother) for one in model.modules()):
+        return []
+    nodes = [node for graph in graphs for node in graph.nodes]
+    run = [model.get_submodule(str(node.target)) for node in nodes if node.op == "call_module"]
+    read = {id(parameter) for one in run for parameter in one.parameters()}
+    for source in (one.__dict__["source"] for one in run if isinstance(one, _OfAnother)):
+        # not the quantiser of its input, which stands below it
+        read |= {id(parameter) for parameter in source.parameters(recurse=False)}
+        if isinstance(source, QuantizedLayer):
+            read |= {id(parameter) for parameter in source.weight_quantizer.parameters()}
+    read |= {id(tensor_at(model, str(node.target))) for node in nodes if node.op == "get_attr"}
+    return [parameter for parameter in model.parameters() if id(parameter) not in read]
 
 
 class TieHalves(Pass):

@@ -201,7 +201,7 @@ class ThresholdActivationQuantizer(ActivationQuantizer):
         super().__init__(len(bits))
         self.bits, self.from_data, self.first, self.smallest = tuple(bits), from_data, first, smallest
         self.interval = nn.Parameter(self._equal_intervals(), requires_grad=learned)
-        self.start = nn.Parameter(torch.full((len(bits),), first), requires_grad=learned)
+        self.start = nn.Parameter(torch.full((len(bits),), float(first)), requires_grad=learned)
         self.before = nn.Parameter(torch.ones(len(bits)))
         self.after = nn.Parameter(torch.ones(len(bits)))
         heights = torch.tensor([2.0 / (2**b - 1) for b in bits])

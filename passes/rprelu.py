@@ -50,7 +50,7 @@ class ModePReLU(ModeModule):
         super().__init__()
         self.initial_slope = slope
         self.shift_in = nn.Parameter(torch.zeros(rows, channels))
-        self.slope = nn.Parameter(torch.full((rows, channels), slope))
+        self.slope = nn.Parameter(torch.full((rows, channels), float(slope)))
         self.shift_out = nn.Parameter(torch.zeros(rows, channels))
 
     def forget(self) -> None:

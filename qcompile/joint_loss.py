@@ -78,15 +78,23 @@ class JointLoss(nn.Module):
         self.reduces_itself = reduces_itself
         # not registered: the teacher's parameters are not trained and its mode is its owner's business, and
         # a wrapper's are those of the model
-        self.__dict__["teacher"] = self._float_teacher() if teacher is None else teacher
-        self._owns_teacher = teacher is None
+        self.__dict__["given_teacher"] = teacher
         self.__dict__["wrapped"] = model
         self._labels = tuple(mode.label for mode in self.model.prepared_modes)
         self.losses: dict[int | str, Tensor] = dict.fromkeys(self._labels, torch.tensor(torch.nan))
         self.weights: dict[int | str, float] = dict.fromkeys(self._labels, torch.nan)
+        _ = self.teacher  # refuses early
 
-    def _float_teacher(self) -> nn.Module | None:
-        """The prepared model's own, if the scheme needs one."""
+    @property
+    def teacher(self) -> nn.Module | None:
+        """The one that was given, or the prepared model's own if its scheme needs one.
+
+        Raises:
+            InvalidArgument: if the model has none, since a prepared model's state was loaded.
+        """
+        given: nn.Module | None = self.__dict__["given_teacher"]
+        if given is not None:
+            return given
         if self.model.scheme.needs_teacher and self.model.float_teacher is None:
             raise InvalidArgument(
                 f"scheme {self.model.scheme.name!r} learns from the float network, which the state dict of a "
@@ -160,7 +168,7 @@ class JointLoss(nn.Module):
         if not model.training:
             raise InvalidArgument("the joint loss trains: call model.train() first")
         called: nn.Module = self.__dict__["wrapped"] if through is None else through
-        guide, has_teacher = self._teacher_logits(batch), self.__dict__["teacher"] is not None
+        guide, has_teacher = self._teacher_logits(batch), self.teacher is not None
         earlier: dict[int, Tensor] = {}
         order = scheme.training_order()
         reduces = find_ddp(called) is not None and model.has_branches
@@ -216,10 +224,10 @@ class JointLoss(nn.Module):
         return lambda: criterion(output, target), output if isinstance(output, Tensor) else None
 
     def _teacher_logits(self, batch: tuple[Any, ...]) -> Tensor | None:
-        teacher: nn.Module | None = self.__dict__["teacher"]
+        teacher = self.teacher
         if teacher is None:
             return None
-        if self._owns_teacher and not torch.compiler.is_compiling():
+        if self.__dict__["given_teacher"] is None and not torch.compiler.is_compiling():
             like = next(self.model.parameters())  # wherever the model went since
             teacher.to(like.device, like.dtype)
         with torch.no_grad():

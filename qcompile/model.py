@@ -19,6 +19,7 @@ from .part_calls import told
 from .passes.branches import row_graph
 from .passes.computed_weights import Computed
 from .passes.convert import convert_graph
+from .passes.half_layers import unread_parameters
 from .passes.integer_model import IntegerModel
 from .passes.mode_input import ModeModule
 from .passes.module_tree import float_dtype, module_at
@@ -96,6 +97,8 @@ class QuantModel(Prepared):
                 module.program.bind(self)
         self.row_graphs = tuple(row_graph(self.graph, row) for row in range(len(scheme.modes)))
         self.copies = graph_module.meta.get("copies", {})
+        for parameter in unread_parameters(self, self.row_graphs):
+            parameter.requires_grad_(False)  # it would never get a gradient
         functions = {id(graph): _function(graph) for graph in self.row_graphs}
         self._training_chains = tuple(functions[id(graph)] for graph in self.row_graphs)
         self._folded = FoldedModes()

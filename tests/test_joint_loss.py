@@ -214,4 +214,4 @@ def test_the_default_teacher_follows_the_model():
     model.double()
     joint.backward(x.double(), torch.arange(len(x)) % 3)
     assert float(joint.losses[2]) > 0.0
-    assert {one.dtype for one in joint.__dict__["teacher"].parameters()} == {torch.float64}
+    assert {one.dtype for one in joint.teacher.parameters()} == {torch.float64}

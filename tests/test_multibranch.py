@@ -232,6 +232,9 @@ def test_bad_modes_policies_and_options():
         {"loss": "none"},
         {"noise": math.inf},
         {"branch_bits": 0},
+        {"branch_bits": 2.0},
+        {"branch_bits": True},
+        {"distillation": 1},
         {"half_share": 0.0},
     ):
         with pytest.raises(InvalidArgument, match=next(iter(options))):
@@ -276,6 +279,19 @@ def test_float_layers_of_half_branches_are_slices_too(network, skip, floats):
         qcompile.at(model, bits)(x)
     for bits in (2, 3, 4):
         assert qcompile.verify(copy.deepcopy(model).eval(), x, bits=bits).exact
+
+
+@pytest.mark.parametrize("bits", [(2, 3), (3,), (2, 3, 4), (2, 5)])
+def test_every_parameter_that_trains_gets_a_gradient(bits):
+    net, x = example("residual")
+    model = qcompile.prepare(net, x, scheme="multibranch", bits=bits).train()
+    joint = qcompile.JointLoss(model, nn.CrossEntropyLoss())
+    joint(x, torch.zeros(len(x), dtype=torch.int64)).backward()
+    # data parallel wrappers around the joint loss wait for all of them
+    assert [name for name, one in model.named_parameters() if one.requires_grad and one.grad is None] == []
+    frozen = [name for name, one in model.named_parameters() if not one.requires_grad]
+    assert bool(frozen) == (max(bits) % 2 == 1)
+    assert not any(name.endswith(("weight", "bias")) and "conv" in name for name in frozen)
 
 
 def test_the_float_state_of_a_mode_is_of_a_branch_that_it_runs():

@@ -240,18 +240,47 @@ def test_loaded_float_weights_teach():
     expected = net.eval()(x)
     model = qcompile.prepare(net, x, scheme="n2uq")
     joint = qcompile.JointLoss(model, nn.CrossEntropyLoss())
-    teacher = joint.__dict__["teacher"]
+    teacher = joint.teacher
     with torch.no_grad():
         next(net.parameters()).zero_()  # the user's own, which is no teacher
     torch.testing.assert_close(teacher(x), expected, rtol=0, atol=0)
     copied = copy.deepcopy(model)
     model.load_state_dict(trained_net.state_dict())  # reaches joint losses that were made before
     torch.testing.assert_close(teacher(x), trained_net.eval()(x), rtol=0, atol=0)
-    other = qcompile.JointLoss(copied, nn.CrossEntropyLoss()).__dict__["teacher"]
+    other = qcompile.JointLoss(copied, nn.CrossEntropyLoss()).teacher
     torch.testing.assert_close(other(x), expected, rtol=0, atol=0)
     model.load_state_dict(model.state_dict())  # a checkpoint does not hold the float network
     with pytest.raises(InvalidArgument, match="pass teacher=float_model"):
         qcompile.JointLoss(model, nn.CrossEntropyLoss())
+    with pytest.raises(InvalidArgument, match="pass teacher=float_model"):  # not with the teacher of before
+        joint.train().backward(x, torch.zeros(len(x), dtype=torch.int64))
+
+
+def test_whole_numbers_are_options():
+    net, x = example("residual")
+    config = N2UQConfig(rprelu_slope=0, first_threshold=0, quantizer_lr=1, activation_scale="data")
+    model = qcompile.prepare(net, x, scheme="n2uq", bits=(2, 4), config=config)
+    assert (
+        qcompile.JointLoss(model, nn.CrossEntropyLoss()).backward(x, torch.zeros(len(x), dtype=torch.int64))
+        > 0
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"learned_thresholds": 1},
+        {"rprelu": np.array([True, False])},
+        {"batch_norm": np.array(["full", "stats"])},
+        {"rprelu_slope": 1e300},
+        {"smallest_interval": 10**400},
+        {"quantizer_lr": torch.tensor([1.0, 2.0])},
+    ],
+)
+def test_wrong_options_are_one_line(options):
+    with pytest.raises(InvalidArgument, match=next(iter(options))) as caught:
+        N2UQConfig(**options)
+    assert "\n" not in str(caught.value)
 
 
 def test_thresholds_and_scales_learn_at_one_tenth():

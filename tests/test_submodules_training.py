@@ -69,7 +69,7 @@ def test_teacher_is_the_whole_float_model() -> None:
     model = prepared(scheme="n2uq", bits=(2, 4)).train()
     model.load_state_dict(trained.state_dict())
     joint = qcompile.JointLoss(model, nn.CrossEntropyLoss())
-    teacher = joint.__dict__["teacher"]
+    teacher = joint.teacher
     assert torch.equal(teacher(images(3)), trained.eval()(images(3)))
     assert torch.isfinite(joint.backward(images(3), torch.tensor([0, 1, 2, 3])))
 

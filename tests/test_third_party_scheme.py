@@ -131,6 +131,21 @@ def test_it_compiles_and_takes_policies(installed):
     assert all(one.grad is not None for one in model.parameters())
 
 
+def test_scales_of_another_shape_are_refused(installed, monkeypatch):
+    def codes(self: NearestWeights, weight: Tensor, row: int) -> WeightCodes:
+        step = weight.new_ones(len(weight), *[1] * (weight.dim() - 1), dtype=torch.float64)
+        return WeightCodes(torch.zeros(weight.shape, dtype=torch.int16), self.bits[row], True, step)
+
+    monkeypatch.setattr(NearestWeights, "codes", codes)
+    net, x = example("residual")
+    model = qcompile.prepare(net, x, scheme="nearest", bits=(2, 4))
+    qcompile.calibrate(model, [x])
+    with pytest.raises(
+        qcompile.errors.FoldError, match=r"'conv1': scales of weight codes have shape \(8, 1, 1, 1\)"
+    ):
+        qcompile.convert(model, 2)
+
+
 def test_without_the_package_it_is_unknown():
     net, x = example("plain")
     with pytest.raises(qcompile.errors.InvalidArgument, match="unknown scheme 'nearest'"):

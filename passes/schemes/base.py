@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from qcompile.errors import InvalidArgument, InvalidInputType
@@ -116,12 +119,12 @@ class Scheme:
 
 
 def choice(name: str, value: object, choices: Sequence[object]) -> None:
-    """Check one option of a scheme's config.
+    """Check one option of a scheme's config; 1 and 1.0 are not True, and no array is any of them.
 
     Raises:
         InvalidArgument: listing the choices.
     """
-    if value not in choices:
+    if not any(type(value) is type(one) and value == one for one in choices):
         listed = ", ".join(repr(one) for one in choices)
         raise InvalidArgument(f"{name}={value!r} is not one of {listed}")
 
@@ -129,7 +132,7 @@ def choice(name: str, value: object, choices: Sequence[object]) -> None:
 def number(
     name: str, value: object, above: float = -math.inf, least: float = 0.0, most: float = math.inf
 ) -> None:
-    """Check a finite number among a config's options.
+    """Check a number among a config's options, finite in single precision.
 
     Args:
         name: of the option.
@@ -141,9 +144,10 @@ def number(
         InvalidArgument: naming the bounds.
     """
     given = math.nan
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        given = float(value)
-    if math.isfinite(given) and given > above and least <= given <= most:
+    if isinstance(value, Real) and not isinstance(value, bool):
+        with suppress(OverflowError):  # of whole numbers
+            given = float(value)
+    if abs(given) <= torch.finfo(torch.float32).max and given > above and least <= given <= most:
         return
     lower = f"above {above:g}" if above >= least else f"of at least {least:g}"
     upper = f" and at most {most:g}" if math.isfinite(most) else ""
