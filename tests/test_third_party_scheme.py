@@ -141,7 +141,7 @@ def test_scales_of_another_shape_are_refused(installed, monkeypatch):
     model = qcompile.prepare(net, x, scheme="nearest", bits=(2, 4))
     qcompile.calibrate(model, [x])
     with pytest.raises(
-        qcompile.errors.FoldError, match=r"'conv1': scales of weight codes have shape \(8, 1, 1, 1\)"
+        qcompile.errors.FoldError, match=r"'conv1': scales of weight codes have shape \(16, 1, 1, 1\)"
     ):
         qcompile.convert(model, 2)
 
