@@ -208,8 +208,8 @@ def test_a_wrong_fold_is_noticed(model: QuantModel, broken: str, monkeypatch: py
 
     original = ModeBatchNorm.scale_and_shift
 
-    def wrong(self: ModeBatchNorm, row: int) -> Any:
-        maps = original(self, row)
+    def wrong(self: ModeBatchNorm, *given: Any) -> Any:
+        maps = original(self, *given)
         assert maps is not None
         scale, shift = maps
         return (scale * 1.02, shift) if broken == "scale_and_shift" else (scale, shift * 0.9)
