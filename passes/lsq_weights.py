@@ -22,7 +22,7 @@ DEVIATIONS = 3.0
 
 
 def _codes(weight: Tensor, step: Tensor, limit: Bound) -> Tensor:
-    """clip(round(W / s), -limit, limit - 1), ties to even; in float64, where training and conversion agree."""
+    """clip(round(W / s), -limit, limit - 1), ties to even; in float64, so that all agree on ties."""
     ratio = weight.double() / step.double()
     return torch.minimum(torch.maximum(ratio.round_(), -_like(limit, ratio)), _like(limit, ratio) - 1.0)
 
