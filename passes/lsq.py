@@ -18,7 +18,7 @@ from qcompile.modes import FLOAT_BITS, ActiveMode
 
 from .agreement import Agreement
 from .cpu_gradients import dot, has_kernels, within
-from .mode_input import picked
+from .mode_input import Row, picked
 from .quantizers import ActivationGrid, ActivationQuantizer, FloatRange, write_row
 from .rounding import Again, Bound, Rounding, rounded, save_operands, saved_operands, with_note
 from .step_search import least_squares
@@ -134,28 +134,35 @@ class LsqActivationQuantizer(ActivationQuantizer):
     Args:
         bits: activation bits of every mode, by row; 32 for a mode that leaves activations in float.
         signed: whether the tensor can be negative; unsigned codes where it cannot.
+        shared: whether modes with equal bits have one step together.
 
     Attributes:
-        step: (rows,) float parameter.
-        lows: (rows,) float buffer, the lowest codes.
-        spans: (rows,) float buffer, the highest codes less the lowest, for the rows of policies.
+        widths: bits of every step.
+        step: (steps,) float parameter, one of every mode, or of every width if modes share them.
+        lows: (steps,) float buffer, the lowest codes.
+        places: (rows,) int64 buffer, the place of every mode's step, for the rows of policies.
+        spans: (steps,) float buffer, the highest codes less the lowest, for the rows of policies.
     """
 
     lows: Tensor
+    places: Tensor
     spans: Tensor
 
-    def __init__(self, bits: Sequence[int], signed: bool) -> None:
+    def __init__(self, bits: Sequence[int], signed: bool, shared: bool = False) -> None:
         super().__init__(len(bits))
         self.bits, self.signed = tuple(bits), signed
-        self.step = nn.Parameter(torch.ones(len(bits)))
+        self.widths = tuple(sorted(set(bits))) if shared else self.bits
+        self._places = [self.widths.index(one) for one in bits] if shared else list(range(len(bits)))
+        self.step = nn.Parameter(torch.ones(len(self.widths)))
         self._lows = self._usual_lows()  # a copy in numbers, which graphs take without asking the tensor
         self.register_buffer("lows", torch.tensor(self._lows, dtype=torch.float32))
-        spans = torch.tensor([2.0**one - 1 for one in bits])
+        self.register_buffer("places", torch.tensor(self._places), persistent=False)
+        spans = torch.tensor([2.0**one - 1 for one in self.widths])
         self.register_buffer("spans", spans, persistent=False)
         self._mark_float_rows()
 
     def _usual_lows(self) -> list[int]:
-        return [-(2 ** (bits - 1)) if self.signed else 0 for bits in self.bits]
+        return [-(2 ** (bits - 1)) if self.signed else 0 for bits in self.widths]
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
@@ -168,7 +175,8 @@ class LsqActivationQuantizer(ActivationQuantizer):
 
     def code_range(self, row: int) -> tuple[int, int]:
         """(lowest, highest) code of a mode."""
-        return self._lows[row], self._lows[row] + 2 ** self.bits[row] - 1
+        low = self._lows[self._places[row]]
+        return low, low + 2 ** self.bits[row] - 1
 
     def initialise(self, x: Tensor, row: int, agreement: Agreement) -> None:
         """step = max|x| / highest code, from one batch (vertical layering, Sec. 6.1).
@@ -183,7 +191,7 @@ class LsqActivationQuantizer(ActivationQuantizer):
             raise InvalidArgument("cannot set an activation step from a batch that holds NaN or infinity")
         self._choose_low(row, lambda low, high: covering_step(found, low, high))
         low, high = self.code_range(row)
-        if low == self._usual_lows()[row]:
+        if low == self._usual_lows()[self._places[row]]:
             step = max(-found[0], found[1]) / max(1, high)
         else:
             step = covering_step(found, low, high)
@@ -203,7 +211,8 @@ class LsqActivationQuantizer(ActivationQuantizer):
 
     def _choose_low(self, row: int, cost: Callable[[int, int], float]) -> None:
         """Let codes begin where `cost(low, high)` is least, as usual if that is not clearly less."""
-        usual, bits = self._usual_lows()[row], self.bits[row]
+        place = self._places[row]
+        usual, bits = self._usual_lows()[place], self.bits[row]
         span, best = 2**bits - 1, usual
         if self.signed and bits < 8:
             lows = {-round(span * part / LOW_CANDIDATES) for part in range(LOW_CANDIDATES + 1)} - {usual}
@@ -211,8 +220,8 @@ class LsqActivationQuantizer(ActivationQuantizer):
             least = min(costs, key=costs.__getitem__)
             if costs[least] < CLEARLY_FINER * cost(usual, usual + span):
                 best = least
-        self._lows[row] = best
-        write_row(self.lows, row, best)
+        self._lows[place] = best
+        write_row(self.lows, place, best)
 
     def forget(self) -> None:
         """Let the next batch set all steps anew."""
@@ -224,9 +233,9 @@ class LsqActivationQuantizer(ActivationQuantizer):
         self._mark_float_rows()
 
     def set_step(self, row: int, value: float) -> None:
-        """Write one mode's step and mark it as initialised."""
-        write_row(self.step, row, value)
-        self.initialised[row] = True
+        """Write one mode's step and mark it as initialised, with all modes that share it."""
+        write_row(self.step, self._places[row], value)
+        self.initialised[self.places == self._places[row]] = True
 
     def forward(self, x: Tensor, active: ActiveMode) -> Tensor:
         """Round `x` (any shape) to the grid of the active mode; same shape and dtype."""
@@ -238,12 +247,14 @@ class LsqActivationQuantizer(ActivationQuantizer):
                 return x
             low, high = self.code_range(row)
             root: Bound = max(1, high) ** -0.5
+            place: Row = self._places[row]
         else:
-            low = picked(self.lows, row)
-            high = low + picked(self.spans, row)
+            place = self.places.index_select(0, row)
+            low = picked(self.lows, place)
+            high = low + picked(self.spans, place)
             root = torch.rsqrt(high.clamp_min(1.0))
         scale = active.own_gradient_scale * root
-        step = hold_positive(picked(self.step, row))
+        step = hold_positive(picked(self.step, place))
         again = Again()
         output = _LsqActivation.apply(x, step, low, high, scale, again)
         return with_note(output, Rounding(rounded, (x, step, low, high), again))
@@ -253,7 +264,8 @@ class LsqActivationQuantizer(ActivationQuantizer):
         if self.bits[row] == FLOAT_BITS:
             return FloatRange()
         low, high = self.code_range(row)
-        return ActivationGrid(float(self.step[row].detach().clamp_min(SMALLEST_STEP)), low, high)
+        step = self.step[self._places[row]].detach().clamp_min(SMALLEST_STEP)
+        return ActivationGrid(float(step), low, high)
 
     def extra_repr(self) -> str:
         """Bits and sign."""
