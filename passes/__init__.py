@@ -1,9 +1,9 @@
 """Graph passes: capture, normalisation, schemes, folding, conversion; for users who compose their own."""
 
-from .batchnorm import SplitBatchNorm
 from .integer_model import IntegerModel
 from .manager import Condition, Pass, PassManager, PassResult
 from .quantize_layers import QuantizeLayers
+from .split_batchnorm import SplitBatchNorm
 
 __all__ = [
     "Condition",

@@ -6,16 +6,16 @@ accumulators; sharing the running statistics ruins the low modes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, overload
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from qcompile.modes import ActiveMode
 
-from .manager import Pass, PassResult
-from .mode_input import ModeModule, Row, mode_placeholder, picked, store
+from .mode_input import ModeModule, Row, picked, store
 from .quantizers import scale_gradient
 from .sync_batchnorm import synchronised_batch_norm
 
@@ -23,10 +23,6 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 BatchNormVariant = Literal["shared", "stats", "full"]
-
-
-def _within(row: Row, rows: int) -> Row:
-    return min(row, rows - 1) if isinstance(row, int) else row.clamp(max=rows - 1)
 
 
 class ModeBatchNorm(ModeModule):
@@ -37,6 +33,7 @@ class ModeBatchNorm(ModeModule):
         rows: number of modes.
         variant: `shared` (one row of everything), `stats` (running statistics per mode, shared affine
             parameters) or `full` (everything per mode).
+        places: by mode, which of the rows it has; default: one of its own. Rows are numbered from 0.
 
     Attributes:
         weight, bias: (rows or 1, channels), or None where the float layer has none.
@@ -58,9 +55,19 @@ class ModeBatchNorm(ModeModule):
     running_mean: Tensor | None
     running_var: Tensor | None
     num_batches_tracked: Tensor | None
+    places: Tensor
 
-    def __init__(self, source: nn.modules.batchnorm._BatchNorm, rows: int, variant: BatchNormVariant) -> None:
+    def __init__(
+        self,
+        source: nn.modules.batchnorm._BatchNorm,
+        rows: int,
+        variant: BatchNormVariant,
+        places: Sequence[int] | None = None,
+    ) -> None:
         super().__init__()
+        self._places = tuple(range(rows) if places is None else places)
+        self.register_buffer("places", torch.tensor(self._places), persistent=False)
+        rows = max(self._places) + 1
         self.eps, self.momentum = source.eps, source.momentum
         self.num_features = source.num_features
         self.variant = variant
@@ -89,7 +96,10 @@ class ModeBatchNorm(ModeModule):
 
     def rows_of(self, row: Row) -> tuple[Row, Row]:
         """(affine row, statistics row) of a mode's row."""
-        return _within(row, self.affine_rows), _within(row, self.statistics_rows)
+        place = self._places[row] if isinstance(row, int) else self.places.index_select(0, row)
+        return (place if self.affine_rows > 1 else _first(place)), (
+            place if self.statistics_rows > 1 else _first(place)
+        )
 
     def own_parameters(self) -> list[nn.Parameter]:
         """The affine ones, unless modes share them."""
@@ -104,6 +114,12 @@ class ModeBatchNorm(ModeModule):
 
     def forward(self, x: Tensor, active: ActiveMode) -> Tensor:
         """Normalise (N, C, *spatial) or (N, C) with the parameters of the active mode."""
+        output = self._normalised(x, active)
+        if active.normalised is not None:
+            active.normalised[id(self)] = output
+        return output
+
+    def _normalised(self, x: Tensor, active: ActiveMode) -> Tensor:
         affine, statistics = self.rows_of(active.row_of(self.slot))
         own = active.own_gradient_scale if self.affine_rows > 1 else 1.0
         weight, bias = [
@@ -188,28 +204,5 @@ class ModeBatchNorm(ModeModule):
         return scale, shift
 
 
-class SplitBatchNorm(Pass):
-    """Replace every batch normalisation by one that keeps parameters per mode.
-
-    Args:
-        rows: number of modes.
-        variant: what is kept per mode.
-    """
-
-    def __init__(self, rows: int, variant: BatchNormVariant) -> None:
-        self.rows, self.variant = rows, variant
-
-    def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Rewrite in place."""
-        mode = mode_placeholder(graph_module.graph)
-        replaced: dict[str, ModeBatchNorm] = {}
-        for node in list(graph_module.graph.nodes):
-            if node.op != "call_module":
-                continue
-            source = graph_module.get_submodule(node.target)
-            if isinstance(source, nn.modules.batchnorm._BatchNorm):
-                replaced[node.target] = ModeBatchNorm(source, self.rows, self.variant)
-                graph_module.set_submodule(node.target, replaced[node.target])
-            if node.target in replaced:
-                node.args = (node.args[0], mode)
-        return PassResult(graph_module, bool(replaced))
+def _first(place: Row) -> Row:
+    return 0 if isinstance(place, int) else torch.zeros_like(place)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -38,13 +38,23 @@ FEW_SAMPLES = 1 << 13
 
 class _LsqActivation(torch.autograd.Function):
     """step * clip(round(x / step), low, high); dx = g inside the range, ds = scale * sum(g * (code - x / s))
-    inside and scale * sum(g * code) outside. Saves x, which whatever made it has mostly saved already."""
+    inside and scale * sum(g * code) outside. Saves x, which whatever made it has mostly saved already.
+
+    With `per_sample`, the scale is divided by the root of the number of values of a sample.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, step: Tensor, low: Bound, high: Bound, gradient_scale: Bound, again: Again
+        ctx: Any,
+        x: Tensor,
+        step: Tensor,
+        low: Bound,
+        high: Bound,
+        gradient_scale: Bound,
+        per_sample: bool,
+        again: Again,
     ) -> Tensor:
-        ctx.again = again
+        ctx.again, ctx.per_sample = again, per_sample
         save_operands(ctx, x, step, low, high, gradient_scale)
         return rounded(x, step, low, high)
 
@@ -60,8 +70,8 @@ class _LsqActivation(torch.autograd.Function):
                 ctx.again.drop()
             d_x, d_step = _backward(gradients[0], x, step, low, high)
         # the size enters here: with an open one it is no plain number that a forward could take
-        scale = gradient_scale * math.prod(x.shape[1:]) ** -0.5
-        return d_x, (d_step * scale).to(step.dtype), None, None, None, None
+        scale = gradient_scale * math.prod(x.shape[1:]) ** -0.5 if ctx.per_sample else gradient_scale
+        return d_x, (d_step * scale).to(step.dtype), None, None, None, None, None
 
 
 def _backward(gradient: Tensor, x: Tensor, step: Tensor, low: Any, high: Any) -> tuple[Tensor, Tensor]:
@@ -135,6 +145,9 @@ class LsqActivationQuantizer(ActivationQuantizer):
         bits: activation bits of every mode, by row; 32 for a mode that leaves activations in float.
         signed: whether the tensor can be negative; unsigned codes where it cannot.
         shared: whether modes with equal bits have one step together.
+        first: what a first batch sets a step to: `largest` max|x| / highest code (vertical layering,
+            Sec. 6.1), `mean` 2 mean|x| / sqrt(highest code), as LSQ does.
+        scaled_gradient: multiply the steps' gradients as LSQ does.
 
     Attributes:
         widths: bits of every step.
@@ -148,9 +161,17 @@ class LsqActivationQuantizer(ActivationQuantizer):
     places: Tensor
     spans: Tensor
 
-    def __init__(self, bits: Sequence[int], signed: bool, shared: bool = False) -> None:
+    def __init__(
+        self,
+        bits: Sequence[int],
+        signed: bool,
+        shared: bool = False,
+        first: Literal["largest", "mean"] = "largest",
+        scaled_gradient: bool = True,
+    ) -> None:
         super().__init__(len(bits))
         self.bits, self.signed = tuple(bits), signed
+        self.first, self.scaled_gradient = first, scaled_gradient
         self.widths = tuple(sorted(set(bits))) if shared else self.bits
         self._places = [self.widths.index(one) for one in bits] if shared else list(range(len(bits)))
         self.step = nn.Parameter(torch.ones(len(self.widths)))
@@ -179,7 +200,7 @@ class LsqActivationQuantizer(ActivationQuantizer):
         return low, low + 2 ** self.bits[row] - 1
 
     def initialise(self, x: Tensor, row: int, agreement: Agreement) -> None:
-        """step = max|x| / highest code, from one batch (vertical layering, Sec. 6.1).
+        """The first step, from one batch.
 
         Codes begin lower or higher than usual if the step that covers the batch gets clearly finer.
 
@@ -191,7 +212,11 @@ class LsqActivationQuantizer(ActivationQuantizer):
             raise InvalidArgument("cannot set an activation step from a batch that holds NaN or infinity")
         self._choose_low(row, lambda low, high: covering_step(found, low, high))
         low, high = self.code_range(row)
-        if low == self._usual_lows()[self._places[row]]:
+        if self.first == "mean":
+            magnitudes = x.detach().abs().sum(dtype=torch.float64)
+            sums = agreement.total(torch.stack([magnitudes, torch.full_like(magnitudes, x.numel())])).tolist()
+            step = 2.0 * sums[0] / max(1.0, sums[1]) / math.sqrt(max(1, high))
+        elif low == self._usual_lows()[self._places[row]]:
             step = max(-found[0], found[1]) / max(1, high)
         else:
             step = covering_step(found, low, high)
@@ -253,10 +278,10 @@ class LsqActivationQuantizer(ActivationQuantizer):
             low = picked(self.lows, place)
             high = low + picked(self.spans, place)
             root = torch.rsqrt(high.clamp_min(1.0))
-        scale = active.own_gradient_scale * root
+        scale = active.own_gradient_scale * (root if self.scaled_gradient else 1.0)
         step = hold_positive(picked(self.step, place))
         again = Again()
-        output = _LsqActivation.apply(x, step, low, high, scale, again)
+        output = _LsqActivation.apply(x, step, low, high, scale, self.scaled_gradient, again)
         return with_note(output, Rounding(rounded, (x, step, low, high), again))
 
     def grid(self, row: int) -> ActivationGrid | FloatRange:

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .agreement import Agreement
 from .lsq import SMALLEST_STEP, hold_positive
 from .mode_input import Row, picked
 from .quantizers import WeightCodes, WeightQuantizer
 from .rounding import Bound, save_operands, saved_operands
+from .step_search import SEARCH_SAMPLES, least_squares
 
 #: The first step covers so many standard deviations around the mean.
 DEVIATIONS = 3.0
@@ -58,8 +60,7 @@ class LsqWeightQuantizer(WeightQuantizer):
 
     Args:
         bits: weight bits of every mode, by row.
-        scaled_gradient: multiply the steps' gradients by 1 / sqrt(weights * highest code), as LSQ does; the
-            authors of weight coupling do not.
+        scaled_gradient: multiply the steps' gradients by 1 / sqrt(weights * highest code), as LSQ does.
 
     Attributes:
         widths: bit-widths that occur, increasing.
@@ -71,7 +72,7 @@ class LsqWeightQuantizer(WeightQuantizer):
     limits: Tensor
     roots: Tensor
 
-    def __init__(self, bits: Sequence[int], scaled_gradient: bool = False) -> None:
+    def __init__(self, bits: Sequence[int], scaled_gradient: bool = True) -> None:
         super().__init__()
         self.bits, self.scaled_gradient = tuple(bits), scaled_gradient
         self.widths = tuple(sorted(set(bits)))
@@ -82,14 +83,39 @@ class LsqWeightQuantizer(WeightQuantizer):
         self.register_buffer("limits", limits, persistent=False)
         self.register_buffer("roots", (limits - 1).clamp_min(1.0).rsqrt(), persistent=False)
 
+    @property
+    def own_bits(self) -> tuple[int, ...]:
+        """Those it was made for."""
+        return self.bits
+
     def initialise(self, weight: Tensor) -> None:
         """max|mean +- 3 deviations| / 2^(b-1), as the authors' code does."""
+        self.step.data = self._first_steps(weight)
+
+    def _first_steps(self, weight: Tensor) -> Tensor:
         values = weight.detach().double()
-        mean, spread = float(values.mean()), DEVIATIONS * float(values.std(correction=0))
-        reach = max(abs(mean - spread), abs(mean + spread))
-        with torch.no_grad():
-            for place, bits in enumerate(self.widths):
-                self.step[place] = max(reach / 2 ** (bits - 1), SMALLEST_STEP)
+        mean, spread = values.mean(), DEVIATIONS * values.std(correction=0)
+        reach = torch.maximum((mean - spread).abs(), (mean + spread).abs())
+        steps = torch.stack([reach / 2 ** (bits - 1) for bits in self.widths])
+        return steps.clamp_min(SMALLEST_STEP).to(weight.dtype)
+
+    def search(self, weight: Tensor, energy: Tensor) -> None:
+        """For every bit-width the step with the least error weighed by `energy`; trained steps stay."""
+        if not torch.allclose(self.step.detach(), self._first_steps(weight), rtol=1e-4, atol=0.0):
+            return
+        stride = max(1, weight.numel() // SEARCH_SAMPLES)
+        flat = weight.detach().float().reshape(-1)[::stride]
+        roots = energy.float().expand(weight.shape).reshape(-1)[::stride].sqrt()
+        found = []
+        for bits in self.widths:
+            limit = 2.0 ** (bits - 1)
+
+            def quantised(part: Tensor, step: Tensor, limit: float = limit) -> Tensor:
+                return part + (_codes(part, step, limit) * step - part).float() * roots
+
+            largest = float(flat.abs().amax()) / max(1.0, limit - 1)
+            found.append(max(least_squares(flat, largest, quantised, Agreement()), SMALLEST_STEP))
+        self.step.data = self.step.new_tensor(found)
 
     def forward(self, weight: Tensor, row: Row) -> Tensor:
         """Codes times the step of the mode, the shape of `weight`."""

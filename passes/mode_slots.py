@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-
 from torch import fx
 
 from .batchnorm import ModeBatchNorm
 from .layers import QuantizedLayer
 from .manager import Pass, PassResult
 from .mode_input import ModeModule
+from .nearest_layers import NearestLayers
 from .quantized_tensor import QuantizedTensor
 from .quantizers import ActivationQuantizer
 
@@ -29,12 +28,7 @@ class AssignSlots(Pass):
             if node.op == "call_module" and isinstance(graph_module.get_submodule(node.target), ModeModule):
                 calls.setdefault(str(node.target), []).append(node)
 
-        def is_layer(node: fx.Node) -> bool:
-            return node.op == "call_module" and isinstance(
-                graph_module.get_submodule(str(node.target)), (QuantizedLayer, QuantizedTensor)
-            )
-
-        order = {node: place for place, node in enumerate(graph_module.graph.nodes)}
+        nearest = NearestLayers(graph_module)
         place = 0
         for slot, (path, nodes) in enumerate(calls.items()):
             module = graph_module.get_submodule(path)
@@ -43,34 +37,11 @@ class AssignSlots(Pass):
             if isinstance(module, ModeBatchNorm) and module.running_mean is not None:
                 module.place = place
                 place += 2 * module.num_features
-            after = sorted(_nearest(nodes, lambda node: node.users, is_layer), key=order.__getitem__)
-            before = sorted(
-                _nearest(nodes, lambda node: node.all_input_nodes, is_layer), key=order.__getitem__
-            )
             if isinstance(module, (QuantizedLayer, QuantizedTensor)):
                 deciding = nodes[:1]
             elif isinstance(module, ActivationQuantizer):
-                deciding = after
+                deciding = nearest.after(nodes)
             else:
-                deciding = before[-1:] or after[:1]
+                deciding = nearest.deciding(nodes)
             module.layers = tuple(dict.fromkeys(str(node.target) for node in deciding))
         return PassResult(graph_module, bool(calls))
-
-
-def _nearest(
-    starts: Iterable[fx.Node],
-    neighbours: Callable[[fx.Node], Iterable[fx.Node]],
-    wanted: Callable[[fx.Node], bool],
-) -> list[fx.Node]:
-    """The wanted nodes that can be reached without passing another one."""
-    waiting = [one for start in starts for one in neighbours(start)]
-    seen, found = set(waiting), []
-    while waiting:
-        node = waiting.pop()
-        if wanted(node):
-            found.append(node)
-            continue
-        fresh = [one for one in neighbours(node) if one not in seen]
-        seen.update(fresh)
-        waiting.extend(fresh)
-    return found

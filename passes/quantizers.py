@@ -119,6 +119,11 @@ class WeightQuantizer(nn.Module):
     _kept: tuple[Any, Tensor] | None = None
     _keeps = False
 
+    @property
+    def own_bits(self) -> tuple[int, ...]:
+        """Weight bits of every mode, by row, where the layer has candidates of its own; else empty."""
+        return ()
+
     def keep(self, keeps: bool) -> None:
         """Between `keep(True)` and `keep(False)`, modes share what `once_per_step` computes."""
         self._keeps, self._kept = keeps, None

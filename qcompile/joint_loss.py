@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,16 +14,19 @@ from torch.utils import _pytree as pytree
 
 from .data_parallel import check_reduction, find_ddp, without_ddp
 from .errors import InvalidArgument, InvalidInputType
-from .min_norm import min_norm_weights
-from .modes import ActiveMode
-from .own_parameters import own_parameters
+from .min_norm_step import backward_min_norm
+from .modes import ActiveMode, Mode
 from .passes.schemes.base import ModeOutput, Scheme
+from .policy import Policy
 from .prepared import Prepared
-from .ranks import average_over_ranks, is_sharded
+from .training_turns import TrainingTurns, Turn
 from .wrappers import as_prepared
 
 #: batch_fn(forward, batch) -> (loss, logits or None)
 BatchFunction = Callable[[Callable[..., Any], Any], "tuple[Tensor, Tensor | None]"]
+
+#: Epochs that a training told in steps is divided into.
+EPOCHS_OF_STEPS = 120
 
 
 class JointLoss(nn.Module):
@@ -51,6 +55,7 @@ class JointLoss(nn.Module):
             and returns (loss, logits); the joint loss is then called as `joint.backward(batch)`. `forward`
             knows its mode, so it may run inside `torch.utils.checkpoint`.
         reduces_itself: your loop averages gradients over the ranks, so nothing checks that something does.
+        optimizer: of the model's weights, for schemes that spare some of them its weight decay (`coupled`).
 
     Raises:
         InvalidInputType: if the model was not prepared.
@@ -58,7 +63,9 @@ class JointLoss(nn.Module):
 
     Attributes:
         losses: the last unweighted loss of every mode, by its label; detached scalars, NaN before the first.
+            Random policies have the labels `random 1`, `random 2`, ...
         weights: the last alpha of every mode, by its label.
+        turns: what a training step runs.
     """
 
     def __init__(
@@ -68,6 +75,7 @@ class JointLoss(nn.Module):
         teacher: nn.Module | None = None,
         batch_fn: BatchFunction | None = None,
         reduces_itself: bool = False,
+        optimizer: Any = None,
     ) -> None:
         super().__init__()
         self.model: Prepared = as_prepared(model)
@@ -80,9 +88,10 @@ class JointLoss(nn.Module):
         # a wrapper's are those of the model
         self.__dict__["given_teacher"] = teacher
         self.__dict__["wrapped"] = model
-        self._labels = tuple(mode.label for mode in self.model.prepared_modes)
-        self.losses: dict[int | str, Tensor] = dict.fromkeys(self._labels, torch.tensor(torch.nan))
-        self.weights: dict[int | str, float] = dict.fromkeys(self._labels, torch.nan)
+        self.turns = TrainingTurns(self.model, optimizer)
+        trained = self.turns.labels
+        self.losses: dict[int | str, Tensor] = dict.fromkeys(trained, torch.tensor(torch.nan))
+        self.weights: dict[int | str, float] = dict.fromkeys(trained, torch.nan)
         _ = self.teacher  # refuses early
 
     @property
@@ -117,7 +126,14 @@ class JointLoss(nn.Module):
                 tensor of logits.
         """
         if self.model.scheme.mode_weights() is None:
-            return self._backward_min_norm(batch)
+            self._check_reduction(whole_loss=False)
+            called = without_ddp(self.__dict__["wrapped"])
+            losses = (
+                (turn.row or 0, loss) for turn, loss in self._losses(batch, self.turns.of_step(), called)
+            )
+            solved, alpha = backward_min_norm(self.model, losses, self.reduces_itself)
+            self.weights |= dict(zip(self.turns.labels, alpha, strict=True))
+            return solved
         total: Tensor | None = None
         for loss in self.losses_per_mode(*batch):
             # torch advises against backward under autocast
@@ -137,63 +153,101 @@ class JointLoss(nn.Module):
                 nothing reduces the gradients of several ranks.
         """
         self._check_reduction(whole_loss=False)
-        weights = self._fixed_weights()
-        for row, loss in self._mode_losses(batch, weights):
-            yield loss * weights[row]
+        self._require_weights()
+        for turn, loss in self._losses(batch, self.turns.of_step()):
+            yield loss * turn.weight
 
     def forward(self, *batch: Any) -> Tensor:
         """One differentiable loss over all modes; keeps the graphs of all modes in memory."""
         self._check_reduction(whole_loss=True)
-        weights = self._fixed_weights()
-        losses = [loss * weights[row] for row, loss in self._mode_losses(batch, weights)]
+        self._require_weights()
+        losses = [loss * turn.weight for turn, loss in self._losses(batch, self.turns.of_step())]
         return torch.stack(losses).sum()
+
+    def epoch(self, epoch: int, epochs: int) -> None:
+        """Tell that an epoch begins, for schemes whose training changes over time (`coupled`).
+
+        Call it at the beginning of every epoch; a second call for the same one changes nothing. What it
+        decides is kept in the model's state dict.
+
+        Args:
+            epoch: from 0.
+            epochs: of the whole training.
+
+        Raises:
+            InvalidArgument: unless 0 <= epoch < epochs.
+        """
+        self.turns.begin_epoch(epoch, epochs)
+
+    def at_step(self, step: int, steps: int) -> None:
+        """As `epoch`, for loops that count steps: the training is divided into 120 epochs.
+
+        Args:
+            step: that begins, from 0.
+            steps: of the whole training.
+        """
+        self.epoch(EPOCHS_OF_STEPS * step // steps, EPOCHS_OF_STEPS)
 
     def _check_reduction(self, whole_loss: bool) -> None:
         if not self.reduces_itself:
             check_reduction(self.__dict__["wrapped"], whole_loss)
 
-    def _fixed_weights(self) -> Sequence[float]:
-        weights = self.model.scheme.mode_weights()
-        if weights is None:
+    def _require_weights(self) -> None:
+        if self.model.scheme.mode_weights() is None:
             raise InvalidArgument(
                 "with moo='mgd' the weights follow from the gradients of all modes: use joint.backward(x, y)"
             )
-        return weights
 
-    def _mode_losses(
-        self, batch: tuple[Any, ...], weights: Sequence[float], through: nn.Module | None = None
-    ) -> Iterator[tuple[int, Tensor]]:
-        """Each mode's loss, by calls of `through`: the model inside its wrappers by default."""
+    def _losses(
+        self, batch: tuple[Any, ...], turns: Sequence[Turn], through: nn.Module | None = None
+    ) -> Iterator[tuple[Turn, Tensor]]:
+        """Each turn's loss, by calls of `through`: the model inside its wrappers by default."""
         scheme, model = self.model.scheme, self.model
         if not model.training:
             raise InvalidArgument("the joint loss trains: call model.train() first")
         called: nn.Module = self.__dict__["wrapped"] if through is None else through
         guide, has_teacher = self._teacher_logits(batch), self.teacher is not None
         earlier: dict[int, Tensor] = {}
-        order = scheme.training_order()
         reduces = find_ddp(called) is not None and model.has_branches
+        of_highest: dict[int, Tensor] | None = {} if scheme.compares_normalised else None
         with self._step():
-            for row in order:
-                label = self._labels[row]
-                own = 1.0 / weights[row] if weights[row] > 0 else 1.0
-                active = ActiveMode(row, None, own, reaches_all=reduces and row == order[-1])
-                with self._mode(called, active, is_last=row == order[-1]):
+            for turn in turns:
+                is_last = turn is turns[-1]
+                own = 1.0 / turn.weight if turn.weight > 0 else 1.0
+                normalised = of_highest
+                if isinstance(turn.precision, Policy):
+                    normalised = None if of_highest is None else {}
+                    active = replace(model.rows_of(turn.precision, own), normalised=normalised)
+                else:
+                    assert turn.row is not None
+                    reaches_all = reduces and is_last
+                    active = ActiveMode(turn.row, None, own, reaches_all=reaches_all, normalised=normalised)
+                with self._mode(called, active, turn.precision, is_last):
                     task, logits = self._run(batch, partial(_call_mode, model, called, active))
                     lacks = logits is None and scheme.needs_logits
                     if lacks or (has_teacher and (logits is None or guide is None)):
                         raise InvalidArgument(_no_logits(scheme))
-                    loss = scheme.mode_loss(row, ModeOutput(task, logits, earlier, guide))
-                    if logits is not None:
-                        earlier[row] = logits.detach()
-                    self.losses[label] = loss.detach()
-                    self.weights[label] = weights[row]
-                    yield row, loss
+                    output = ModeOutput(task, logits, earlier, guide)
+                    if turn.row is not None:
+                        loss = scheme.mode_loss(turn.row, output)
+                        if logits is not None:
+                            earlier[turn.row] = logits.detach()
+                        if of_highest is not None:
+                            of_highest = {key: value.detach() for key, value in of_highest.items()}
+                    else:
+                        pairs = self.turns.pairs(turn.precision, normalised or {}, of_highest or {})
+                        loss = scheme.policy_loss(replace(output, normalised=pairs))
+                    self.losses[turn.label] = loss.detach()
+                    self.weights[turn.label] = turn.weight
+                    yield turn, loss
 
     def _step(self) -> AbstractContextManager[None]:
         # a compiler sees by itself what modes have in common
         return nullcontext() if torch.compiler.is_compiling() else self.model.joint_step()
 
-    def _mode(self, called: nn.Module, active: ActiveMode, is_last: bool) -> AbstractContextManager[Any]:
+    def _mode(
+        self, called: nn.Module, active: ActiveMode, precision: Mode | Policy, is_last: bool
+    ) -> AbstractContextManager[Any]:
         """What surrounds one mode's forward and backward."""
         if torch.compiler.is_compiling():
             return nullcontext()
@@ -202,7 +256,7 @@ class JointLoss(nn.Module):
         if ddp is not None and not is_last:
             stack.enter_context(ddp.no_sync())  # the forward decides whether the backward reduces
         # a plain call of the model that is recomputed in the backward runs at this mode too
-        stack.enter_context(self.model.activated(self.model.prepared_modes[active.row], active))
+        stack.enter_context(self.model.activated(precision, active))
         return stack
 
     def _run(
@@ -240,40 +294,6 @@ class JointLoss(nn.Module):
                 )
             return output
 
-    def _backward_min_norm(self, batch: tuple[Any, ...]) -> Tensor:
-        """Own parameters get their mode's gradient; shared ones the min-norm combination (Eq. 10).
-
-        Under several ranks every mode's gradient is averaged first, so that all solve the same problem.
-        """
-        self._check_reduction(whole_loss=False)
-        if is_sharded(self.model):
-            raise InvalidArgument(
-                "moo='mgd' needs whole gradients of every mode, which fully_shard does not keep"
-            )
-        own = {id(parameter) for parameter in own_parameters(self.model)}
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        shared = [parameter for parameter in trained if id(parameter) not in own]
-        mine = [parameter for parameter in trained if id(parameter) in own]
-        count = len(self.model.prepared_modes)
-        called = without_ddp(self.__dict__["wrapped"])
-        gradients: dict[int, list[Tensor]] = {}
-        values: dict[int, Tensor] = {}
-        for row, loss in self._mode_losses(batch, (1.0,) * count, called):
-            with torch.autocast(loss.device.type, enabled=False):
-                found = torch.autograd.grad(loss, shared + mine, allow_unused=True, materialize_grads=True)
-            reduced = list(found) if self.reduces_itself else average_over_ranks(found)
-            gradients[row], values[row] = reduced[: len(shared)], loss.detach()
-            _accumulate(mine, reduced[len(shared) :], 1.0)
-        if not shared:
-            return torch.stack([values[row] / count for row in range(count)]).sum()
-        flat = [torch.cat([g.reshape(-1) for g in gradients[row]]).double() for row in range(count)]
-        stacked = torch.stack(flat)
-        alpha = min_norm_weights(stacked @ stacked.T).tolist()
-        for row in range(count):
-            _accumulate(shared, gradients[row], alpha[row])
-            self.weights[self.model.prepared_modes[row].label] = alpha[row]
-        return torch.stack([values[row] * alpha[row] for row in range(count)]).sum()
-
 
 def _no_logits(scheme: Scheme) -> str:
     way = "pass no teacher"
@@ -304,9 +324,3 @@ def _call(function: Callable[..., Any], inputs: Any) -> Any:
     if isinstance(inputs, dict):
         return function(**inputs)
     return function(*inputs) if isinstance(inputs, (tuple, list)) else function(inputs)
-
-
-def _accumulate(parameters: list[nn.Parameter], gradients: Any, factor: float) -> None:
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        scaled = gradient * factor
-        parameter.grad = scaled if parameter.grad is None else parameter.grad + scaled

@@ -6,7 +6,7 @@ import itertools
 import re
 import reprlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral
 from typing import TYPE_CHECKING
 
@@ -102,6 +102,7 @@ class ActiveMode:
         policy: where the rows come from.
         statistics: (total,) float32, a policy's own means and variances of batch normalisation: each layer's
             begin at its `place`. None for those of each layer's row.
+        normalised: if not None, batch normalisation puts its outputs in here, by the identity of the module.
         number: () int64, the row as data, for compiled code that serves all modes with one graph.
         reaches_all: whether the outputs depend on every parameter, if only with a gradient of 0: data
             parallel wrappers leave alone what the graph of the last mode does not reach.
@@ -114,6 +115,7 @@ class ActiveMode:
     number: Tensor | None = None
     reaches_all: bool = False
     statistics: Tensor | None = None
+    normalised: dict[int, Tensor] | None = field(default=None, compare=False)
 
     @property
     def mark(self) -> int:

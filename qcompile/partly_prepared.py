@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -200,7 +200,9 @@ class PartlyPrepared(Prepared):
             return {id(part): active for part in self.parts.values()}
         scale = active.own_gradient_scale
         return {
-            id(part): part.rows_of(_policy_of(name, active.policy), scale)
+            id(part): replace(
+                part.rows_of(_policy_of(name, active.policy), scale), normalised=active.normalised
+            )
             for name, part in self.parts.items()
         }
 

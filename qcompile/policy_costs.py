@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,9 +14,8 @@ from .pack import plane_bytes
 from .passes.calls import batch_of
 from .passes.layers import QuantizedLayer
 from .passes.quantized_tensor import QuantizedTensor
-from .passes.quantizers import ActivationQuantizer
 from .policy import Policy
-from .policy_rows import layers_of_policies
+from .policy_rows import layers_of_policies, readers
 
 #: Bits at which first and last layers count, whatever they run at (weight coupling, Sec. 4.1).
 ENDS = 8
@@ -151,7 +150,7 @@ def policy_costs(model: QuantModel) -> PolicyCosts:
     for cost in layer_costs(model.integer_model(modes[-1]), shapes, batch_of(model.signature, shapes) or 1):
         before = found.get(cost.name)  # a layer that is called again multiplies again
         found[cost.name] = cost if before is None else replace(cost, macs=cost.macs + before.macs)
-    wanted, readers = layers_of_policies(model), _readers(model)
+    wanted, together = layers_of_policies(model), readers(model)
     ends = {one.name for one in model.records if one.is_end}
     fixed = [
         replace(cost, weight_bits=ENDS, activation_bits=ENDS) if name in ends else cost
@@ -163,18 +162,12 @@ def policy_costs(model: QuantModel) -> PolicyCosts:
             name,
             found[name].macs if name in found else 0,
             _weights(model, name),
-            name in readers,
-            readers.get(name, (name,)),
+            name in together,
+            together.get(name, (name,)),
         )
         for name in wanted
     ]
     return PolicyCosts(modes, tuple(layers), tuple(fixed))
-
-
-def _readers(model: QuantModel) -> Mapping[str, tuple[str, ...]]:
-    """By layer, the layers that read its quantised input."""
-    quantizers = [one for one in model.modules() if isinstance(one, ActivationQuantizer)]
-    return {name: one.layers for one in quantizers for name in one.layers}
 
 
 def _weights(model: QuantModel, name: str) -> int:

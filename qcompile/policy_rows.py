@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from .errors import InvalidArgument
-from .modes import find_mode
+from .modes import Mode, find_mode
 from .passes.batchnorm import ModeBatchNorm
 from .passes.layers import QuantizedLayer
 from .passes.mode_input import ModeModule
 from .passes.quantized_tensor import QuantizedTensor
+from .passes.quantizers import ActivationQuantizer
 from .policy import Policy
 
 if TYPE_CHECKING:
@@ -24,6 +25,14 @@ if TYPE_CHECKING:
 def layers_of_policies(model: QuantModel) -> list[str]:
     """Quantised layers whose bits differ between modes, which every policy names."""
     return [record.name for record in model.records if record.quantized and not record.is_fixed]
+
+
+def candidates(model: QuantModel, layer: str) -> list[Mode]:
+    """Modes that a policy may give a layer: those whose weight bits it has itself."""
+    module = model.get_submodule(layer)
+    assert isinstance(module, (QuantizedLayer, QuantizedTensor))
+    bits = module.weight_quantizer.own_bits or [mode.weight_bits for mode in model.prepared_modes]
+    return [mode for mode, own in zip(model.prepared_modes, bits, strict=True) if own == mode.weight_bits]
 
 
 def check_policy(model: QuantModel, policy: Policy) -> Policy:
@@ -53,6 +62,10 @@ def check_policy(model: QuantModel, policy: Policy) -> Policy:
             find_mode(mode, model.prepared_modes)
         except InvalidArgument as cause:
             raise InvalidArgument(f"layer {name!r} of the policy: {cause}") from None
+        own = candidates(model, name)
+        if name in needed and mode not in own:
+            listed = ", ".join(str(one.label) for one in own)
+            raise InvalidArgument(f"layer {name!r} of the policy has no mode {mode.label}; it has: {listed}")
     if policy.statistics:
         _check_statistics(model, policy)
     return policy
@@ -84,6 +97,12 @@ def policy_rows(model: QuantModel, policy: Policy) -> Tensor:
     device = next((parameter.device for parameter in model.parameters()), None)
     with torch.inference_mode(False):  # such tensors could not be used in training afterwards
         return torch.tensor(rows, dtype=torch.int64, device=device)
+
+
+def readers(model: QuantModel) -> dict[str, tuple[str, ...]]:
+    """By layer, the layers that read its quantised input, itself among them."""
+    quantizers = [one for one in model.modules() if isinstance(one, ActivationQuantizer)]
+    return {name: one.layers for one in quantizers for name in one.layers}
 
 
 def policy_of(model: QuantModel, rows: Sequence[int], statistics: Tensor | None) -> Policy:

@@ -25,6 +25,22 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
+def of_first_rank(tensor: Tensor) -> Tensor:
+    """The first rank's tensor, on every rank."""
+    if rank_count() == 1:
+        return tensor
+    sent = tensor.to(torch.int32) if tensor.dtype == torch.bool else tensor.clone()
+    dist.broadcast(sent, 0)
+    return sent.to(tensor.dtype)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor, gathered if `fully_shard` has split it over ranks; detached."""
+    gather = getattr(tensor, "full_tensor", None)
+    found: Tensor = tensor.detach() if gather is None else gather().detach()
+    return found
+
+
 class AgreementOfRanks(Agreement):
     """Statistics over all ranks."""
 

@@ -13,12 +13,12 @@ from nets import example
 from torch import Tensor, nn
 
 import qcompile
-from qcompile.passes.batchnorm import SplitBatchNorm
 from qcompile.passes.lsq import LsqActivationQuantizer
 from qcompile.passes.manager import Pass
 from qcompile.passes.quantize_layers import QuantizeLayers
 from qcompile.passes.quantizers import WeightCodes, WeightQuantizer
 from qcompile.passes.schemes.base import Scheme
+from qcompile.passes.split_batchnorm import SplitBatchNorm
 
 
 @dataclass(frozen=True)

@@ -27,12 +27,15 @@ class ModeOutput:
         logits: (N, classes, ...) output of this mode; None only where neither scheme nor teacher needs it.
         earlier: detached logits of the modes that ran before in this step, by row.
         teacher: detached logits of the external float teacher, if there is one.
+        normalised: of a random policy, pairs of (N, C, ...) outputs of batch normalisation, this policy's and
+            the highest mode's, behind each layer that runs at the smallest of its weight bits.
     """
 
     task_loss: Callable[[], Tensor]
     logits: Tensor | None
     earlier: Mapping[int, Tensor]
     teacher: Tensor | None
+    normalised: Sequence[tuple[Tensor, Tensor]] = ()
 
     def distance(self, guide: Tensor, measure: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """How far this mode's logits are from a guide's."""
@@ -101,6 +104,20 @@ class Scheme:
     def mode_loss(self, row: int, output: ModeOutput) -> Tensor:
         """Loss of the mode of one row."""
         return output.task_loss()
+
+    @property
+    def random_policies(self) -> int:
+        """How many are drawn for every training step, to follow the modes of `training_order`."""
+        return 0
+
+    def policy_loss(self, output: ModeOutput) -> Tensor:
+        """Loss of a random policy."""
+        return output.task_loss()
+
+    @property
+    def compares_normalised(self) -> bool:
+        """Whether `policy_loss` compares outputs of batch normalisation."""
+        return False
 
     @property
     def quantizer_lr_factor(self) -> float:

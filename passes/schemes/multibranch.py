@@ -15,13 +15,14 @@ from torch import Tensor
 
 from qcompile.errors import InvalidArgument
 
-from ..batchnorm import BatchNormVariant, SplitBatchNorm
+from ..batchnorm import BatchNormVariant
 from ..branches import Selection, SplitBranches
 from ..distillation import soft_cross_entropy
 from ..half_layers import TieHalves
 from ..manager import Pass
 from ..quantize_layers import QuantizeLayers
 from ..range_quantizers import RangeActivationQuantizer, RangeWeightQuantizer
+from ..split_batchnorm import SplitBatchNorm
 from .base import ModeOutput, Scheme, choice, number
 
 

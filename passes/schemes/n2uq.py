@@ -13,13 +13,14 @@ from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
-from ..batchnorm import BatchNormVariant, SplitBatchNorm
+from ..batchnorm import BatchNormVariant
 from ..distillation import soft_cross_entropy
 from ..entropy_weights import EntropyWeightQuantizer
 from ..learned_thresholds import ThresholdActivationQuantizer
 from ..manager import Pass
 from ..quantize_layers import QuantizeLayers
 from ..rprelu import ReplaceReLU
+from ..split_batchnorm import SplitBatchNorm
 from .base import ModeOutput, Scheme, choice, number
 
 

@@ -17,10 +17,11 @@ from torch import Tensor
 from qcompile.errors import InvalidArgument
 
 from ..aligned import AlignedActivationQuantizer, AlignedWeightQuantizer
-from ..batchnorm import BatchNormVariant, SplitBatchNorm
+from ..batchnorm import BatchNormVariant
 from ..distillation import divergence
 from ..manager import Pass
 from ..quantize_layers import QuantizeLayers
+from ..split_batchnorm import SplitBatchNorm
 from .base import ModeOutput, Scheme, choice, number
 
 _BATCH_NORM: dict[str, BatchNormVariant] = {"A": "stats", "B": "full", "shared": "shared"}

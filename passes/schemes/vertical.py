@@ -16,13 +16,14 @@ from torch import Tensor
 from qcompile.errors import InvalidArgument
 from qcompile.modes import FLOAT_BITS
 
-from ..batchnorm import BatchNormVariant, SplitBatchNorm
+from ..batchnorm import BatchNormVariant
 from ..distillation import cosine_distance, divergence
 from ..expand_attention import ExpandAttention
 from ..expand_products import ExpandProducts
 from ..lsq import LsqActivationQuantizer
 from ..manager import Pass
 from ..quantize_layers import LayerQuantizers, QuantizeLayers
+from ..split_batchnorm import SplitBatchNorm
 from ..vertical_weights import VerticalWeightQuantizer
 from .base import ModeOutput, Scheme, choice
 

@@ -7,7 +7,6 @@ own quantisers declare, still checks every fold against the real chain, and says
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -20,95 +19,10 @@ from ..passes.layers import QuantizedLayer
 from ..passes.quantized_tensor import QuantizedTensor
 from ..passes.quantizers import ActivationQuantizer, FloatRange, ThresholdGrid
 from .chain import as_array
+from .reference_values import ReferenceGrid, ReferenceRange, ReferenceThresholds, ReferenceWeight
 
 #: What holds a weight quantiser and the latent weight.
 Weighted: TypeAlias = QuantizedLayer | QuantizedTensor
-
-
-@dataclass(frozen=True)
-class ReferenceWeight:
-    """A weight as `scale * (codes + numerator / 2**shift) + centre`.
-
-    Attributes:
-        codes: int64, the weight's shape.
-        scale: float64, a scalar, one value per output channel, or per group of equal size (channels, groups).
-        numerator, shift: the offset.
-        centre: float64, the shape of `scale`, or 0.
-    """
-
-    codes: NDArray[np.int64]
-    scale: NDArray[np.float64]
-    numerator: int
-    shift: int
-    centre: NDArray[np.float64] | float = 0.0
-
-    @property
-    def real(self) -> NDArray[np.float64]:
-        """The dequantised weight."""
-        codes = self.codes.reshape(max(1, self.scale.size), -1) + self.numerator * 2.0**-self.shift
-        centre = np.asarray(self.centre).reshape(-1, 1)
-        return np.asarray(self.scale.reshape(-1, 1) * codes + centre).reshape(self.codes.shape)
-
-    @property
-    def integers(self) -> NDArray[np.float64]:
-        """Multiples of `unit`."""
-        return np.asarray(self.codes * 2.0**self.shift + self.numerator)
-
-    @property
-    def unit(self) -> NDArray[np.float64]:
-        """What one of `integers` is worth, in the shape of `scale`."""
-        return np.asarray(self.scale * 2.0**-self.shift)
-
-
-@dataclass(frozen=True)
-class ReferenceGrid:
-    """An activation as `step * code`, low <= code <= high.
-
-    Attributes:
-        step: real value of one code.
-        low, high: range of codes.
-        spacing: distance of the inputs at which neighbouring codes begin; None: the nearest value counts.
-        start: the input at which code 0 begins, with `spacing`.
-    """
-
-    step: float
-    low: int
-    high: int
-    spacing: float | None = None
-    start: float = 0.0
-
-    def position(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The number whose nearest integer is the code of `x`, not clipped."""
-        if self.spacing is None:
-            return np.asarray(x / self.step)
-        return np.asarray((x - self.start) / self.spacing - 0.5)
-
-
-@dataclass(frozen=True)
-class ReferenceThresholds:
-    """An activation as `step * code`, the code counting the thresholds that `before * x` has reached."""
-
-    step: float
-    low: int
-    high: int
-    thresholds: NDArray[np.float64]
-    before: float
-
-    def position(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
-        """A number whose nearest integer is the code of `x`: thresholds lie at halves."""
-        ends, gap = self.thresholds[[0, -1]], 1.0
-        if len(self.thresholds) > 1:
-            gap = float(ends[1] - ends[0]) / (len(self.thresholds) - 1)
-        known = np.concatenate([[ends[0] - gap], self.thresholds, [ends[1] + gap]])
-        return np.interp(self.before * x, known, self.low - 0.5 + np.arange(len(known)))
-
-
-@dataclass(frozen=True)
-class ReferenceRange:
-    """An activation of a float mode: clipped, not rounded."""
-
-    low: float
-    high: float
 
 
 class SchemeFormulas(Protocol):
@@ -273,11 +187,41 @@ class MultiBranchFormulas:
         return lower, max(upper, lower + self.smallest_width)
 
 
+class CoupledFormulas:
+    """Weight coupling: Eq. 1 with a learned step for every bit-width, of weights and of activations."""
+
+    smallest_step = VerticalFormulas.smallest_step
+
+    def weight(self, model: QuantModel, layer: Weighted, mode: Mode) -> ReferenceWeight:
+        """c = clip(round(W / s_b), -2^(b-1), 2^(b-1) - 1)."""
+        quantizer: Any = layer.weight_quantizer
+        bits = quantizer.bits[model.row(mode)]
+        step = self._step(quantizer, bits)
+        code = np.clip(
+            np.rint(as_array(layer.weight).astype(np.float64) / step), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+        )
+        return ReferenceWeight(code.astype(np.int64), np.asarray(step), 0, 0)
+
+    def activation(self, model: QuantModel, quantizer: ActivationQuantizer, mode: Mode) -> ReferenceGrid:
+        """2^b codes from the lowest one on; unsigned where the tensor cannot be negative."""
+        given: Any = quantizer
+        bits = given.bits[model.row(mode)]
+        low = int(as_array(given.lows)[sorted(set(given.bits)).index(bits)]) if given.signed else 0
+        return ReferenceGrid(self._step(given, bits), low, low + 2**bits - 1)
+
+    def _step(self, quantizer: Any, bits: int) -> float:
+        steps = as_array(quantizer.step).astype(np.float64)
+        return max(
+            float(steps[sorted(set(quantizer.bits)).index(bits)]), float(np.float32(self.smallest_step))
+        )
+
+
 _FORMULAS: dict[str, SchemeFormulas] = {
     "vertical": VerticalFormulas(),
     "quantizable": QuantizableFormulas(),
     "n2uq": N2UQFormulas(),
     "multibranch": MultiBranchFormulas(),
+    "coupled": CoupledFormulas(),
 }
 
 

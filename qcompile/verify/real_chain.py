@@ -33,16 +33,9 @@ from ..passes.rprelu import ModePReLU
 from ..policy import Policy
 from . import reference
 from .chain import QUANTISERS, as_array, substitute
-from .formulas import (
-    DeclaredFormulas,
-    ReferenceGrid,
-    ReferenceRange,
-    ReferenceThresholds,
-    ReferenceWeight,
-    SchemeFormulas,
-    find_formulas,
-)
+from .formulas import DeclaredFormulas, SchemeFormulas, find_formulas
 from .output_error import OutputError
+from .reference_values import ReferenceGrid, ReferenceRange, ReferenceThresholds, ReferenceWeight
 from .structure import array_difference
 
 #: A code may lie this far beyond the rounding interval of its real value, in codes, ...
@@ -298,15 +291,15 @@ class RealChain:
         return torch.where(moved >= 0, moved, slope * moved) + shift_out
 
     def _normalised(self, path: str, module: ModeBatchNorm, x: Tensor) -> Tensor:
-        def row(value: Tensor | None) -> Tensor | None:
-            # shared parameters have one row
-            own = self.row_of(module)
-            return None if value is None else _double(value.detach().cpu()[min(own, len(value) - 1)])
+        of_affine, of_statistics = module.rows_of(self.row_of(module))
 
-        mean, variance = row(module.running_mean), row(module.running_var)
+        def at(value: Tensor | None, row: int) -> Tensor | None:
+            return None if value is None else _double(value.detach().cpu()[row])
+
+        mean, variance = at(module.running_mean, of_statistics), at(module.running_var, of_statistics)
         if path in self._statistics:
             mean, variance = (_double(one) for one in self._statistics[path])
-        weight, bias = row(module.weight), row(module.bias)
+        weight, bias = at(module.weight, of_affine), at(module.bias, of_affine)
         return nn.functional.batch_norm(x, mean, variance, weight, bias, mean is None, 0.0, module.eps)
 
     def _compare_outputs(self, real: Sequence[Any], outputs: Sequence[NDArray[Any]]) -> None:
