@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .model import QuantModel
 from .modes import Mode
 from .passes.batchnorm import ModeBatchNorm
+from .passes.bit_candidates import BitCandidates
 from .passes.layers import QuantizedLayer
 from .passes.mode_input import ModeModule
 from .passes.quantized_tensor import QuantizedTensor
@@ -18,12 +19,15 @@ from .policy import Policy
 from .wrappers import as_prepared
 
 
-def _quantizer_prefixes(model: nn.Module) -> tuple[str, ...]:
-    return tuple(
-        f"{path}."
-        for path, module in model.named_modules()
-        if isinstance(module, (ModeModule, WeightQuantizer)) and module.is_added
+def _is_added(module: nn.Module) -> bool:
+    """Whether the float model has nothing in its place."""
+    return isinstance(module, BitCandidates) or (
+        isinstance(module, (ModeModule, WeightQuantizer)) and module.is_added
     )
+
+
+def _quantizer_prefixes(model: nn.Module) -> tuple[str, ...]:
+    return tuple(f"{path}." for path, module in model.named_modules() if _is_added(module))
 
 
 def load_float_state(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -52,10 +56,10 @@ def load_float_state(module: nn.Module, state_dict: dict[str, Any], prefix: str,
             weight = child.float_weight(lambda name: state_dict.get(prefix + name), path)
             if weight is not None:
                 child.weight_quantizer.initialise(weight.detach())
-        elif isinstance(child, ModeModule):
+        elif isinstance(child, (ModeModule, BitCandidates)):
             child.forget()
     for path, child in module.named_modules():
-        if isinstance(child, (ModeModule, WeightQuantizer)) and child.is_added:
+        if _is_added(child):
             for name, value in child.state_dict().items():
                 state_dict[f"{prefix}{path}.{name}"] = value.clone()
 

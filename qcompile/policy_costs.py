@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from .passes.calls import batch_of
 from .passes.layers import QuantizedLayer
 from .passes.quantized_tensor import QuantizedTensor
 from .policy import Policy
-from .policy_rows import layers_of_policies, readers
+from .policy_rows import candidates, layers_of_policies, readers
 
 #: Bits at which first and last layers count, whatever they run at (weight coupling, Sec. 4.1).
 ENDS = 8
@@ -38,6 +38,7 @@ class SearchedLayer:
         reads_codes: whether its input is quantised, too.
         shares: layers that read the same quantised tensor, itself among them; its activation bits are the
             most of theirs.
+        modes: those that it may have, increasing.
     """
 
     name: str
@@ -45,6 +46,12 @@ class SearchedLayer:
     weights: int
     reads_codes: bool
     shares: tuple[str, ...]
+    modes: tuple[Mode, ...]
+
+    def nearest(self, mode: Mode) -> Mode:
+        """The mode, or the one of this layer with the next weight bits."""
+        same = [one for one in self.modes if one.activation_bits == mode.activation_bits] or self.modes
+        return next((one for one in same if one.weight_bits >= mode.weight_bits), same[-1])
 
     def cost(self, weight_bits: int, activation_bits: int) -> LayerCost:
         """At any bits."""
@@ -87,8 +94,27 @@ class PolicyCosts:
         return sum(map(KINDS[kind], self.fixed))
 
     def uniform(self, mode: Mode) -> Policy:
-        """The same mode for every layer."""
-        return Policy({one.name: mode for one in self.layers})
+        """The same mode for every layer, or the next one that it has."""
+        return Policy({one.name: one.nearest(mode) for one in self.layers})
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether weight bits determine activation bits and the other way round."""
+        pairs = (
+            {mode.weight_bits for mode in self.modes},
+            {mode.activation_bits for mode in self.modes},
+        )
+        return all(len(one) == len(self.modes) for one in pairs)
+
+    def settled(self, modes: Mapping[str, Mode]) -> Policy:
+        """The policy with these modes; layers that read one tensor name the bits that it gets."""
+        found = dict(modes)
+        for group in [] if self.is_tied else self.groups():
+            bits = max(modes[one.name].activation_bits for one in group)
+            wanted = {one.name: Mode(modes[one.name].weight_bits, bits) for one in group}
+            if all(wanted[one.name] in one.modes for one in group):
+                found |= wanted
+        return Policy(found)
 
     def groups(self) -> list[tuple[SearchedLayer, ...]]:
         """The layers, those together that read the same quantised tensor."""
@@ -107,25 +133,28 @@ class PolicyCosts:
         modes: dict[str, Mode] = {}
         for group in self.groups():
             modes |= pick(self._candidates(group, kind, pick), key=lambda one: one[0])[1]
-        return Policy(modes)
+        return self.settled(modes)
 
     def _candidates(
         self, group: Sequence[SearchedLayer], kind: str, pick: Callable[..., Any]
     ) -> Iterator[tuple[int, dict[str, Mode]]]:
         """Totals and modes of a group, the extreme ones among them."""
         for bits in sorted({mode.activation_bits for mode in self.modes}):
-            at_most = [mode for mode in self.modes if mode.activation_bits <= bits]
-            exactly = [mode for mode in at_most if mode.activation_bits == bits]
             for setting in group:  # one of them sets the bits of the tensor that all read
                 found, total = {}, 0
                 for one in group:
+                    least = bits if one is setting else 0
                     costs = {
                         mode: KINDS[kind](one.cost(mode.weight_bits, bits))
-                        for mode in (exactly if one is setting else at_most)
+                        for mode in one.modes
+                        if least <= mode.activation_bits <= bits
                     }
+                    if not costs:
+                        break
                     found[one.name] = pick(costs, key=costs.__getitem__)
                     total += costs[found[one.name]]
-                yield total, found
+                else:
+                    yield total, found
 
 
 def policy_costs(model: QuantModel) -> PolicyCosts:
@@ -164,6 +193,7 @@ def policy_costs(model: QuantModel) -> PolicyCosts:
             _weights(model, name),
             name in together,
             together.get(name, (name,)),
+            tuple(mode for mode in candidates(model, name) if mode in modes),
         )
         for name in wanted
     ]

@@ -24,7 +24,10 @@ torch.set_num_threads(1)
 UNIFORM = tuple(Mode(b, b) for b in (2, 3, 4))
 GRID = tuple(Mode(w, a) for w in (2, 3, 4) for a in (2, 3, 4))
 MACS = {"a": 10, "b": 30, "c": 5}
-TOY = tuple(SearchedLayer(name, macs, macs, True, (name,)) for name, macs in MACS.items())
+
+
+def _toy(modes):
+    return tuple(SearchedLayer(name, macs, macs, True, (name,), modes) for name, macs in MACS.items())
 
 
 def _toy_loss(bits):
@@ -83,7 +86,8 @@ def test_greedy_is_the_papers_step_by_step(limit, trade, on_loss, kind):
         "both": lambda cost: [(0,), (1,)],
         "weights first": lambda cost: [(0,)] if cost > halfway else [(1,)],
     }
-    costs = PolicyCosts(UNIFORM if kind == "tied" else GRID, TOY)
+    modes = UNIFORM if kind == "tied" else GRID
+    costs = PolicyCosts(modes, _toy(modes))
     path = []
     budget = parse_budget(f"bitops<={limit}", costs)
     first = kind != "both"

@@ -57,11 +57,12 @@ def _drawn(
     for _ in range(TRIES):
         one, other = chance.choice(parents).layers, chance.choice(parents).layers
         mixed = {name: chance.choice((mode, other[name])) for name, mode in one.items()}
+        candidates = {one.name: one.modes for one in costs.layers}
         changed = {
-            name: chance.choice(costs.modes) if chance.random() < 2.0 / len(mixed) else mode
+            name: chance.choice(candidates[name]) if chance.random() < 2.0 / len(mixed) else mode
             for name, mode in mixed.items()
         }
-        child = _within(costs, budget, Policy(changed), chance)
+        child = _within(costs, budget, costs.settled(changed), chance)
         if child not in known:
             found[child] = None
         if len(found) == POPULATION:
@@ -72,7 +73,7 @@ def _drawn(
 def _within(costs: PolicyCosts, budget: Budget, policy: Policy, chance: random.Random) -> Policy:
     """The policy, random layers of it lowered until the budget holds."""
     while (spent := costs.total(policy, budget.kind)) > budget.limit:
-        steps = neighbours(policy, costs.modes, "both")
+        steps = neighbours(policy, costs, "both")
         lower = [one for one in steps if costs.total(one, budget.kind) < spent]
         policy = chance.choice(lower) if lower else costs.extreme(budget.kind, min)
     return policy

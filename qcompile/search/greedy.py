@@ -8,13 +8,13 @@ minmax(loss) + lambda minmax(cost), until the budget holds.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, TypeVar
 
 from qcompile.errors import InvalidArgument
 from qcompile.modes import Mode
 from qcompile.policy import Policy
-from qcompile.policy_costs import PolicyCosts
+from qcompile.policy_costs import PolicyCosts, SearchedLayer
 
 from .budget import Budget
 
@@ -56,11 +56,11 @@ def greedy(
     halfway = fixed + math.sqrt(highest * max(0.0, budget.limit - fixed))
     while (cost := costs.total(current, budget.kind)) > budget.limit:
         moves: list[Moves] = ["both"]
-        if weights_first and not _tied(costs.modes):
+        if weights_first and not costs.is_tied:
             moves = ["weights", "activations"] if cost > halfway else ["activations", "weights"]
         found: list[Policy] = []
         for kind in moves:
-            found = found or [one for one in neighbours(current, costs.modes, kind) if one not in visited]
+            found = found or [one for one in neighbours(current, costs, kind) if one not in visited]
         if not found:
             raise InvalidArgument(f"greedy search found no policy within {budget.text!r}; try another method")
         measured = losses(current, found)
@@ -82,37 +82,42 @@ def minmax(values: Sequence[float]) -> list[float]:
     return [(one - low) / span if span > 0 else 0.0 for one in values]
 
 
-def neighbours(policy: Policy, modes: Sequence[Mode], moves: Moves) -> list[Policy]:
-    """Policies in which one layer is one step up or down, in the order of the layers, up first."""
-    given = policy.layers
-    return [
-        Policy({**given, name: mode})
-        for name, current in policy.items
-        for mode in _steps(current, modes, moves)
-    ]
+def neighbours(policy: Policy, costs: PolicyCosts, moves: Moves) -> list[Policy]:
+    """Policies in which one layer is one step up or down, in the order of the layers' names, up first.
+
+    Layers that read one tensor change its activation bits together.
+    """
+    given, found = policy.layers, list[dict[str, Mode]]()
+    for layer in sorted(costs.layers, key=lambda one: one.name):
+        current = given[layer.name]
+        ordered = [
+            one for one in layer.modes if costs.is_tied or one.activation_bits == current.activation_bits
+        ]
+        if costs.is_tied or moves != "activations":
+            found += [{layer.name: one} for one in _beside(current, ordered)]
+        first = min(layer.shares) == layer.name
+        if not costs.is_tied and moves != "weights" and first:
+            found += _activation_steps(given, layer, costs)
+    return [Policy({**given, **changed}) for changed in found]
 
 
-def _steps(current: Mode, modes: Sequence[Mode], moves: Moves) -> list[Mode]:
-    if _tied(modes):
-        place = list(modes).index(current)
-        return [modes[one] for one in (place + 1, place - 1) if 0 <= one < len(modes)]
+def _activation_steps(
+    given: Mapping[str, Mode], layer: SearchedLayer, costs: PolicyCosts
+) -> list[dict[str, Mode]]:
+    levels = sorted({mode.activation_bits for mode in costs.modes})
+    candidates = {one.name: one.modes for one in costs.layers}
+    bits = max(given[name].activation_bits for name in layer.shares)
     found = []
-    if moves != "activations":
-        same = [one for one in modes if one.activation_bits == current.activation_bits]
-        found += _beside(current, sorted(same, key=lambda one: one.weight_bits))
-    if moves != "weights":
-        same = [one for one in modes if one.weight_bits == current.weight_bits]
-        found += _beside(current, sorted(same, key=lambda one: one.activation_bits))
+    for one in _beside(bits, levels):
+        changed = {name: Mode(given[name].weight_bits, one) for name in layer.shares}
+        if all(mode in candidates[name] for name, mode in changed.items()):
+            found.append(changed)
     return found
 
 
-def _beside(current: Mode, ordered: Sequence[Mode]) -> list[Mode]:
+Step = TypeVar("Step")
+
+
+def _beside(current: Step, ordered: Sequence[Step]) -> list[Step]:
     place = list(ordered).index(current)
     return [ordered[one] for one in (place + 1, place - 1) if 0 <= one < len(ordered)]
-
-
-def _tied(modes: Sequence[Mode]) -> bool:
-    """Whether weight bits determine activation bits and the other way round."""
-    return (
-        len({one.weight_bits for one in modes}) == len(modes) == len({one.activation_bits for one in modes})
-    )

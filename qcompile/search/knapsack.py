@@ -90,7 +90,7 @@ class _Problem:
             _Choice(index, layer, mode, bits)
             for index, group in enumerate(costs.groups())
             for layer in group
-            for mode in costs.modes
+            for mode in layer.modes
             for bits in levels
             # alone, a layer has its own activation bits; with others, at least those
             if bits == mode.activation_bits or (len(group) > 1 and bits > mode.activation_bits)
@@ -158,7 +158,7 @@ class _Problem:
 
     def policy(self, chosen: Any) -> Policy:
         """What a solution says."""
-        return Policy(
+        return self.costs.settled(
             {one.layer.name: one.mode for one, yes in zip(self.choices, chosen, strict=True) if yes}
         )
 
