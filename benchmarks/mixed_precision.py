@@ -1,12 +1,12 @@
 """Mixed precision of a ResNet-20 on real images: training, search under budgets, accuracy against cost.
 
-    python benchmarks/mixed_precision.py train model.pt                     weight coupling, from pretrained weights
-    python benchmarks/mixed_precision.py train plain.pt --plain             without schedule and distortion
-    python benchmarks/mixed_precision.py search model.pt                    average 3 and 4 bits, three seeds
+    python benchmarks/mixed_precision.py train model.pt                   weight coupling, pretrained at first
+    python benchmarks/mixed_precision.py train plain.pt --plain           without schedule and distortion
+    python benchmarks/mixed_precision.py search model.pt                  average 3 and 4 bits, three seeds
     python benchmarks/mixed_precision.py front model.pt --plot front.svg    accuracy against cost
 
-With `--scheme vertical`, the same for vertical layering. The search sees training images only; accuracy is that of
-the 1,017 exact test images. Images and weights are those of `examples/cifar10.py`.
+With `--scheme vertical`, the same for vertical layering. Searches see training images only; accuracy is that
+of the 1,017 exact test images. Images and weights are those of `examples/cifar10.py`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import qcompile
+from qcompile.modes import Mode
 from qcompile.passes.schemes.coupled import CoupledConfig
 from qcompile.policy_costs import policy_costs
 
@@ -103,7 +104,9 @@ def train(options: argparse.Namespace) -> None:
             print(f"step {step + 1}/{options.steps}, {losses}", file=sys.stderr)
     minutes = (time.perf_counter() - started) / 60, (time.process_time() - used) / 60
     torch.save(model.state_dict(), options.state)
-    print(f"{options.steps} steps of {options.batch} images: {minutes[0]:.1f} minutes, {minutes[1]:.1f} of CPU")
+    print(
+        f"{options.steps} steps of {options.batch} images: {minutes[0]:.1f} minutes, {minutes[1]:.1f} of CPU"
+    )
 
 
 def calibration(options: argparse.Namespace, seed: int, count: int) -> list[tuple[Tensor, Tensor]]:
@@ -127,9 +130,12 @@ def search(options: argparse.Namespace) -> None:
     costs = policy_costs(model)
     images, labels = cifar10.exact(options.data, "test")
     records: list[dict[str, Any]] = []
-    rows = ["| average bits | G BitOPs | uniform | search, by seed | mean | minutes |", "|---|---|---|---|---|---|"]
+    rows = [
+        "| average bits | G BitOPs | uniform | search, by seed | mean | minutes |",
+        "|---|---|---|---|---|---|",
+    ]
     for bits in (3, 4):
-        uniform = costs.uniform(qcompile.Mode(bits, bits))
+        uniform = costs.uniform(Mode(bits, bits))
         limit = costs.total(uniform, "bitops")
         base = measured(model, uniform, options)
         scores, minutes = [], []
@@ -141,7 +147,9 @@ def search(options: argparse.Namespace) -> None:
             )
             minutes.append((time.perf_counter() - started) / 60)
             scores.append(measured(model, policy, options))
-            records.append({"bits": bits, "seed": seed, "accuracy": scores[-1], "policy": dict(_bits(policy))})
+            records.append(
+                {"bits": bits, "seed": seed, "accuracy": scores[-1], "policy": dict(_bits(policy))}
+            )
             print(json.dumps(records[-1]), file=sys.stderr)
         mean = sum(scores) / len(scores)
         listed = ", ".join(f"{one:.2f}" for one in scores)
@@ -164,11 +172,12 @@ def front(options: argparse.Namespace) -> None:
     kind = "size" if options.scheme == "vertical" else "bitops"
     least, most = costs.bounds(kind)
     budgets = options.budgets or [
-        f"{kind}<={int(least + (most - least) * part / 9)}{'B' if kind == 'size' else ''}" for part in range(10)
+        f"{kind}<={int(least + (most - least) * part / 9)}{'B' if kind == 'size' else ''}"
+        for part in range(10)
     ]
     batches = calibration(options, 0, options.samples)
     policies = qcompile.search(model, batches, budget=budgets, method=options.method)
-    uniform = [costs.uniform(qcompile.Mode(bits, bits)) for bits in BITS[options.scheme]]
+    uniform = [costs.uniform(Mode(bits, bits)) for bits in BITS[options.scheme]]
     points = {
         name: [(costs.total(one, kind), measured(model, one, options)) for one in given]
         for name, given in (("search", policies), ("uniform", uniform))
@@ -188,7 +197,9 @@ def _draw(points: dict[str, list[tuple[int, float]]], kind: str, path: Path) -> 
     axes = figure.add_subplot()
     for (name, given), marker in zip(points.items(), "os", strict=True):
         scale = 1e3 if kind == "size" else 1e9
-        axes.plot([cost / scale for cost, _ in given], [score for _, score in given], marker=marker, label=name)
+        axes.plot(
+            [cost / scale for cost, _ in given], [score for _, score in given], marker=marker, label=name
+        )
     axes.set_xlabel("KB of weights" if kind == "size" else "G BitOPs per image")
     axes.set_ylabel("test images right, %")
     axes.grid(alpha=0.3)

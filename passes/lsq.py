@@ -171,7 +171,7 @@ class LsqActivationQuantizer(ActivationQuantizer):
     ) -> None:
         super().__init__(len(bits))
         self.bits, self.signed = tuple(bits), signed
-        self.first, self.scaled_gradient = first, scaled_gradient
+        self.shared, self.first, self.scaled_gradient = shared, first, scaled_gradient
         self.widths = tuple(sorted(set(bits))) if shared else self.bits
         self._places = [self.widths.index(one) for one in bits] if shared else list(range(len(bits)))
         self.step = nn.Parameter(torch.ones(len(self.widths)))
@@ -200,7 +200,7 @@ class LsqActivationQuantizer(ActivationQuantizer):
         return low, low + 2 ** self.bits[row] - 1
 
     def initialise(self, x: Tensor, row: int, agreement: Agreement) -> None:
-        """The first step, from one batch.
+        """The first step, from one batch; where modes share steps, all that are not set yet.
 
         Codes begin lower or higher than usual if the step that covers the batch gets clearly finer.
 
@@ -210,12 +210,20 @@ class LsqActivationQuantizer(ActivationQuantizer):
         found = ends(x, agreement)
         if not all(map(math.isfinite, found)):
             raise InvalidArgument("cannot set an activation step from a batch that holds NaN or infinity")
+        magnitudes = x.detach().abs().sum(dtype=torch.float64)
+        sums = agreement.total(torch.stack([magnitudes, torch.full_like(magnitudes, x.numel())])).tolist()
+        mean = sums[0] / max(1.0, sums[1])
+        self._set_first(row, found, mean)
+        for other, done in enumerate(self.initialised.tolist()):
+            if self.shared and not done and not bool(self.initialised[other]):
+                self._set_first(other, found, mean)
+
+    def _set_first(self, row: int, found: tuple[float, float], mean: float) -> None:
+        """From the smallest and the largest value, and the mean magnitude."""
         self._choose_low(row, lambda low, high: covering_step(found, low, high))
         low, high = self.code_range(row)
         if self.first == "mean":
-            magnitudes = x.detach().abs().sum(dtype=torch.float64)
-            sums = agreement.total(torch.stack([magnitudes, torch.full_like(magnitudes, x.numel())])).tolist()
-            step = 2.0 * sums[0] / max(1.0, sums[1]) / math.sqrt(max(1, high))
+            step = 2.0 * mean / math.sqrt(max(1, high))
         elif low == self._usual_lows()[self._places[row]]:
             step = max(-found[0], found[1]) / max(1, high)
         else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
+import torch
 from torch import Tensor, fx, nn
 
 MODE_INPUT = "active_mode"
@@ -49,6 +50,10 @@ def picked(values: Tensor, row: Row) -> Tensor:
 
 def store(values: Tensor, row: Row, value: Tensor) -> None:
     """Write one row of stacked values."""
+    if not torch.compiler.is_compiling():
+        values = (
+            values.data
+        )  # graphs of other modes may hold theirs: a write that autograd counts spoils those
     if isinstance(row, int):
         values[row].copy_(value)
     else:

@@ -183,11 +183,13 @@ def distortion(pairs: Sequence[tuple[Tensor, Tensor]], rectified: bool) -> Tenso
     Returns:
         The sum over the pairs of the mean squared difference, shape ().
     """
-    ends = [
-        [one.float().clamp_min(0.0) if rectified else one.float() for one in (found, wanted.detach())]
-        for found, wanted in pairs
-    ]
-    return torch.stack([functional.mse_loss(found, wanted) for found, wanted in ends]).sum()
+    errors = []
+    for found, wanted in pairs:
+        ends = [one.to(torch.promote_types(one.dtype, torch.float32)) for one in (found, wanted.detach())]
+        if rectified:
+            ends = [one.clamp_min(0.0) for one in ends]
+        errors.append(functional.mse_loss(ends[0], ends[1]))
+    return torch.stack(errors).sum()
 
 
 def _is_depthwise(layer: nn.Module) -> bool:

@@ -54,3 +54,30 @@ def is_round(epoch, epochs):
     """Whether frozen layers are chosen anew after a 0-based epoch."""
     every = 15 if epoch > 0.72 * epochs else 2
     return epoch > 5 and (epoch + 1) % every == 0
+
+
+def distortion(pairs, rectified):
+    """Eq. 8 with Q = 0 on normalised outputs; mean squared error, summed over layers."""
+    clip = (lambda x: np.maximum(x, 0.0)) if rectified else (lambda x: x)
+    return sum(float(((clip(found) - clip(wanted)) ** 2).mean()) for found, wanted in pairs)
+
+
+def _log_softmax(logits):
+    shifted = logits - logits.max(1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+
+
+def turn_loss(logits, target, guide, pairs, weight, rectified):
+    """Cross-entropy; with a guide, half of it and half of KL(guide || logits); plus the distortion."""
+    found = _log_softmax(logits)
+    loss = -float(found[np.arange(len(target)), target].mean())
+    if guide is not None:
+        wanted = _log_softmax(guide)
+        loss = 0.5 * loss + 0.5 * float((np.exp(wanted) * (wanted - found)).sum(1).mean())
+    return loss + weight * distortion(pairs, rectified)
+
+
+def spared(weight, step, bits):
+    """Weights within the clip range, which get no decay; zeros elsewhere."""
+    ratio = weight / step
+    return np.where((ratio >= -(2 ** (bits - 1))) & (ratio <= 2 ** (bits - 1) - 1), weight, 0.0)
