@@ -7,7 +7,7 @@ accumulators; sharing the running statistics ruins the low modes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -118,6 +118,16 @@ class ModeBatchNorm(ModeModule):
         if active.normalised is not None:
             active.normalised[id(self)] = output
         return output
+
+    def overwrite(self, *args: Any) -> Any:
+        """As a call in evaluation mode, in place."""
+        x, active = args
+        row = active.row_of(self.slot)
+        maps = self.scale_and_shift(row, active.statistics) if isinstance(row, int) else None
+        if maps is None:
+            return self(x, active)
+        scale, shift = (one.to(x.dtype).reshape(-1, *[1] * (x.dim() - 2)) for one in maps)
+        return torch.addcmul(shift, x, scale, out=x)
 
     def _normalised(self, x: Tensor, active: ActiveMode) -> Tensor:
         affine, statistics = self.rows_of(active.row_of(self.slot))

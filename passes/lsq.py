@@ -292,6 +292,17 @@ class LsqActivationQuantizer(ActivationQuantizer):
         output = _LsqActivation.apply(x, step, low, high, scale, self.scaled_gradient, again)
         return with_note(output, Rounding(rounded, (x, step, low, high), again))
 
+    def overwrite(self, *args: Any) -> Any:
+        """As a call in evaluation mode, in place for single precision."""
+        x, active = args
+        row = active.row_of(self.slot)
+        if not isinstance(row, int) or x.dtype != torch.float32:
+            return self(x, active)
+        grid = self.grid(row)
+        if isinstance(grid, FloatRange):
+            return x
+        return x.div_(grid.scale).clamp_(grid.low, grid.high).round_().mul_(grid.scale)
+
     def grid(self, row: int) -> ActivationGrid | FloatRange:
         """The mode's grid; the scale is the float32 step, exactly."""
         if self.bits[row] == FLOAT_BITS:

@@ -6,7 +6,7 @@ graphs then see the mode that they were called with.
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
@@ -34,6 +34,10 @@ class ModeModule(nn.Module):
     def own_parameters(self) -> list[nn.Parameter]:
         """Parameters whose rows belong to one mode each."""
         return []
+
+    def overwrite(self, *args: Any) -> Any:
+        """As a call in evaluation mode; the result may stand where the first argument stood."""
+        return self(*args)
 
     def forget(self) -> None:
         """Go back to the state after `prepare`; called when float weights are loaded."""
