@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from qcompile.errors import MissingExtra
 from qcompile.passes.integer_model import IntegerModel
@@ -123,6 +124,19 @@ class Executable:
     def kernels(self) -> list[dict[str, str]]:
         """What runs, in order: `layer` and `kernel` of each step; empty where a runtime of others decides."""
         return []
+
+    def layer_seconds(self, inputs: Sequence[Tensor], runs: int) -> dict[str, float] | None:
+        """The time of every layer's kernels, the fastest of several runs; estimates where nothing runs here.
+
+        Args:
+            inputs: flat inputs of the compiled shapes.
+            runs: how many.
+
+        Returns:
+            Seconds by layer, what belongs to no layer by a name of its own; None where a runtime of others
+            does not tell.
+        """
+        return None
 
     def arena_bytes(self) -> int | None:
         """Bytes of working memory of one model; None where a runtime of others decides."""

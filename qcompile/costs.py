@@ -26,6 +26,7 @@ class LayerCost:
         weight_bits, activation_bits: 32 for layers in float.
         macs: multiply-accumulates per sample.
         weight_bytes: packed size of the weight.
+        seconds: on a target, if that is known.
     """
 
     name: str
@@ -33,6 +34,7 @@ class LayerCost:
     activation_bits: int
     macs: int
     weight_bytes: int
+    seconds: float | None = None
 
     @property
     def bitops(self) -> int:
@@ -41,7 +43,8 @@ class LayerCost:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
-        return {**asdict(self), "bitops": self.bitops}
+        known = {name: value for name, value in asdict(self).items() if value is not None}
+        return {**known, "bitops": self.bitops}
 
 
 def layer_costs(

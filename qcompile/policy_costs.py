@@ -8,6 +8,7 @@ from typing import Any
 
 from .costs import LayerCost, layer_costs
 from .errors import InvalidArgument
+from .latency import LatencyTable, latency_table
 from .model import QuantModel
 from .modes import Mode
 from .pack import plane_bytes
@@ -21,9 +22,10 @@ from .policy_rows import candidates, layers_of_policies, readers
 ENDS = 8
 
 #: What a budget may limit, by the name that it has there.
-KINDS: dict[str, Callable[[LayerCost], int]] = {
+KINDS: dict[str, Callable[[LayerCost], float]] = {
     "bitops": lambda cost: cost.bitops,
     "size": lambda cost: cost.weight_bytes,
+    "latency": lambda cost: cost.seconds or 0.0,
 }
 
 
@@ -39,6 +41,7 @@ class SearchedLayer:
         shares: layers that read the same quantised tensor, itself among them; its activation bits are the
             most of theirs.
         modes: those that it may have, increasing.
+        table: how long it takes on a target, if that is known.
     """
 
     name: str
@@ -47,6 +50,7 @@ class SearchedLayer:
     reads_codes: bool
     shares: tuple[str, ...]
     modes: tuple[Mode, ...]
+    table: LatencyTable | None = None
 
     def nearest(self, mode: Mode) -> Mode:
         """The mode, or the one of this layer with the next weight bits."""
@@ -56,7 +60,9 @@ class SearchedLayer:
     def cost(self, weight_bits: int, activation_bits: int) -> LayerCost:
         """At any bits."""
         bits = activation_bits if self.reads_codes else 32
-        return LayerCost(self.name, weight_bits, bits, self.macs, weight_bits * plane_bytes(self.weights))
+        seconds = None if self.table is None else self.table.seconds(self.name, Mode(weight_bits, bits))
+        size = weight_bits * plane_bytes(self.weights)
+        return LayerCost(self.name, weight_bits, bits, self.macs, size, seconds)
 
 
 @dataclass(frozen=True)
@@ -71,11 +77,13 @@ class PolicyCosts:
         modes: those that policies consist of, increasing.
         layers: those whose modes policies choose.
         fixed: costs of the others.
+        table: seconds on a target, if latencies are known.
     """
 
     modes: tuple[Mode, ...]
     layers: tuple[SearchedLayer, ...]
     fixed: tuple[LayerCost, ...] = ()
+    table: LatencyTable | None = None
 
     def of(self, policy: Policy) -> tuple[LayerCost, ...]:
         """Every layer's cost, those that have no choice first."""
@@ -85,13 +93,16 @@ class PolicyCosts:
             for one in self.layers
         )
 
-    def total(self, policy: Policy, kind: str) -> int:
-        """One of `KINDS`, over all layers."""
-        return sum(map(KINDS[kind], self.of(policy)))
+    def total(self, policy: Policy, kind: str) -> float:
+        """One of `KINDS`, over all layers; whole numbers but for seconds."""
+        return sum(map(KINDS[kind], self.of(policy))) + self._rest(kind)
 
-    def fixed_total(self, kind: str) -> int:
+    def fixed_total(self, kind: str) -> float:
         """What layers without a choice take of it."""
-        return sum(map(KINDS[kind], self.fixed))
+        return sum(map(KINDS[kind], self.fixed)) + self._rest(kind)
+
+    def _rest(self, kind: str) -> float:
+        return self.table.rest if kind == "latency" and self.table is not None else 0
 
     def uniform(self, mode: Mode) -> Policy:
         """The same mode for every layer, or the next one that it has."""
@@ -124,7 +135,7 @@ class PolicyCosts:
             for names in dict.fromkeys(one.shares for one in self.layers)
         ]
 
-    def bounds(self, kind: str) -> tuple[int, int]:
+    def bounds(self, kind: str) -> tuple[float, float]:
         """The least and the largest total of any policy."""
         return self.total(self.extreme(kind, min), kind), self.total(self.extreme(kind, max), kind)
 
@@ -137,11 +148,11 @@ class PolicyCosts:
 
     def _candidates(
         self, group: Sequence[SearchedLayer], kind: str, pick: Callable[..., Any]
-    ) -> Iterator[tuple[int, dict[str, Mode]]]:
+    ) -> Iterator[tuple[float, dict[str, Mode]]]:
         """Totals and modes of a group, the extreme ones among them."""
         for bits in sorted({mode.activation_bits for mode in self.modes}):
             for setting in group:  # one of them sets the bits of the tensor that all read
-                found, total = {}, 0
+                found, total = {}, 0.0
                 for one in group:
                     least = bits if one is setting else 0
                     costs = {
@@ -157,11 +168,15 @@ class PolicyCosts:
                     yield total, found
 
 
-def policy_costs(model: QuantModel) -> PolicyCosts:
+def policy_costs(
+    model: QuantModel, target: str | None = None, batch: int = 1, threads: int | None = None
+) -> PolicyCosts:
     """Costs of the policies of a model.
 
     Args:
         model: from `prepare`, with activation steps that are set.
+        target: where latencies are measured; without, they are not known.
+        batch, threads: for latencies, as of `lower`.
 
     Raises:
         InvalidArgument: if modes run other layers, so that there are no policies.
@@ -197,7 +212,12 @@ def policy_costs(model: QuantModel) -> PolicyCosts:
         )
         for name in wanted
     ]
-    return PolicyCosts(modes, tuple(layers), tuple(fixed))
+    costs = PolicyCosts(modes, tuple(layers), tuple(fixed))
+    if target is None:
+        return costs
+    own = {one.name: {mode: (one.nearest(mode), one.macs) for mode in modes} for one in layers}
+    table = latency_table(model, own, target, batch, threads)
+    return replace(costs, layers=tuple(replace(one, table=table) for one in layers), table=table)
 
 
 def _weights(model: QuantModel, name: str) -> int:

@@ -32,6 +32,7 @@ class Variant:
         name: of the kind.
         plan: what it executes.
         layers: by kernel of the plan, the layer that it computes and what it is.
+        estimates: by kernel, the seconds that it is expected to take, for those of layers.
         taps: tensors of the integer graph among the outputs, behind the model's own, in order.
     """
 
@@ -39,6 +40,7 @@ class Variant:
     plan: Plan
     layers: dict[str, tuple[str, str]]
     taps: dict[str, Tap]
+    estimates: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -107,14 +109,16 @@ def _variant(
             # torch's own copy of an exported program uses a check that torch has deprecated
             warnings.filterwarnings("ignore", message=".*treespec, LeafSpec", category=FutureWarning)
             module = optimise(import_graph(graph, request.input_shapes), target)
-        layers = {kernel.name: (kernel.layer, kernel.summary) for kernel in map(kernel_op.find, builder.keys)}
+        built = [kernel_op.find(key) for key in builder.keys]
+        layers = {kernel.name: (kernel.layer, kernel.summary) for kernel in built}
+        estimates = {kernel.name: kernel.seconds for kernel in built}
     finally:
         kernel_op.forget(builder.keys)
     try:
         plan, kernels = make_plan(module)
     except LoweringError as cause:
         raise LoweringError(f"{culprits(graph, str(cause).split()[0])}: {cause}") from cause
-    variant = Variant(processor.name, plan, layers, builder.taps)
+    variant = Variant(processor.name, plan, layers, builder.taps, estimates)
     return variant, Part(processor.name, processor.condition, plan, kernels, target)
 
 
@@ -139,5 +143,5 @@ def kernel_artefact(
     plan = Plan((Call("kernel", (*given, *written)),), given, written, (), 0, b"")
     target = api.llvm(architecture.triple, processor.target)
     part = Part(processor.name, processor.condition, plan, {"kernel": kernel}, target)
-    variant = Variant(processor.name, plan, {}, {})
+    variant = Variant(processor.name, plan, {}, {}, {})
     return Artefact(architecture, folder, build(architecture, [part], folder), {processor.name: variant})

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from qcompile.backends.cache_folder import cache_folder
 from qcompile.errors import LoweringError, MissingExtra
 
 from .maps import round_up
-from .objects import cache_folder, compile_kernels
+from .objects import compile_kernels
 from .plan import ALIGNMENT, Place, Plan
 from .processors import Architecture
 

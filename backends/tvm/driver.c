@@ -10,6 +10,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include "model.h"
 
@@ -267,7 +268,19 @@ void qcompile_destroy(qcompile_model *model) {
 
 const char *qcompile_processor(const qcompile_model *model) { return model->plan->name; }
 
+static int64_t nanoseconds_now(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * INT64_C(1000000000) + now.tv_nsec;
+}
+
+int qcompile_kernel_count(const qcompile_model *model) { return (int)model->plan->call_count; }
+
 int qcompile_run(qcompile_model *model, const void *const *inputs, void *const *outputs) {
+    return qcompile_run_timed(model, inputs, outputs, NULL);
+}
+
+int qcompile_run_timed(qcompile_model *model, const void *const *inputs, void *const *outputs, int64_t *times) {
     const plan *chosen = model->plan;
     *message = 0;
     for (uint32_t i = 0; i < chosen->tensor_count; i++) {
@@ -280,11 +293,13 @@ int qcompile_run(qcompile_model *model, const void *const *inputs, void *const *
     for (uint32_t i = 0; i < chosen->call_count && !failed; i++) {
         const call_record *call = &chosen->calls[i];
         argument given[MOST_ARGUMENTS], result = {0, 0, NULL};
+        int64_t started = times == NULL ? 0 : nanoseconds_now();
         for (uint32_t j = 0; j < call->count; j++) {
             given[j].type = TENSOR, given[j].padding = 0;
             given[j].pointer = &model->views[chosen->arguments[call->first + j]];
         }
         failed = call->run(NULL, given, (int32_t)call->count, &result);
+        if (times != NULL) times[i] = nanoseconds_now() - started;
     }
     current = NULL;
     for (uint32_t i = 0; i < chosen->copy_count && !failed; i++) {

@@ -79,8 +79,7 @@ class CompiledExecutable(Executable):
                     f"{tuple(shape)}; lower it again with {other}other input_shapes, or with chunk=True for "
                     "any batch"
                 )
-            value = value.detach().cpu().contiguous()
-            given.append(value.clone() if value.data_ptr() % ALIGNMENT else value)
+            given.append(_aligned(value))
         return library.run(given)
 
     def export(self, folder: str | Path) -> tuple[Path, ...]:
@@ -131,6 +130,25 @@ class CompiledExecutable(Executable):
             rows.append({"layer": layer, "kernel": what})
         return rows
 
+    def layer_seconds(self, inputs: Sequence[Tensor], runs: int) -> dict[str, float]:
+        """Measured where this machine can run the code; what the choice of kernels estimates elsewhere."""
+        variant = self.library.variant()
+        names = [call.kernel for call in variant.plan.calls]
+        if isinstance(self.library, Library):
+            times = self.library.kernel_seconds([_aligned(one) for one in inputs], runs)
+        else:
+            times = [variant.estimates.get(name, 0.0) for name in names]
+        found: dict[str, float] = {}
+        for name, seconds in zip(names, times, strict=True):
+            layer, _ = variant.layers.get(name, (name, ""))
+            found[layer] = found.get(layer, 0.0) + seconds
+        return found
+
     def arena_bytes(self) -> int:
         """Working memory of one model, the most that any kind of processor needs."""
         return max(variant.plan.arena for variant in self.artefact.variants.values())
+
+
+def _aligned(value: Tensor) -> Tensor:
+    value = value.detach().cpu().contiguous()
+    return value.clone() if value.data_ptr() % ALIGNMENT else value

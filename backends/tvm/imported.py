@@ -16,10 +16,10 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 from tvm.relax.frontend.torch import from_exported_program
 
+from qcompile.backends.cache_folder import cache_folder
 from qcompile.errors import LoweringError
 
 from .api import relax, tvm
-from .objects import cache_folder
 
 #: How far results may differ, relative to the largest: both are float32 in another order.
 TOLERANCE = 1e-4

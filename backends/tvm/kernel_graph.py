@@ -192,6 +192,7 @@ class Builder:
         inputs: Sequence[fx.Node],
         outputs: Sequence[tuple[tuple[int, ...], str]],
         build: Callable[[str], Any],
+        seconds: float = 0.0,
     ) -> list[fx.Node]:
         """Call a kernel; returns a node per output."""
         base = "".join(one if one.isalnum() else "_" for one in f"{layer}_{what}")
@@ -200,7 +201,7 @@ class Builder:
             count += 1
             name = f"{base}_{count}"
         self._names.add(name)
-        key = kernel_op.register(Kernel(name, layer, what, tuple(outputs), build))
+        key = kernel_op.register(Kernel(name, layer, what, tuple(outputs), build, seconds))
         self.keys.append(key)
         made = self.graph.call_function(torch.ops.qcompile_tvm.kernel.default, (list(inputs), key))
         return [self.graph.call_function(operator.getitem, (made, index)) for index in range(len(outputs))]

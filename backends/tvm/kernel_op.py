@@ -25,6 +25,7 @@ class Kernel:
         summary: what it is, for people.
         outputs: (shape, dtype) of every output.
         build: makes the PrimFunc of that name.
+        seconds: that it is expected to take; 0 where nobody estimates.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Kernel:
     summary: str
     outputs: tuple[tuple[tuple[int, ...], str], ...]
     build: Callable[[str], Any]
+    seconds: float = 0.0
 
 
 _kernels: dict[str, Kernel] = {}

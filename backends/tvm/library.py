@@ -29,6 +29,8 @@ class Library:
         self._library = ctypes.CDLL(str(artefact.library))
         self._library.qcompile_create.restype = ctypes.c_void_p
         self._library.qcompile_run.argtypes = [ctypes.c_void_p] * 3
+        self._library.qcompile_run_timed.argtypes = [ctypes.c_void_p] * 4
+        self._library.qcompile_kernel_count.argtypes = [ctypes.c_void_p]
         self._library.qcompile_destroy.argtypes = [ctypes.c_void_p]
         self._library.qcompile_error.restype = ctypes.c_char_p
         self._library.qcompile_data.restype = ctypes.c_void_p
@@ -53,6 +55,24 @@ class Library:
         if failed:
             raise LoweringError(f"a kernel failed: {message}")
         return outputs
+
+    def kernel_seconds(self, inputs: Sequence[Tensor], runs: int) -> list[float]:
+        """The fastest time of every kernel, over several runs on contiguous, aligned tensors.
+
+        Raises:
+            LoweringError: as `run`.
+        """
+        outputs = self.run(inputs)  # warms up
+        model = self._model()
+        count = self._library.qcompile_kernel_count(model)
+        best = [float("inf")] * count
+        for _ in range(runs):
+            times = (ctypes.c_int64 * count)()
+            if self._library.qcompile_run_timed(model, _pointers(inputs), _pointers(outputs), times):
+                raise LoweringError(f"a kernel failed: {self._message()}")
+            best = [min(one, now * 1e-9) for one, now in zip(best, times, strict=True)]
+        self._idle.put(model)
+        return best
 
     def variant(self) -> Variant:
         """What runs on this processor.

@@ -4,6 +4,7 @@
 #define QCOMPILE_MODEL_H
 
 #include <stddef.h>
+#include <stdint.h>
 
 #ifdef __cplusplus
 extern "C" {
@@ -19,6 +20,11 @@ QCOMPILE_API qcompile_model *qcompile_create(int threads);
 /* Run it. One pointer per input and output, to tensors of the shapes that README.md lists, contiguous, aligned to
    64 bytes. Returns 0, or another number on failure. */
 QCOMPILE_API int qcompile_run(qcompile_model *model, const void *const *inputs, void *const *outputs);
+
+/* The same; `times` gets the nanoseconds of every kernel, qcompile_kernel_count of them. */
+QCOMPILE_API int qcompile_run_timed(qcompile_model *model, const void *const *inputs, void *const *outputs,
+                                    int64_t *times);
+QCOMPILE_API int qcompile_kernel_count(const qcompile_model *model);
 
 QCOMPILE_API void qcompile_destroy(qcompile_model *model);
 

@@ -11,30 +11,15 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
+
+from qcompile.backends.cache_folder import cache_folder
 
 from .api import tvm
 
 #: Bytes that the cache may hold; what was used least recently goes first.
 LIMIT = 256 * 2**20
-
-
-def cache_folder() -> Path:
-    """Where compiled kernels are kept."""
-    given = os.environ.get("QCOMPILE_CACHE")
-    if given is None and "HOME" not in os.environ and "XDG_CACHE_HOME" not in os.environ:
-        return _private_folder()
-    return (
-        Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "qcompile"
-    )
-
-
-@cache
-def _private_folder() -> Path:
-    """Without a home: a folder of this process, because code from a folder that others can make is theirs."""
-    return Path(tempfile.mkdtemp(prefix="qcompile-"))
 
 
 def compile_kernels(

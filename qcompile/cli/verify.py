@@ -5,12 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from ..errors import InvalidArgument
 from ..file.load import DeployedModel, load
 from ..passes.calls import at_batch, call_arguments
+from ..random_tensors import random_tensors
 from ..verify import verify
 from .data import read_inputs, shared_parameters
 from .tables import print_json
@@ -38,15 +36,7 @@ def verify_command(
 
 
 def random_inputs(model: DeployedModel, samples: int) -> Any:
-    """Normal random numbers; 0 and 1 where a model takes whole numbers: indices that any table has."""
-    generator = torch.Generator().manual_seed(0)
-    flat: list[Tensor] = []
+    """Inputs of that many samples, as a call takes them."""
     shapes = at_batch(model.signature, model.known_shapes(), samples)
-    for one, size in zip(model.signature.inputs, shapes, strict=True):
-        dtype = one.dtype or torch.float32
-        if dtype.is_floating_point:
-            flat.append(torch.randn(size, generator=generator).to(dtype))
-        else:
-            flat.append(torch.randint(0, 2, size, generator=generator).to(dtype))
-    args, kwargs = call_arguments(model.signature, flat)
+    args, kwargs = call_arguments(model.signature, random_tensors(model.signature, shapes))
     return {**dict(zip(model.signature.positional, args, strict=False)), **kwargs} if kwargs else args

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from typing import Any, Literal, get_args
 
 from rich.console import Console
@@ -39,6 +40,8 @@ def search(
     weights_first: bool = True,
     seed: int = 0,
     progress: bool = False,
+    batch: int = 1,
+    threads: int | None = None,
 ) -> Policy | list[Policy]:
     """Choose a mode for every layer.
 
@@ -47,8 +50,8 @@ def search(
     Args:
         model: from `prepare`, trained or calibrated. It is left as it is.
         loader: batches (inputs, target) of training data; read once and kept in memory.
-        budget: `bitops<=1.2G`, `size<=60KB`, or as a fraction of the highest uniform policy `bitops<=0.3x`;
-            or several of them, for a front.
+        budget: `bitops<=1.2G`, `size<=60KB`, `latency<=2ms@x86`, or as a fraction of the highest uniform
+            policy `bitops<=0.3x`; or several of them, for a front.
         method: `greedy` changes one layer at a time by its loss and cost (weight coupling, Eq. 9);
             `knapsack` gives the least quantisation error of the weights (vertical layering, Eq. 12), by
             HiGHS, whatever the loss; `evolution` mixes policies at random and keeps those with less loss.
@@ -59,6 +62,7 @@ def search(
             Without, both in every round.
         seed: of evolution.
         progress: show the current loss and cost on standard error, if that is a terminal.
+        batch, threads: of latencies, as of `lower`.
 
     Returns:
         The policy, with its statistics of batch normalisation; a list for a list of budgets.
@@ -80,7 +84,9 @@ def search(
     if not isinstance(loader, Iterable):
         raise InvalidInputType(f"the loader must be an iterable of batches, not {type(loader).__name__}")
     costs = policy_costs(prepared)
-    budgets = [parse_budget(one, costs) for one in ([budget] if isinstance(budget, str) else budget)]
+    on_target = cache(lambda target: policy_costs(prepared, target, batch, threads))
+    wanted = [budget] if isinstance(budget, str) else budget
+    budgets = [parse_budget(one, costs, on_target) for one in wanted]
     batches = list(loader)
     evaluator = Evaluator(prepared, batches, nn.CrossEntropyLoss() if criterion is None else criterion)
     console = Console(stderr=True)
@@ -89,18 +95,21 @@ def search(
     with Progress(*columns, console=console, transient=True, disable=not shown) as bar:
         task = bar.add_task("search", total=None)
 
-        def told(policy: Policy, loss: float, cost: int) -> None:
-            bar.update(task, description=f"loss {loss:.4f}, {limit.kind} {cost:,} of {limit.limit:,.0f}")
+        def told(policy: Policy, loss: float, cost: float) -> None:
+            reached = f"{limit.shown(cost)} of {limit.shown(limit.limit)}"
+            bar.update(task, description=f"loss {loss:.4f}, {limit.kind} {reached}")
 
         found = []
         for limit in budgets:
             if method == "knapsack":
-                found.append(least_error(costs, weight_errors(prepared, costs), limit))
+                found.append(least_error(limit.costs, weight_errors(prepared, costs), limit))
             elif method == "evolution":
-                found.append(evolve(costs, evaluator.losses, limit, seed, told))
+                found.append(evolve(limit.costs, evaluator.losses, limit, seed, told))
             else:
                 found.append(
-                    greedy(costs, evaluator.losses, limit, trade, trade_on == "loss", weights_first, told)
+                    greedy(
+                        limit.costs, evaluator.losses, limit, trade, trade_on == "loss", weights_first, told
+                    )
                 )
     inputs = [inputs_and_target(one)[0] for one in batches]
     policies = [_measured(prepared, inputs, one) for one in found]

@@ -22,7 +22,7 @@ from .budget import Budget
 Moves = Literal["weights", "activations", "both"]
 
 Losses = Callable[[Policy, Sequence[Policy]], Sequence[float]]
-Told = Callable[[Policy, float, int], None]
+Told = Callable[[Policy, float, float], None]
 
 
 def greedy(

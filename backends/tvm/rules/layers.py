@@ -97,6 +97,7 @@ def accumulate(builder: Builder, node: fx.Node) -> None:
         inputs,
         [(one.map.shape, one.map.dtype) for one in outputs],
         lambda name: family.build(name, layer),
+        1e-9 * (family.time(layer) or 0.0),
     )
     for (owner, map), result in zip(nodes, made, strict=True):
         builder.set_map(owner, Mapped(result, map, not is_conv))
