@@ -1,4 +1,4 @@
-"""Latencies of policies as budgets count them, against those of the lowered models, on ResNet-18 at 224 pixels.
+"""Latencies of policies as budgets count them, against those of the lowered models, on a ResNet-18.
 
     python benchmarks/policy_latency.py
 

@@ -126,8 +126,19 @@ class ModeBatchNorm(ModeModule):
         maps = self.scale_and_shift(row, active.statistics) if isinstance(row, int) else None
         if maps is None:
             return self(x, active)
-        scale, shift = (one.to(x.dtype).reshape(-1, *[1] * (x.dim() - 2)) for one in maps)
-        return torch.addcmul(shift, x, scale, out=x)
+        return _mapped(x, *maps)
+
+    def overwrite_by_batch(self, *args: Any) -> Any:
+        """As `overwrite`, with the mean and variance of `x` itself."""
+        x, active = args
+        axes = [0, *range(2, x.dim())]
+        variance, mean = torch.var_mean(x, axes, correction=0)
+        affine, _ = self.rows_of(active.row_of(self.slot))
+        weight, bias = [None if one is None else picked(one, affine) for one in (self.weight, self.bias)]
+        scale = torch.rsqrt(variance + self.eps)
+        scale = scale if weight is None else scale * weight
+        shift = -mean * scale
+        return _mapped(x, scale, shift if bias is None else shift + bias)
 
     def _normalised(self, x: Tensor, active: ActiveMode) -> Tensor:
         affine, statistics = self.rows_of(active.row_of(self.slot))
@@ -216,3 +227,9 @@ class ModeBatchNorm(ModeModule):
 
 def _first(place: Row) -> Row:
     return 0 if isinstance(place, int) else torch.zeros_like(place)
+
+
+def _mapped(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """scale * x + shift by channel, in place."""
+    scale, shift = (one.to(x.dtype).reshape(-1, *[1] * (x.dim() - 2)) for one in (scale, shift))
+    return torch.addcmul(shift, x, scale, out=x)

@@ -149,14 +149,14 @@ def parse_modes(bits: Sequence[int] | None, modes: Sequence[int | str | Mode] | 
     return parsed
 
 
-def find_mode(value: int | str | Mode, prepared: Sequence[Mode]) -> Mode:
-    """Look a mode up among the prepared ones.
+def find_mode(value: int | str | Mode, prepared: Sequence[Mode], others: Sequence[str] = ()) -> Mode:
+    """Look a mode up among the prepared ones; `others` are further choices that the error lists.
 
     Raises:
         InvalidArgument: naming the choices, if it was not prepared.
     """
     mode = Mode.parse(value)
     if mode not in prepared:
-        choices = ", ".join(str(m.label) for m in prepared)
+        choices = ", ".join([*(str(m.label) for m in prepared), *others])
         raise InvalidArgument(f"mode {mode.label} was not prepared; this model has: {choices}")
     return mode

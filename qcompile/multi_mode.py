@@ -39,6 +39,11 @@ class MultiModeModel(nn.Module):
     prefix_decodable: bool
     has_open_sizes: bool = False
 
+    @property
+    def precisions(self) -> dict[int | str, Mode | Policy]:
+        """What it runs, by the labels that users write: its modes, and policies that a file holds."""
+        return {mode.label: mode for mode in self.prepared_modes}
+
     def run(self, precision: Mode | Policy, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Run one mode, whatever the active one is; takes and returns what the float model does."""
         raise TypeError(f"{type(self).__name__} does not define run()")

@@ -42,12 +42,13 @@ def modes(model: nn.Module) -> tuple[int | str, ...]:
         model: from `qcompile.prepare` or `qcompile.load`, or a wrapper around one.
 
     Returns:
-        Bit-widths, or names such as `w2a4` where weights and activations differ.
+        Bit-widths, or names such as `w2a4` where weights and activations differ; then `policy-1`, `policy-2`
+        and so on for the policies of a file.
 
     Raises:
         InvalidInputType: if the model is neither.
     """
-    return tuple(mode.label for mode in as_multi_mode(model).prepared_modes)
+    return tuple(as_multi_mode(model).precisions)
 
 
 def set_bits(model: nn.Module, bits: int | str | Mode | Policy) -> None:

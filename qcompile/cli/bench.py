@@ -26,7 +26,7 @@ def bench_command(
     alternatives: dict[str, Callable[[], object]] = {}
     rows: dict[str, dict[str, Any]] = {}
     for target in targets:
-        for mode in model.prepared_modes:
+        for label, mode in model.precisions.items():
             run = lower(model, target, bits=mode, batch=batch, threads=threads)
             if not run.is_native:
                 raise InvalidArgument(
@@ -35,9 +35,9 @@ def bench_command(
                 )
             inputs = random_inputs(model, batch)
             args, kwargs = (inputs, {}) if isinstance(inputs, tuple) else ((), inputs)
-            name = f"{target} {mode.label}"
+            name = f"{target} {label}"
             alternatives[name] = _call(run, args, kwargs)
-            rows[name] = {"target": target, "mode": mode.label, "arena bytes": run.arena_bytes()}
+            rows[name] = {"target": target, "mode": label, "arena bytes": run.arena_bytes()}
     with torch.no_grad():
         times = best_of(runs, alternatives)
     for name, seconds in times.items():

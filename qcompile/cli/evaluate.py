@@ -26,14 +26,12 @@ def evaluate_command(
     names = [one.name for one in model.signature.parameters]
     x, y = read_labelled(data, names, shared_parameters(model.signature))
     rows: list[dict[str, Any]] = []
-    for mode in model.prepared_modes:
+    for label, mode in model.precisions.items():
         run: Callable[..., Any] = at(model, mode)
         if target is not None:
             run = lower(model, target, bits=mode, batch=batch, chunk=True)
         accuracy = top1(run, x, y, batch)
-        rows.append(
-            {"mode": mode.label, "target": target or "torch", "samples": len(y), "accuracy %": accuracy}
-        )
+        rows.append({"mode": label, "target": target or "torch", "samples": len(y), "accuracy %": accuracy})
     print_json(rows) if as_json else print_table(f"Accuracy of {file.name}", rows)
 
 

@@ -9,9 +9,13 @@ from ..costs import layer_costs
 from ..errors import FileFormatError
 from ..file.container import Container
 from ..file.load import Metadata, load
+from ..latency import RUNS
 from ..lower import lower
 from ..modes import Mode
 from ..passes.calls import batch_of
+from ..peak_bytes import peak_activation_bytes
+from ..policy import Policy
+from ..random_tensors import random_tensors
 from .tables import print_json, print_table
 
 
@@ -31,6 +35,8 @@ def inspect_command(file: Path, target: str | None, as_json: bool) -> None:
     for one in description.get("compiled", ()):
         memory = "" if one["arena bytes"] is None else f", {one['arena bytes']} bytes of working memory"
         print_table(f"{target} at {one['mode']}{memory}", one["kernels"])
+        if one["layers"]:
+            print_table(f"{'Times' if one['measured'] else 'Estimates'} at {one['mode']}", one["layers"])
 
 
 def describe(file: Path) -> dict[str, Any]:
@@ -56,7 +62,7 @@ def describe(file: Path) -> dict[str, Any]:
         ]
         modes = [
             {
-                "mode": Mode.parse(mode.name).label,
+                "mode": mode.name if mode.weight_bits is None else Mode.parse(mode.name).label,
                 "weight bits": mode.weight_bits,
                 "activation bits": mode.activation_bits,
                 "bytes to read": container.end_of(mode.name),
@@ -77,13 +83,18 @@ def describe(file: Path) -> dict[str, Any]:
         model = load(file)
         shapes = model.known_shapes()
         batch = batch_of(model.signature, shapes) or 1
-        for mode in model.prepared_modes:
-            costs = layer_costs(model.integer_model(mode), shapes, batch)
+        for label, mode in model.precisions.items():
+            graph = model.integer_model(mode)
+            costs = layer_costs(graph, shapes, batch)
             for cost in costs:
-                layers.setdefault(cost.name, {"layer": cost.name, "state": ""})["MACs"] = cost.macs
-                layers[cost.name][f"bytes at {mode.label}"] = cost.weight_bytes
-            listed = next(one for one in modes if one["mode"] == mode.label)
+                row = layers.setdefault(cost.name, {"layer": cost.name, "state": ""})
+                row["MACs"] = cost.macs
+                if isinstance(mode, Policy):
+                    row[f"bits in {label}"] = f"w{cost.weight_bits}a{cost.activation_bits}"
+                row[f"bytes at {label}"] = cost.weight_bytes
+            listed = next(one for one in modes if one["mode"] == label)
             listed["BitOPs of quantised layers"] = sum(cost.bitops for cost in costs if cost.weight_bits < 32)
+            listed["peak bytes of activations"] = peak_activation_bytes(graph, shapes, batch)
     return {
         "scheme": metadata.scheme,
         "bytes": size,
@@ -101,7 +112,18 @@ def compiled(file: Path, target: str) -> list[dict[str, Any]]:
     """
     model = load(file)
     found = []
-    for mode in model.prepared_modes:
+    for label, mode in model.precisions.items():
         run = lower(model, target, bits=mode)
-        found.append({"mode": mode.label, "arena bytes": run.arena_bytes(), "kernels": run.kernels()})
+        inputs = random_tensors(model.signature, run.request.input_shapes)
+        times = run.layer_seconds(inputs, RUNS)
+        kernels = [dict[str, Any](one) for one in run.kernels()]
+        found.append(
+            {
+                "mode": label,
+                "arena bytes": run.arena_bytes(),
+                "kernels": kernels,
+                "measured": run.is_native,
+                "layers": [{"layer": name, "us": 1e6 * one} for name, one in (times or {}).items()],
+            }
+        )
     return found

@@ -26,7 +26,7 @@ def verify_command(
     else:
         names = [one.name for one in model.signature.parameters]
         inputs = read_inputs(data, names, shared_parameters(model.signature)).part(0, samples)
-    reports = [verify(model, inputs, bits=mode, target=target) for mode in model.prepared_modes]
+    reports = [verify(model, inputs, bits=mode, target=target) for mode in model.precisions.values()]
     if as_json:
         print_json([report.to_dict() for report in reports])
     else:

@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from ..errors import FileFormatError, LoweringError
 from ..modes import Mode
 from ..passes.integer_model import IntegerModel
+from ..policy import Policy
 from .operators import is_listed
 from .threshold_check import check_thresholds
 
@@ -120,7 +121,7 @@ def _encode(value: Any) -> Any:
     raise LoweringError(f"a {type(value).__name__} argument cannot be stored in a file")
 
 
-def decode_graph(nodes: Any, constants: Mapping[str, Tensor], mode: Mode) -> IntegerModel:
+def decode_graph(nodes: Any, constants: Mapping[str, Tensor], mode: Mode | Policy) -> IntegerModel:
     """Rebuild an integer graph.
 
     Args:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, fx
 
-from ..errors import FileFormatError, InvalidArgument, QCompileError
+from ..errors import FileFormatError, InvalidArgument, InvalidInputType, QCompileError
 from ..modes import Mode, find_mode
 from ..multi_mode import MultiModeModel
 from ..passes.integer_model import IntegerModel
@@ -20,6 +20,7 @@ from ..passes.static_values import static_values
 from ..policy import Policy
 from .container import Container
 from .graph_json import decode_graph
+from .header import ModeEntry
 from .plane_sections import listed_shape, listed_weights, unpack_sections
 from .strict_json import parse_json
 from .tensors import decode_tensors
@@ -34,18 +35,43 @@ MAX_TENSOR_BYTES = 8 << 30
 class DeployedModel(MultiModeModel):
     """A model loaded from a file: it runs and lowers at the loaded modes, but does not train."""
 
-    def __init__(self, graphs: dict[Mode, IntegerModel], metadata: Metadata, prefix_decodable: bool) -> None:
+    def __init__(self, graphs: dict[str, IntegerModel], metadata: Metadata, prefix_decodable: bool) -> None:
         super().__init__()
-        self.prepared_modes = tuple(graphs)
-        self.active = self.prepared_modes[-1]
+        self._names = {graph.mode: name for name, graph in graphs.items()}
+        self.prepared_modes = tuple(one for one in self._names if isinstance(one, Mode))
+        self.active = next(reversed(self._names))
         self.signature = metadata.signature
         self.last_shapes = metadata.shapes
         self.records = metadata.layers
         self.scheme_name = metadata.scheme
         self.prefix_decodable = prefix_decodable
         self.has_open_sizes = metadata.open_sizes
-        self._graphs = torch.nn.ModuleDict({mode.name: graph for mode, graph in graphs.items()})
+        self._graphs = torch.nn.ModuleDict(graphs)
         self.eval()
+
+    @property
+    def precisions(self) -> dict[int | str, Mode | Policy]:
+        """Modes by their labels, policies by their names in the file."""
+        found = super().precisions
+        found.update((name, one) for one, name in self._names.items() if isinstance(one, Policy))
+        return found
+
+    def find(self, value: int | str | Mode | Policy) -> Mode | Policy:
+        """A mode or a policy that the file holds.
+
+        Raises:
+            InvalidArgument: naming the choices, otherwise.
+        """
+        policies = {name: one for name, one in self.precisions.items() if isinstance(one, Policy)}
+        if isinstance(value, Policy):
+            for one in policies.values():
+                if one.items == value.items:
+                    return one
+            choices = ", ".join(map(str, self.precisions))
+            raise InvalidArgument(f"this file does not hold that {value.label}; it has: {choices}")
+        if value in policies:
+            return policies[str(value)]
+        return find_mode(value, self.prepared_modes, [str(name) for name in policies])
 
     def integer_model(
         self, mode: Mode | Policy, shapes: Sequence[Sequence[int]] | None = None
@@ -71,7 +97,7 @@ class DeployedModel(MultiModeModel):
                         f"input {one.name!r} has shape {tuple(given)}; this file was saved for "
                         f"({', '.join(wanted)})"
                     )
-        graph = self._graphs[self.chosen(mode).name]
+        graph = self._graphs[self._names[self.chosen(mode)]]
         assert isinstance(graph, IntegerModel)
         return graph
 
@@ -110,8 +136,9 @@ class Metadata:
             self.shapes = tuple(listed_shape(shape) for shape in data["input_shapes"])
             self.planes = listed_weights(data["planes"])
             self.open_sizes = data.get("open_sizes", False) is True
+            self.policies = {str(name): Policy(layers) for name, layers in data.get("policies", {}).items()}
             self.layers = tuple(LayerRecord(str(n), bool(q), str(r)) for n, q, r in data["layers"])
-        except (KeyError, TypeError, ValueError) as cause:
+        except (KeyError, TypeError, ValueError, AttributeError, InvalidArgument, InvalidInputType) as cause:
             raise FileFormatError(f"its model description is malformed ({cause})") from cause
         ranks = [None if one.shape is None else len(one.shape) for one in self.signature.inputs]
         if len(ranks) != len(self.shapes) or any(
@@ -125,8 +152,9 @@ def load(source: str | PathLike[str] | BinaryIO, bits: int | str | Mode | None =
 
     Args:
         source: path, or a seekable binary file object.
-        bits: the one mode to load; only the sections it needs are read. Default: every mode that the file
-            holds completely (a truncated file holds fewer than its header lists).
+        bits: the one mode to load, or the name of a stored policy (`policy-1`, ...); only the sections it
+            needs are read. Default: everything that the file holds completely (a truncated file holds fewer
+            modes than its header lists).
 
     Returns:
         A model in eval mode, its highest loaded mode active.
@@ -146,52 +174,70 @@ def load(source: str | PathLike[str] | BinaryIO, bits: int | str | Mode | None =
 
 
 def _load(container: Container, bits: int | str | Mode | None) -> DeployedModel:
-    listed: dict[str, Mode] = {}
-    for entry in container.modes:
-        try:
-            mode = Mode.parse(entry.name)
-        except QCompileError as cause:
-            raise FileFormatError(f"mode {entry.name!r} is none that this version knows") from cause
-        if (mode.weight_bits, mode.activation_bits) != (entry.weight_bits, entry.activation_bits):
-            raise FileFormatError(f"mode {entry.name!r} contradicts its bit-widths")
-        listed[entry.name] = mode
+    metadata = Metadata(container.model)
+    listed = {entry.name: _precision(entry, metadata.policies) for entry in container.modes}
     if bits is None:
-        wanted = [listed[name] for name in listed if name in container.available]
+        wanted = [name for name in listed if name in container.available]
         if not wanted:
             container.read(container.sections_of(next(iter(listed)))[-1])  # says what is missing
             raise FileFormatError("it holds no complete mode")
+    elif bits in metadata.policies:
+        wanted = [str(bits)]
     else:
-        wanted = [find_mode(bits, tuple(listed.values()))]
-    metadata = Metadata(container.model)
+        modes = tuple(one for one in listed.values() if isinstance(one, Mode))
+        wanted = [find_mode(bits, modes, list(metadata.policies)).name]
     cache: dict[str, bytes] = {}
-    graphs = {mode: _read_mode(container, mode, metadata, cache) for mode in wanted}
+    graphs = {name: _read_mode(container, name, listed[name], metadata, cache) for name in wanted}
     return DeployedModel(graphs, metadata, container.prefix)
 
 
-def _read_mode(container: Container, mode: Mode, metadata: Metadata, cache: dict[str, bytes]) -> IntegerModel:
+def _precision(entry: ModeEntry, policies: Mapping[str, Policy]) -> Mode | Policy:
+    """What an entry of the header stands for.
+
+    Raises:
+        FileFormatError: if it is no mode, or contradicts itself.
+    """
+    if entry.name in policies:
+        found: Mode | Policy = policies[entry.name]
+        bits: tuple[int | None, int | None] = (None, None)
+    else:
+        try:
+            found = Mode.parse(entry.name)
+        except QCompileError as cause:
+            raise FileFormatError(f"mode {entry.name!r} is none that this version knows") from cause
+        bits = found.weight_bits, found.activation_bits
+    if bits != (entry.weight_bits, entry.activation_bits):
+        raise FileFormatError(f"mode {entry.name!r} contradicts its bit-widths")
+    return found
+
+
+def _read_mode(
+    container: Container, name: str, mode: Mode | Policy, metadata: Metadata, cache: dict[str, bytes]
+) -> IntegerModel:
     def read(name: str) -> bytes:
         if name not in cache:
             cache[name] = container.read(name)
         return cache[name]
 
-    names = container.sections_of(mode.name)
-    planes = [name for name in names if name.startswith("planes:")]
-    for required in ("shared", f"graph:{mode.name}", f"mode:{mode.name}"):
+    names = container.sections_of(name)
+    planes = [one for one in names if one.startswith("planes:")]
+    for required in ("shared", f"graph:{name}", f"mode:{name}"):
         if required not in names:
-            raise FileFormatError(f"mode {mode.name!r} has no section {required!r}")
+            raise FileFormatError(f"mode {name!r} has no section {required!r}")
     constants: dict[str, Tensor] = {}
-    for name in ("shared", f"mode:{mode.name}"):
-        constants.update({key: torch.from_numpy(value) for key, value in decode_tensors(read(name)).items()})
-    if not mode.is_float:
-        constants.update(unpack_sections({name: read(name) for name in planes}, metadata.planes))
+    for section in ("shared", f"mode:{name}"):
+        arrays = decode_tensors(read(section))
+        constants.update({key: torch.from_numpy(value) for key, value in arrays.items()})
+    if not (isinstance(mode, Mode) and mode.is_float):
+        constants.update(unpack_sections({one: read(one) for one in planes}, metadata.planes))
     inflater = zlib.decompressobj()
     try:
-        text = inflater.decompress(read(f"graph:{mode.name}"), MAX_GRAPH_BYTES)
+        text = inflater.decompress(read(f"graph:{name}"), MAX_GRAPH_BYTES)
     except zlib.error as cause:
-        raise FileFormatError(f"the graph of mode {mode.name!r} does not inflate") from cause
+        raise FileFormatError(f"the graph of mode {name!r} does not inflate") from cause
     if not inflater.eof:
         raise FileFormatError(
-            f"the graph of mode {mode.name!r} is incomplete or larger than {MAX_GRAPH_BYTES} bytes"
+            f"the graph of mode {name!r} is incomplete or larger than {MAX_GRAPH_BYTES} bytes"
         )
     graph = decode_graph(parse_json(text), constants, mode)
     _check_bits(graph, metadata, planes)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import reprlib
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import FileFormatError, FoldError
-from ..modes import Mode
 from ..pack import MAX_BITS, pack_planes, plane_bytes, split_planes, unpack_planes
 from ..passes.integer_model import IntegerModel
+
+#: Characters of the names of modes in the name of a section.
+MAX_LISTED = 120
 
 #: Weights have no more dimensions.
 MAX_DIMENSIONS = 8
@@ -45,17 +49,20 @@ class PlaneSection:
     """A section of bit-planes.
 
     Attributes:
-        modes: that read it, in increasing order; it stands with the first of them.
+        modes: names of those that read it, in the order of the file; it stands with the first of them.
         weights: in the order of their planes.
     """
 
-    modes: tuple[Mode, ...]
+    modes: tuple[str, ...]
     weights: tuple[Stored, ...]
 
     @property
     def name(self) -> str:
-        """Of the section."""
-        return "planes:" + "+".join(mode.name for mode in self.modes)
+        """Of the section: its modes, shortened if they are many."""
+        listed = "+".join(self.modes)
+        if len(listed) > MAX_LISTED:
+            listed = f"{self.modes[0]}+{len(self.modes) - 1} more, {zlib.crc32(listed.encode()):08x}"
+        return f"planes:{listed}"
 
     def data(self) -> bytes:
         """Its content."""
@@ -83,21 +90,19 @@ def weight_codes(graph: IntegerModel) -> dict[str, Codes]:
     }
 
 
-def nested_planes(weights: Mapping[Mode, Mapping[str, Codes]]) -> tuple[PlaneSection, ...]:
+def nested_planes(weights: Mapping[str, Mapping[str, Codes]]) -> tuple[PlaneSection, ...]:
     """For prefix-decodable schemes: each mode adds the planes that the mode before it lacks.
+
+    Args:
+        weights: of every mode with integer weights, by its name.
 
     Raises:
         FoldError: if a layer is quantised in some modes only.
     """
     sections: list[PlaneSection] = []
     reached: dict[str, int] = {}
+    _check_alike(weights)
     for mode, codes in weights.items():
-        if mode.is_float:
-            continue
-        for other in weights:
-            if not other.is_float and weights[other].keys() != codes.keys():
-                name = next(iter(weights[other].keys() ^ codes.keys()))
-                raise FoldError(f"layer {name!r} is not quantised in every mode")
         parts = [Stored(name, one, reached.get(name, 0), one.bits) for name, one in codes.items()]
         added = tuple(part for part in parts if part.last > part.first)
         if added:
@@ -106,9 +111,39 @@ def nested_planes(weights: Mapping[Mode, Mapping[str, Codes]]) -> tuple[PlaneSec
     return tuple(sections)
 
 
-def planes_of_modes(weights: Mapping[Mode, Mapping[str, Codes]]) -> tuple[PlaneSection, ...]:
+def planes_by_need(weights: Mapping[str, Mapping[str, Codes]]) -> tuple[PlaneSection, ...]:
+    """For prefix-decodable schemes with policies: every plane of a layer with all that read it.
+
+    Args:
+        weights: of every mode and policy, by its name.
+
+    Raises:
+        FoldError: if a layer is quantised in some of them only.
+    """
+    _check_alike(weights)
+    groups: dict[tuple[str, ...], list[Stored]] = {}
+    for name in next(iter(weights.values()), {}):
+        codes = {mode: found[name] for mode, found in weights.items()}
+        highest, reached = max(codes.values(), key=lambda one: one.bits), 0
+        for bits in sorted({one.bits for one in codes.values()}):
+            modes = tuple(mode for mode, one in codes.items() if one.bits >= bits)
+            groups.setdefault(modes, []).append(Stored(name, highest, reached, bits))
+            reached = bits
+    # the planes of a weight must stand in their order, and fewer read the later ones
+    ordered = sorted(groups, key=len, reverse=True)
+    return tuple(PlaneSection(modes, tuple(groups[modes])) for modes in ordered)
+
+
+def _check_alike(weights: Mapping[str, Mapping[str, Codes]]) -> None:
+    for codes, other in itertools.pairwise(weights.values()):
+        if other.keys() != codes.keys():
+            name = next(iter(other.keys() ^ codes.keys()))
+            raise FoldError(f"layer {name!r} is not quantised in every mode")
+
+
+def planes_of_modes(weights: Mapping[str, Mapping[str, Codes]]) -> tuple[PlaneSection, ...]:
     """For other schemes: all planes of a weight, once for all modes that have the same codes of it."""
-    groups: dict[tuple[Mode, ...], list[Stored]] = {}
+    groups: dict[tuple[str, ...], list[Stored]] = {}
     for name in dict.fromkeys(name for codes in weights.values() for name in codes):
         waiting = [mode for mode, codes in weights.items() if name in codes]
         while waiting:

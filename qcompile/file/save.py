@@ -8,8 +8,9 @@ Layout of a prefix-decodable model, modes in increasing order:
       graph:NAME  the integer graph
       mode:NAME   its epilogues and other constants
 
-so that the b-bit model is a prefix of the file. Other schemes store a weight once for all modes that have the
-same codes of it (`planes:NAME+NAME`). A float mode has no planes; its weights are constants.
+so that the b-bit model is a prefix of the file. With policies among the modes, `planes:NAME+NAME` holds the
+planes that all of these read and no other does. Other schemes store a weight once for all modes that have the
+same codes of it. A float mode has no planes; its weights are constants.
 """
 
 from __future__ import annotations
@@ -25,28 +26,37 @@ from torch import Tensor, nn
 
 from ..errors import InvalidArgument, InvalidInputType
 from ..model import QuantModel
-from ..modes import Mode, find_mode
+from ..modes import Mode
 from ..multi_mode import MultiModeModel
 from ..passes.integer_model import IntegerModel
+from ..policy import Policy
 from ..size_independence import holds_for_every_size
 from ..wrappers import as_one_graph
 from .container import ModeEntry, Section, write_container
 from .graph_json import encode_graph
-from .plane_sections import PlaneSection, nested_planes, planes_of_modes, weight_codes
+from .plane_sections import (
+    Codes,
+    PlaneSection,
+    nested_planes,
+    planes_by_need,
+    planes_of_modes,
+    weight_codes,
+)
 from .strict_json import canonical_json
 from .tensors import encode_tensors
 
 
 def save(
-    model: nn.Module, path: str | PathLike[str], modes: Sequence[int | str | Mode] | None = None
+    model: nn.Module, path: str | PathLike[str], modes: Sequence[int | str | Mode | Policy] | None = None
 ) -> None:
     """Write modes of a model to one file.
 
     Args:
         model: a prepared (trained or calibrated) or loaded model.
         path: where to write; an existing file is replaced only when the new one is complete.
-        modes: which modes to store, one of them with integer weights; default: all but the float parent that
-            some schemes train along.
+        modes: which modes and policies to store, one of them with integer weights; policies get the names
+            `policy-1`, `policy-2` and so on. Default: all modes but the float parent that some schemes train
+            along; of `coupled`, the active policy, or the modes with as many weight as activation bits.
 
     Dimensions that the model leaves open stay open in the file where no number in it depends on their sizes;
     the file is for the sizes of the last call otherwise.
@@ -62,53 +72,88 @@ def save(
     if not isinstance(path, (str, PathLike)):
         raise InvalidInputType(f"path must be a path, not {type(path).__name__}")
     chosen = _chosen(checked, modes)
-    graphs = {mode: checked.integer_model(mode) for mode in chosen}
+    graphs = {name: checked.integer_model(one) for name, one in chosen.items()}
     is_open = isinstance(checked, QuantModel) and all(
-        holds_for_every_size(checked, mode, graph, checked.known_shapes()) for mode, graph in graphs.items()
+        holds_for_every_size(checked, one, graphs[name], checked.known_shapes())
+        for name, one in chosen.items()
     )
-    weights = {mode: weight_codes(graph) for mode, graph in graphs.items()}
+    weights = {name: weight_codes(graph) for name, graph in graphs.items()}
     shared = _shared_constants(list(graphs.values()), set().union(*weights.values()))
-    prefix = checked.prefix_decodable
-    planes = nested_planes(weights) if prefix else planes_of_modes(weights)
+    policies = {name: one for name, one in chosen.items() if isinstance(one, Policy)}
+    prefix = checked.prefix_decodable and not policies
+    planes = _planes(weights, chosen, checked.prefix_decodable)
     sections = [Section("shared", "tensors", encode_tensors(_arrays(shared)))]
     entries: list[ModeEntry] = []
-    for mode in chosen:
+    for name, precision in chosen.items():
         for one in planes:
-            if one.modes[0] == mode:
+            if one.modes[0] == name:
                 sections.append(Section(one.name, "planes", one.data()))
         own = {
-            name: value
-            for name, value in graphs[mode].constants().items()
-            if name not in shared and name not in weights[mode]
+            constant: value
+            for constant, value in graphs[name].constants().items()
+            if constant not in shared and constant not in weights[name]
         }
-        graph = zlib.compress(canonical_json(encode_graph(graphs[mode])), 9)
-        sections.append(Section(f"graph:{mode.name}", "graph", graph))
-        sections.append(Section(f"mode:{mode.name}", "tensors", encode_tensors(_arrays(own))))
+        graph = zlib.compress(canonical_json(encode_graph(graphs[name])), 9)
+        sections.append(Section(f"graph:{name}", "graph", graph))
+        sections.append(Section(f"mode:{name}", "tensors", encode_tensors(_arrays(own))))
         names = tuple(section.name for section in sections)
         if not prefix:
-            needed = {one.name for one in planes if mode in one.modes}
-            needed |= {"shared", f"graph:{mode.name}", f"mode:{mode.name}"}
-            names = tuple(name for name in names if name in needed)
-        entries.append(ModeEntry(mode.name, mode.weight_bits, mode.activation_bits, names))
+            needed = {one.name for one in planes if name in one.modes}
+            needed |= {"shared", f"graph:{name}", f"mode:{name}"}
+            names = tuple(section for section in names if section in needed)
+        of_weights = of_activations = None  # differ from layer to layer
+        if isinstance(precision, Mode):
+            of_weights, of_activations = precision.weight_bits, precision.activation_bits
+        entries.append(ModeEntry(name, of_weights, of_activations, names))
+    layers = {name: {layer: mode.name for layer, mode in one.items} for name, one in policies.items()}
     write_container(
         path,
         sections,
         entries,
-        _metadata(checked, planes) | {"open_sizes": is_open or checked.has_open_sizes},
+        _metadata(checked, planes)
+        | {"open_sizes": is_open or checked.has_open_sizes}
+        | ({"policies": layers} if layers else {}),
         prefix=prefix,
     )
 
 
-def _chosen(model: MultiModeModel, wanted: Sequence[int | str | Mode] | None) -> tuple[Mode, ...]:
-    """The modes to store, in increasing order."""
-    if wanted is None:
-        return tuple(mode for mode in model.prepared_modes if not mode.is_float)
-    if isinstance(wanted, str) or not isinstance(wanted, Iterable):
+def _planes(
+    weights: Mapping[str, Mapping[str, Codes]], chosen: Mapping[str, Mode | Policy], nested: bool
+) -> Sequence[PlaneSection]:
+    if not nested:
+        return planes_of_modes(weights)
+    integer = {
+        name: codes
+        for name, codes in weights.items()
+        if not (isinstance(one := chosen[name], Mode) and one.is_float)
+    }
+    uniform = all(isinstance(one, Mode) for one in chosen.values())
+    return nested_planes(integer) if uniform else planes_by_need(integer)
+
+
+def _chosen(
+    model: MultiModeModel, wanted: Sequence[int | str | Mode | Policy] | None
+) -> dict[str, Mode | Policy]:
+    """What to store by its name: modes in increasing order, then policies."""
+    if isinstance(wanted, (str, Policy)) or not (wanted is None or isinstance(wanted, Iterable)):
         raise InvalidInputType(f"modes is a sequence, for example modes=(2, 4), not {wanted!r}")
-    found = {find_mode(one, model.prepared_modes) for one in wanted}
-    if all(mode.is_float for mode in found):
+    given = _usual(model) if wanted is None else [model.find(one) for one in wanted]
+    modes = sorted({one for one in given if isinstance(one, Mode)})
+    policies = list(dict.fromkeys(one for one in given if isinstance(one, Policy)))
+    if not policies and all(mode.is_float for mode in modes):
         raise InvalidArgument("a file needs at least one mode with integer weights, for example modes=(2, 4)")
-    return tuple(sorted(found))
+    named = {f"policy-{number}": one for number, one in enumerate(policies, 1)}
+    return {**{mode.name: mode for mode in modes}, **named}
+
+
+def _usual(model: MultiModeModel) -> list[Mode | Policy]:
+    """What is stored where the user does not say."""
+    if isinstance(model, QuantModel) and model.scheme.random_policies:
+        if isinstance(model.active, Policy):
+            return [model.active]
+        equal = [one for one in model.prepared_modes if one.weight_bits == one.activation_bits]
+        return [*(equal or model.prepared_modes)]
+    return [one for one in model.precisions.values() if not (isinstance(one, Mode) and one.is_float)]
 
 
 def _shared_constants(graphs: list[IntegerModel], codes: set[str]) -> dict[str, Tensor]:

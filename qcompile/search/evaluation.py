@@ -38,6 +38,8 @@ class Evaluator:
         model: from `prepare`, its activation steps set; its training flags come back after every call.
         batches: (inputs, target) pairs; they are kept.
         criterion: criterion(output, target) -> mean loss of the batch, a scalar.
+        by_batch: normalise every batch by its own mean and variance, as if statistics were measured anew for
+            each policy; otherwise by the running ones.
 
     Attributes:
         losses_of: every loss that was computed so far.
@@ -48,7 +50,11 @@ class Evaluator:
     """
 
     def __init__(
-        self, model: QuantModel, batches: Iterable[Any], criterion: Callable[[Any, Any], Tensor]
+        self,
+        model: QuantModel,
+        batches: Iterable[Any],
+        criterion: Callable[[Any, Any], Tensor],
+        by_batch: bool = False,
     ) -> None:
         self.model, self.criterion = model, criterion
         self.losses_of: dict[Policy, float] = {}
@@ -56,7 +62,7 @@ class Evaluator:
         if not self._batches:
             raise InvalidArgument("search needs at least one batch, and the loader was empty")
         self._nodes = list(model.row_graphs[0].nodes)
-        self._overwriting = Overwriting(model)
+        self._overwriting = Overwriting(model, by_batch)
 
     def _bound(self, batch: Any) -> tuple[list[Tensor], Any]:
         inputs, target = inputs_and_target(batch)

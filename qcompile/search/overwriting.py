@@ -30,10 +30,11 @@ class Overwriting:
 
     Args:
         model: the graph's owner.
+        by_batch: batch normalisation by the mean and variance of the batch itself.
     """
 
-    def __init__(self, model: QuantModel) -> None:
-        self._model = model
+    def __init__(self, model: QuantModel, by_batch: bool) -> None:
+        self._model, self._by_batch = model, by_batch
 
     def form(self, node: fx.Node, fresh: Container[fx.Node]) -> Callable[..., Any]:
         """What to call with a node's arguments.
@@ -51,10 +52,11 @@ class Overwriting:
         )
         if node.op == "call_module":
             module = self._model.get_submodule(str(node.target))
-            if isinstance(module, ModeModule) and may:
-                return module.overwrite
-            # a candidate's values may not depend on what it shares with another
-            return _on_a_copy(module) if isinstance(module, ModeBatchNorm) else module
+            if isinstance(module, ModeBatchNorm):
+                function = module.overwrite_by_batch if self._by_batch else module.overwrite
+                # the same arithmetic, or a candidate's values would depend on what it shares with another
+                return function if may else _on_a_copy(function)
+            return module.overwrite if isinstance(module, ModeModule) and may else module
         assert callable(node.target)
         in_place = _IN_PLACE.get(aten_name(node)) if may else None
         return node.target if in_place is None else _if_shapes_agree(in_place, node.target)
@@ -65,8 +67,8 @@ class Overwriting:
         return aten_name(node) in _IN_PLACE
 
 
-def _on_a_copy(module: ModeModule) -> Callable[..., Any]:
-    return lambda x, *others: module.overwrite(x.clone(), *others)
+def _on_a_copy(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda x, *others: function(x.clone(), *others)
 
 
 def _if_shapes_agree(function: Callable[..., Tensor], otherwise: Callable[..., Any]) -> Callable[..., Any]:
