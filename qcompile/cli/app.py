@@ -61,6 +61,60 @@ def quantize(
     quantize_command(factory, weights, scheme, bits, modes, skip or [], calibrate, batch, output)
 
 
+@app.command(
+    epilog="Example: qcompile search net:build --weights trained.safetensors --data train.npz "
+    "--budget 'bitops<=0.3x' -o policy.json"
+)
+def search(
+    factory: Annotated[str, typer.Argument(help="module:function that returns the float model.")],
+    weights: Annotated[
+        Path,
+        typer.Option(help="safetensors file with the state dict of the prepared or the float model."),
+    ],
+    data: Annotated[Path, typer.Option(help=".npz with training inputs and labels in `y`.")],
+    budget: Annotated[
+        list[str], typer.Option(help="bitops<=1.2G, size<=60KB, latency<=2ms@x86, bitops<=0.3x; repeatable.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The policy's JSON; numbered if several.")],
+    scheme: Annotated[str, typer.Option(help="Quantisation scheme.")] = "coupled",
+    bits: Annotated[Optional[str], typer.Option(help="Bit-widths, for example 2,3,4.")] = None,  # noqa: UP045
+    modes: Annotated[Optional[str], typer.Option(help="In place of --bits: w2a2,w4a8.")] = None,  # noqa: UP045
+    skip: Annotated[Optional[list[str]], typer.Option(help="A layer that is in float; repeatable.")] = None,  # noqa: UP045
+    method: Annotated[str, typer.Option(help="greedy, knapsack or evolution.")] = "greedy",
+    samples: Annotated[int, typer.Option(help="Samples to compare policies on.")] = 256,
+    batch: Annotated[int, typer.Option(help="Samples per batch.")] = 64,
+    seed: Annotated[int, typer.Option(help="Of evolution.")] = 0,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Keep losses here; a search that was stopped goes on from it.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the bits of every layer.")] = None,
+    file: Annotated[Path | None, typer.Option(help="A .qcm file to write with the policies.")] = None,
+    json: Json = False,
+) -> None:
+    """Choose bits for every layer of a trained model that fit a budget."""
+    from .search import search_command
+
+    search_command(
+        factory,
+        weights,
+        scheme,
+        bits,
+        modes,
+        skip or [],
+        data,
+        budget,
+        method,
+        samples,
+        batch,
+        seed,
+        checkpoint,
+        output,
+        plot,
+        file,
+        json,
+    )
+
+
 @app.command(epilog="Example: qcompile inspect model.qcm --target x86")
 def inspect(
     file: File,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
+from os import PathLike
 from typing import Any, Literal, get_args
 
 from rich.console import Console
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from qcompile.calibrate import calibrate
 from qcompile.errors import InvalidArgument, InvalidInputType
 from qcompile.model import QuantModel
-from qcompile.passes.schemes.base import number
+from qcompile.passes.schemes.base import choice, number
 from qcompile.policy import Policy
 from qcompile.policy_costs import policy_costs
 from qcompile.wrappers import as_prepared
@@ -23,6 +24,7 @@ from .evaluation import Evaluator, inputs_and_target
 from .evolution import evolve
 from .greedy import greedy
 from .knapsack import least_error, weight_errors
+from .known_losses import KnownLosses, fingerprint
 
 Method = Literal["greedy", "knapsack", "evolution"]
 
@@ -40,12 +42,15 @@ def search(
     weights_first: bool = True,
     seed: int = 0,
     progress: bool = False,
+    statistics: Literal["batch", "running"] = "batch",
+    checkpoint: str | PathLike[str] | None = None,
     batch: int = 1,
     threads: int | None = None,
 ) -> Policy | list[Policy]:
     """Choose a mode for every layer.
 
-    Weights stay as they are; the winner's batch normalisation is measured on the loader's inputs.
+    Weights stay as they are; the winner's batch normalisation is measured on the loader's inputs. Where a
+    uniform mode within the budget has less loss than what `greedy` or `evolution` found, it is the winner.
 
     Args:
         model: from `prepare`, trained or calibrated. It is left as it is.
@@ -62,6 +67,10 @@ def search(
             Without, both in every round.
         seed: of evolution.
         progress: show the current loss and cost on standard error, if that is a terminal.
+        statistics: how batch normalisation runs while policies are compared: by the mean and variance of each
+            `batch`, which comes close to what statistics measured for that policy alone would do, or by the
+            `running` ones of training.
+        checkpoint: a file for the losses so far, from which a search that was stopped goes on.
         batch, threads: of latencies, as of `lower`.
 
     Returns:
@@ -69,8 +78,9 @@ def search(
 
     Raises:
         InvalidArgument: for an unknown method or budget, a budget that no policy or every one satisfies, an
-            empty loader, or losses that are no numbers.
+            empty loader, losses that are no numbers, or a checkpoint of another search.
         InvalidInputType: if the model was not prepared or a batch is no pair.
+        FileAccessError, FileFormatError: for a checkpoint that cannot be read or written, or is none.
         MissingExtra: for `knapsack` without scipy.
     """
     prepared = as_prepared(model)
@@ -78,8 +88,8 @@ def search(
         raise InvalidArgument("this model was prepared in parts: search takes them one by one")
     if method not in get_args(Method):
         raise InvalidArgument(f"method={method!r} is none of {', '.join(get_args(Method))}")
-    if trade_on not in ("cost", "loss"):
-        raise InvalidArgument(f"trade_on={trade_on!r} is none of cost, loss")
+    choice("trade_on", trade_on, ("cost", "loss"))
+    choice("statistics", statistics, ("batch", "running"))
     number("trade", trade)
     if not isinstance(loader, Iterable):
         raise InvalidInputType(f"the loader must be an iterable of batches, not {type(loader).__name__}")
@@ -88,7 +98,12 @@ def search(
     wanted = [budget] if isinstance(budget, str) else budget
     budgets = [parse_budget(one, costs, on_target) for one in wanted]
     batches = list(loader)
-    evaluator = Evaluator(prepared, batches, nn.CrossEntropyLoss() if criterion is None else criterion)
+    loss_of = nn.CrossEntropyLoss() if criterion is None else criterion
+    known = None
+    if checkpoint is not None:
+        key = fingerprint(prepared.state_dict().items(), batches, (statistics, type(loss_of).__qualname__))
+        known = KnownLosses(checkpoint, key, [one.name for one in costs.layers])
+    evaluator = Evaluator(prepared, batches, loss_of, statistics == "batch", known)
     console = Console(stderr=True)
     shown = progress and console.is_terminal  # a bar in a log is noise
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
@@ -101,19 +116,27 @@ def search(
 
         found = []
         for limit in budgets:
+            of = limit.costs
             if method == "knapsack":
-                found.append(least_error(limit.costs, weight_errors(prepared, costs), limit))
-            elif method == "evolution":
-                found.append(evolve(limit.costs, evaluator.losses, limit, seed, told))
+                found.append(least_error(of, weight_errors(prepared, of), limit))
+                continue
+            if method == "evolution":
+                best = evolve(of, evaluator.losses, limit, seed, told)
             else:
-                found.append(
-                    greedy(
-                        limit.costs, evaluator.losses, limit, trade, trade_on == "loss", weights_first, told
-                    )
-                )
+                best = greedy(of, evaluator.losses, limit, trade, trade_on == "loss", weights_first, told)
+            found.append(_best(best, limit, evaluator))
     inputs = [inputs_and_target(one)[0] for one in batches]
     policies = [_measured(prepared, inputs, one) for one in found]
     return policies[0] if isinstance(budget, str) else policies
+
+
+def _best(found: Policy, limit: Budget, evaluator: Evaluator) -> Policy:
+    """What was found, or a uniform policy within the budget that has less loss."""
+    uniform = [limit.costs.uniform(mode) for mode in limit.costs.modes]
+    within = [one for one in uniform if limit.costs.total(one, limit.kind) <= limit.limit]
+    policies = [found, *within]
+    losses = evaluator.losses(found, policies)
+    return policies[min(range(len(policies)), key=losses.__getitem__)]
 
 
 def _measured(model: QuantModel, inputs: Sequence[Any], policy: Policy) -> Policy:

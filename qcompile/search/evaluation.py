@@ -23,6 +23,7 @@ from qcompile.passes.module_tree import tensor_at
 from qcompile.policy import Policy
 from qcompile.ranks import rank_count
 
+from .known_losses import KnownLosses
 from .overwriting import Overwriting
 
 Values = dict[fx.Node, Any]
@@ -40,6 +41,7 @@ class Evaluator:
         criterion: criterion(output, target) -> mean loss of the batch, a scalar.
         by_batch: normalise every batch by its own mean and variance, as if statistics were measured anew for
             each policy; otherwise by the running ones.
+        known: losses that are known already; those that are computed are added.
 
     Attributes:
         losses_of: every loss that was computed so far.
@@ -55,9 +57,11 @@ class Evaluator:
         batches: Iterable[Any],
         criterion: Callable[[Any, Any], Tensor],
         by_batch: bool = False,
+        known: KnownLosses | None = None,
     ) -> None:
         self.model, self.criterion = model, criterion
-        self.losses_of: dict[Policy, float] = {}
+        self.losses_of: dict[Policy, float] = {} if known is None else dict(known.losses)
+        self._known = known
         self._batches = [self._bound(one) for one in batches]
         if not self._batches:
             raise InvalidArgument("search needs at least one batch, and the loader was empty")
@@ -89,6 +93,8 @@ class Evaluator:
             if not math.isfinite(loss):
                 raise InvalidArgument(f"the loss of {policy.label} is {loss}")
             self.losses_of[policy] = loss
+        if missing and self._known is not None and (ranks == 1 or dist.get_rank() == 0):
+            self._known.write(self.losses_of)
         return [self.losses_of[one] for one in candidates]
 
     @torch.inference_mode()
