@@ -155,8 +155,13 @@ def find_mode(value: int | str | Mode, prepared: Sequence[Mode], others: Sequenc
     Raises:
         InvalidArgument: naming the choices, if it was not prepared.
     """
-    mode = Mode.parse(value)
+    choices = ", ".join([*(str(m.label) for m in prepared), *others])
+    try:
+        mode = Mode.parse(value)
+    except InvalidArgument as cause:
+        if others:
+            raise InvalidArgument(f"{cause}; this model has: {choices}") from None
+        raise
     if mode not in prepared:
-        choices = ", ".join([*(str(m.label) for m in prepared), *others])
         raise InvalidArgument(f"mode {mode.label} was not prepared; this model has: {choices}")
     return mode

@@ -23,7 +23,7 @@ torch.set_num_threads(1)
 
 def _random_policy(model, seed):
     chosen = random.Random(seed)
-    layers = [one.name for one in model.records if one.quantized]
+    layers = [one.name for one in model.records if one.quantized and not one.is_fixed]
     modes = [mode for mode in model.prepared_modes if not mode.is_float]
     return qcompile.Policy({name: chosen.choice(modes) for name in layers})
 
@@ -42,8 +42,9 @@ def test_random_policies_are_exact(name, seed):
 
 
 @pytest.mark.parametrize("target", sorted(qcompile.targets()))
-def test_policies_lower_to_every_target(target):
-    model, x = trained("residual")
+@pytest.mark.parametrize("scheme", ["vertical", "coupled"])
+def test_policies_lower_to_every_target(scheme, target):
+    model, x = trained("residual", scheme=scheme)
     report = qcompile.verify(model, x[:2], bits=_random_policy(model, 1), target=target)
     assert report.exact, report.failures
 
@@ -54,6 +55,7 @@ def test_policies_lower_to_every_target(target):
         ("vertical", VerticalConfig(batch_norm="stats"), ("w2a2", "w2a4", "w4a2", "w4a4")),
         ("quantizable", QuantizableConfig(activation_range="data"), ("w1a2", "w2a3", "w5a5", "w32a32")),
         ("n2uq", N2UQConfig(activation_scale="data", distillation=None), ("w2a2", "w3a3", "w4a4")),
+        ("coupled", None, ("w2a2", "w3a4", "w6a6")),
     ],
 )
 def test_policies_of_every_scheme_are_exact(scheme, config, modes):
@@ -88,13 +90,6 @@ def test_float_state_has_the_batch_normalisation_of_the_policy():
         uniform = qcompile.float_state_dict(model, bits)
         for name in ("running_mean", "running_var", "weight", "bias"):
             assert torch.equal(state[f"{path}.{name}"], uniform[f"{path}.{name}"])
-
-
-def test_files_run_uniform_modes_only(tmp_path):
-    model, _ = trained("residual")
-    qcompile.save(model, tmp_path / "model.qcm")
-    with pytest.raises(InvalidArgument, match="uniform modes only"):
-        qcompile.lower(tmp_path / "model.qcm", "onnx-qdq", bits=_random_policy(model, 0))
 
 
 names = st.text('ab0._ \n"\\\u00e9\u2028\U0001f600', max_size=12)

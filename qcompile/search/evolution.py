@@ -32,8 +32,11 @@ def evolve(
     """
     chance = random.Random(seed)
     known: dict[Policy, float] = {}
-    best = _within(costs, budget, costs.uniform(costs.modes[-1]), chance)
-    fresh = [best, *_drawn(costs, budget, [best], chance, {best: 0.0})]
+    uniform = [costs.uniform(mode) for mode in reversed(costs.modes)]
+    first = [one for one in uniform if costs.total(one, budget.kind) <= budget.limit]
+    first.append(_within(costs, budget, uniform[0], chance))
+    best, fresh = first[0], list(dict.fromkeys(first))
+    fresh += _drawn(costs, budget, first, chance, dict.fromkeys(first, 0.0))
     for _ in range(GENERATIONS):
         known |= dict(zip(fresh, losses(best, fresh), strict=True))
         parents = sorted(known, key=known.__getitem__)[:SURVIVORS]  # stable: of equal ones the older
