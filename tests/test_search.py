@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import numpy as np
@@ -11,7 +12,7 @@ from nets import trained
 from torch import nn
 
 import qcompile
-from qcompile.errors import InvalidArgument, InvalidInputType
+from qcompile.errors import FileFormatError, InvalidArgument, InvalidInputType
 from qcompile.modes import Mode
 from qcompile.policy import Policy
 from qcompile.policy_costs import PolicyCosts, SearchedLayer, policy_costs
@@ -190,3 +191,96 @@ def test_bad_input_is_one_line():
         qcompile.search(model, batches, "bitops<=1")
     with pytest.raises(InvalidArgument, match="above that of the largest"):
         qcompile.search(model, batches, "bitops<=1.5x")
+
+
+def _search_setup():
+    model, x = trained("residual")
+    return model, _batches(x)
+
+
+def test_a_stopped_search_goes_on(tmp_path, monkeypatch):
+    model, batches = _search_setup()
+    path = tmp_path / "losses.json"
+    expected = qcompile.search(model, batches, budget="bitops<=0.6x")
+    computed = []
+    original = Evaluator._mean_losses
+
+    def stopping(self, base, candidates):
+        computed.extend(candidates)
+        if len(computed) > 12:
+            raise KeyboardInterrupt
+        return original(self, base, candidates)
+
+    monkeypatch.setattr(Evaluator, "_mean_losses", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        qcompile.search(model, batches, budget="bitops<=0.6x", checkpoint=path)
+    seen, again = set(computed[:-1]), []
+
+    def counting(self, base, candidates):
+        again.extend(candidates)
+        return original(self, base, candidates)
+
+    monkeypatch.setattr(Evaluator, "_mean_losses", counting)
+    found = qcompile.search(model, batches, budget="bitops<=0.6x", checkpoint=path)
+    assert found == expected
+    assert len(json.loads(path.read_text())["losses"]) > 0
+    before = {one for one in computed if one not in again}
+    assert before
+    assert before <= seen
+    again.clear()
+    assert qcompile.search(model, batches, budget="bitops<=0.6x", checkpoint=path) == expected
+    assert not again
+
+
+def test_a_checkpoint_of_another_search_is_refused(tmp_path):
+    model, batches = _search_setup()
+    path = tmp_path / "losses.json"
+    qcompile.search(model, batches, budget="bitops<=0.8x", checkpoint=path)
+    for other in (
+        {"loader": [(one + 1, target) for one, target in batches]},
+        {"statistics": "running"},
+        {"criterion": lambda output, target: output.square().mean()},
+    ):
+        given = {"loader": batches, **other}
+        with pytest.raises(InvalidArgument, match="another model, other batches or other options"):
+            qcompile.search(model, budget="bitops<=0.8x", checkpoint=path, **given)
+    content = json.loads(path.read_text())
+    for spoilt in ("", "[]", '{"format": "x"}', json.dumps({**content, "version": 9})):
+        path.write_text(spoilt)
+        with pytest.raises(FileFormatError, match=r"losses\.json: no file of a search"):
+            qcompile.search(model, batches, budget="bitops<=0.8x", checkpoint=path)
+    path.write_text(json.dumps({**content, "losses": [[["w2a2"], 1.0]]}))
+    with pytest.raises(FileFormatError, match="malformed"):
+        qcompile.search(model, batches, budget="bitops<=0.8x", checkpoint=path)
+
+
+@pytest.mark.parametrize("name", ["residual", "mobile"])
+def test_losses_by_batch_are_those_of_training_mode(name):
+    model, x = trained(name)
+    criterion, batches = nn.CrossEntropyLoss(), _batches(x)
+    costs = policy_costs(model)
+    policies = [_random_policy(costs, seed) for seed in range(4)]
+    found = Evaluator(model, batches, criterion, by_batch=True).losses(policies[0], policies)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.train()
+    for policy, loss in zip(policies, found, strict=True):
+        with torch.no_grad():
+            sums = [
+                float(criterion(qcompile.at(model, policy)(one), target)) * len(one)
+                for one, target in batches
+            ]
+        assert loss == pytest.approx(sum(sums) / len(x), rel=1e-4)
+    model.load_state_dict(before)
+
+
+def test_a_uniform_mode_with_less_loss_wins():
+    model, batches = _search_setup()
+    costs = policy_costs(model)
+    evaluator = Evaluator(model, batches, nn.CrossEntropyLoss(), by_batch=True)
+    uniform = [costs.uniform(mode) for mode in costs.modes]
+    for method in ("greedy", "evolution"):
+        budget = parse_budget("bitops<=0.7x", costs)
+        policy = qcompile.search(model, batches, budget="bitops<=0.7x", method=method)
+        within = [one for one in uniform if costs.total(one, "bitops") <= budget.limit]
+        losses = evaluator.losses(uniform[0], [Policy(policy.layers), *within])
+        assert losses[0] == min(losses)
