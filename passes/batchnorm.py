@@ -66,7 +66,8 @@ class ModeBatchNorm(ModeModule):
     ) -> None:
         super().__init__()
         self._places = tuple(range(rows) if places is None else places)
-        self.register_buffer("places", torch.tensor(self._places), persistent=False)
+        # float, as averages of models round whole numbers down
+        self.register_buffer("places", torch.tensor(self._places, dtype=torch.float32), persistent=False)
         rows = max(self._places) + 1
         self.eps, self.momentum = source.eps, source.momentum
         self.num_features = source.num_features
@@ -96,7 +97,11 @@ class ModeBatchNorm(ModeModule):
 
     def rows_of(self, row: Row) -> tuple[Row, Row]:
         """(affine row, statistics row) of a mode's row."""
-        place = self._places[row] if isinstance(row, int) else self.places.index_select(0, row)
+        place: Row
+        if isinstance(row, int):
+            place = self._places[row]
+        else:
+            place = self.places.index_select(0, row).to(torch.int64)
         return (place if self.affine_rows > 1 else _first(place)), (
             place if self.statistics_rows > 1 else _first(place)
         )

@@ -153,7 +153,8 @@ class LsqActivationQuantizer(ActivationQuantizer):
         widths: bits of every step.
         step: (steps,) float parameter, one of every mode, or of every width if modes share them.
         lows: (steps,) float buffer, the lowest codes.
-        places: (rows,) int64 buffer, the place of every mode's step, for the rows of policies.
+        places: (rows,) float buffer, the place of every mode's step, for the rows of policies; averages of
+            models round whole numbers down.
         spans: (steps,) float buffer, the highest codes less the lowest, for the rows of policies.
     """
 
@@ -177,7 +178,7 @@ class LsqActivationQuantizer(ActivationQuantizer):
         self.step = nn.Parameter(torch.ones(len(self.widths)))
         self._lows = self._usual_lows()  # a copy in numbers, which graphs take without asking the tensor
         self.register_buffer("lows", torch.tensor(self._lows, dtype=torch.float32))
-        self.register_buffer("places", torch.tensor(self._places), persistent=False)
+        self.register_buffer("places", torch.tensor(self._places, dtype=torch.float32), persistent=False)
         spans = torch.tensor([2.0**one - 1 for one in self.widths])
         self.register_buffer("spans", spans, persistent=False)
         self._mark_float_rows()
@@ -282,7 +283,7 @@ class LsqActivationQuantizer(ActivationQuantizer):
             root: Bound = max(1, high) ** -0.5
             place: Row = self._places[row]
         else:
-            place = self.places.index_select(0, row)
+            place = self.places.index_select(0, row).to(torch.int64)
             low = picked(self.lows, place)
             high = low + picked(self.spans, place)
             root = torch.rsqrt(high.clamp_min(1.0))

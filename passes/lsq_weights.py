@@ -78,7 +78,7 @@ class LsqWeightQuantizer(WeightQuantizer):
         self.widths = tuple(sorted(set(bits)))
         self.step = nn.Parameter(torch.ones(len(self.widths)))
         self._places = [self.widths.index(one) for one in bits]
-        self.register_buffer("places", torch.tensor(self._places), persistent=False)
+        self.register_buffer("places", torch.tensor(self._places, dtype=torch.float32), persistent=False)
         limits = torch.tensor([2.0 ** (one - 1) for one in bits])
         self.register_buffer("limits", limits, persistent=False)
         self.register_buffer("roots", (limits - 1).clamp_min(1.0).rsqrt(), persistent=False)
@@ -125,7 +125,7 @@ class LsqWeightQuantizer(WeightQuantizer):
             step, limit = self.step[self._places[row]], 2.0 ** (self.bits[row] - 1)
             root = max(1.0, limit - 1) ** -0.5
         else:
-            step = picked(self.step, self.places.index_select(0, row))
+            step = picked(self.step, self.places.index_select(0, row).to(torch.int64))
             limit, root = picked(self.limits, row), picked(self.roots, row)
         scale = root * weight.numel() ** -0.5 if self.scaled_gradient else 1.0
         return _LsqWeight.apply(weight, hold_positive(step), limit, scale)

@@ -334,13 +334,19 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
 
 def test_averaged_models_are_prepared_models():
     model, x, y = _prepared()
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     for _ in range(2):
         _steps(model, optimizer, x, y, range(1), 1)
         average.update_parameters(model)
     qcompile.set_bits(average, 4)
     assert not torch.equal(average(x), qcompile.at(model, 4)(x))
+    (policy,) = _policies(model)
+    view = qcompile.at(average, policy)
+    assert not torch.equal(view(x), qcompile.at(model, policy)(x))
+    for path, one in average.module.named_buffers():
+        if path.endswith("places"):
+            assert torch.equal(one, model.get_buffer(path))
     assert qcompile.verify(average.module.eval(), x, bits=4, target="onnx-qdq").exact
 
 
