@@ -125,6 +125,10 @@ class Executable:
         """What runs, in order: `layer` and `kernel` of each step; empty where a runtime of others decides."""
         return []
 
+    def kind(self) -> str | None:
+        """Which of the kinds of processors it was compiled for this machine is, as `features` names them."""
+        return None
+
     def layer_seconds(self, inputs: Sequence[Tensor], runs: int) -> dict[str, float] | None:
         """The time of every layer's kernels, the fastest of several runs; estimates where nothing runs here.
 

@@ -98,9 +98,11 @@ def latency_table(
     if known is not None:
         return known
     seconds: dict[str, dict[str, float]] = {name: {} for name in layers}
-    rests, measured = [], True
+    rests, measured, kinds = list[float](), True, None
     for mode in modes:
-        run = lower(model, target, bits=mode, batch=batch, threads=threads)
+        run = lower(model, target, bits=mode, batch=batch, threads=threads, features=kinds)
+        kind = run.kind()
+        kinds = None if kind is None else [kind]  # the others would be compiled for nothing
         inputs = random_tensors(model.signature, run.request.input_shapes)
         by_layer = run.layer_seconds(inputs, RUNS)
         whole = math.fsum((by_layer or {}).values())

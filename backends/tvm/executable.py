@@ -130,6 +130,10 @@ class CompiledExecutable(Executable):
             rows.append({"layer": layer, "kernel": what})
         return rows
 
+    def kind(self) -> str | None:
+        """None where the code is another machine's."""
+        return self.library.variant().name if isinstance(self.library, Library) else None
+
     def layer_seconds(self, inputs: Sequence[Tensor], runs: int) -> dict[str, float]:
         """Measured where this machine can run the code; what the choice of kernels estimates elsewhere."""
         variant = self.library.variant()
