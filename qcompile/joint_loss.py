@@ -185,7 +185,13 @@ class JointLoss(nn.Module):
         Args:
             step: that begins, from 0.
             steps: of the whole training.
+
+        Raises:
+            InvalidArgument: unless 0 <= step < steps.
         """
+        whole = all(isinstance(one, int) and not isinstance(one, bool) for one in (step, steps))
+        if not (whole and 0 <= step < steps):
+            raise InvalidArgument(f"step {step!r} is not one of the {steps!r} steps, counted from 0")
         self.epoch(EPOCHS_OF_STEPS * step // steps, EPOCHS_OF_STEPS)
 
     def _check_reduction(self, whole_loss: bool) -> None:

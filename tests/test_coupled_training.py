@@ -236,6 +236,9 @@ def test_a_schedule_in_steps_is_one_of_120_epochs():
     for bad in ((-1, 3), (3, 3), (0, 0), (0.5, 3), (True, 3)):
         with pytest.raises(InvalidArgument, match="epoch"):
             joint.epoch(*bad)
+    for bad in ((1, 0), (1000, 1000), (-1, 5), (0.5, 3)):
+        with pytest.raises(InvalidArgument, match="is not one of the"):
+            joint.at_step(*bad)
     plain, _, _ = _prepared(schedule=False)
     off = qcompile.JointLoss(plain, nn.CrossEntropyLoss())
     for epoch in range(12):
