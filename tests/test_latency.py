@@ -44,7 +44,7 @@ def model():
     return found.eval()
 
 
-@pytest.mark.parametrize("target", ["x86", "onnx-qdq"])
+@pytest.mark.parametrize("target", [pytest.param("x86", marks=pytest.mark.slow), "onnx-qdq"])
 def test_a_table_has_every_layer_at_every_mode(model, target):
     costs = policy_costs(model, target)
     table = costs.table
@@ -71,6 +71,7 @@ def test_a_table_is_measured_once(model, monkeypatch):
         policy_costs(model, "x86")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", ["", "{}", "[1]", '{"layers": 3}', '{"layers": {"a": {"w2a2": "x"}}}'])
 def test_a_spoilt_cache_is_measured_again(model, content, tables):
     first = policy_costs(model, "x86").table
@@ -81,6 +82,7 @@ def test_a_spoilt_cache_is_measured_again(model, content, tables):
     assert json.loads(path.read_text())["target"] == "x86"
 
 
+@pytest.mark.slow
 def test_other_shapes_have_tables_of_their_own(model, tables):
     policy_costs(model, "x86")
     net, _ = example("residual")
@@ -91,6 +93,7 @@ def test_other_shapes_have_tables_of_their_own(model, tables):
     assert len(list(tables.iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_where_code_cannot_run_estimates_count(model):
     table = policy_costs(model, "arm").table
     assert not table.measured
@@ -131,6 +134,7 @@ def test_budgets_in_milliseconds_name_a_target(model):
             parse_budget(text, costs, on_target)
 
 
+@pytest.mark.slow
 def test_a_search_holds_its_latency(model):
     _, x = trained("residual")
     batches = [(x, torch.arange(len(x)) % 3)]

@@ -42,7 +42,7 @@ def test_random_policies_are_exact(name, seed):
 
 
 @pytest.mark.parametrize("target", sorted(qcompile.targets()))
-@pytest.mark.parametrize("scheme", ["vertical", "coupled"])
+@pytest.mark.parametrize("scheme", ["vertical", pytest.param("coupled", marks=pytest.mark.slow)])
 def test_policies_lower_to_every_target(scheme, target):
     model, x = trained("residual", scheme=scheme)
     report = qcompile.verify(model, x[:2], bits=_random_policy(model, 1), target=target)

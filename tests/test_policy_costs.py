@@ -131,7 +131,7 @@ def test_budgets_as_fractions_of_the_highest_policy():
     [
         ("bitops<=1", "below that of the smallest policy: policies of this model take"),
         ("size<=1GB", "above that of the largest policy: policies of this model take"),
-        ("latency<=2ms", "'latency' is none of bitops, size"),
+        ("latency<=2ms", "a latency names its target"),
         ("size<=2kb", "the unit 'kb' is none of B, KB, MB, GB, KiB, MiB, GiB or x"),
         ("size<2KB", "not of the form"),
         ("size<=--KB", "is no number"),
