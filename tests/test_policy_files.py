@@ -146,6 +146,7 @@ def test_what_a_file_lacks_is_listed(tmp_path):
         {"policy-1": {"conv1": "w99a1"}},
         {"policy-1": {"conv1": None}},
         {"other": {"conv1": 2}},
+        {"policy-1": {"conv1": 2}, "policy.2": {"conv1": 2}},
     ],
 )
 def test_hostile_descriptions_of_policies_are_refused(policies, tmp_path):

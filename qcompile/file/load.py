@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from os import PathLike
@@ -122,6 +123,12 @@ class DeployedModel(MultiModeModel):
         return self
 
 
+def _policy_name(name: str) -> str:
+    if not re.fullmatch(r"policy-[0-9]{1,6}", name):
+        raise ValueError(f"{name!r} is no name of a policy")
+    return name
+
+
 class Metadata:
     """The header's description of the model, checked.
 
@@ -136,7 +143,9 @@ class Metadata:
             self.shapes = tuple(listed_shape(shape) for shape in data["input_shapes"])
             self.planes = listed_weights(data["planes"])
             self.open_sizes = data.get("open_sizes", False) is True
-            self.policies = {str(name): Policy(layers) for name, layers in data.get("policies", {}).items()}
+            self.policies = {
+                _policy_name(one): Policy(layers) for one, layers in data.get("policies", {}).items()
+            }
             self.layers = tuple(LayerRecord(str(n), bool(q), str(r)) for n, q, r in data["layers"])
         except (KeyError, TypeError, ValueError, AttributeError, InvalidArgument, InvalidInputType) as cause:
             raise FileFormatError(f"its model description is malformed ({cause})") from cause

@@ -75,6 +75,7 @@ def _if_shapes_agree(function: Callable[..., Tensor], otherwise: Callable[..., A
     def call(first: Tensor, *others: Any, **options: Any) -> Any:
         tensors = [one for one in others if isinstance(one, Tensor)]
         same = all(one.shape == first.shape and one.dtype == first.dtype for one in tensors)
-        return (function if same else otherwise)(first, *others, **options)
+        fits = same and first.is_floating_point()  # whole numbers may become others
+        return (function if fits else otherwise)(first, *others, **options)
 
     return call
