@@ -63,12 +63,12 @@ def test_a_table_has_every_layer_at_every_mode(model, target):
 
 
 def test_a_table_is_measured_once(model, monkeypatch):
-    first = policy_costs(model, "x86").table
+    first = policy_costs(model, "onnx-qdq").table
     monkeypatch.setattr(latency, "lower", lambda *_, **__: pytest.fail("measured again"))
-    assert policy_costs(model, "x86").table == first
+    assert policy_costs(model, "onnx-qdq").table == first
     monkeypatch.setattr(latency, "machine_name", lambda: "another machine")
     with pytest.raises(pytest.fail.Exception, match="measured again"):
-        policy_costs(model, "x86")
+        policy_costs(model, "onnx-qdq")
 
 
 @pytest.mark.slow
