@@ -134,6 +134,13 @@ def covering_step(values: tuple[float, float], low: int, high: int) -> float:
     return max(-smallest / (-low or 0.5), largest / (high or 0.5))
 
 
+def _mean_magnitude(x: Tensor, agreement: Agreement) -> float:
+    """mean|x| over all ranks."""
+    total = x.detach().abs().sum(dtype=torch.float64)
+    sums = agreement.total(torch.stack([total, torch.full_like(total, x.numel())])).tolist()
+    return float(sums[0]) / max(1.0, float(sums[1]))
+
+
 class LsqActivationQuantizer(ActivationQuantizer):
     """Uniform activation quantiser with one learned step per mode.
 
@@ -211,16 +218,14 @@ class LsqActivationQuantizer(ActivationQuantizer):
         found = ends(x, agreement)
         if not all(map(math.isfinite, found)):
             raise InvalidArgument("cannot set an activation step from a batch that holds NaN or infinity")
-        magnitudes = x.detach().abs().sum(dtype=torch.float64)
-        sums = agreement.total(torch.stack([magnitudes, torch.full_like(magnitudes, x.numel())])).tolist()
-        mean = sums[0] / max(1.0, sums[1])
+        mean = _mean_magnitude(x, agreement) if self.first == "mean" else 0.0
         self._set_first(row, found, mean)
         for other, done in enumerate(self.initialised.tolist()):
             if self.shared and not done and not bool(self.initialised[other]):
                 self._set_first(other, found, mean)
 
     def _set_first(self, row: int, found: tuple[float, float], mean: float) -> None:
-        """From the smallest and the largest value, and the mean magnitude."""
+        """From the smallest and the largest value, and the mean magnitude where `first` asks for it."""
         self._choose_low(row, lambda low, high: covering_step(found, low, high))
         low, high = self.code_range(row)
         if self.first == "mean":
