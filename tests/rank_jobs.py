@@ -213,6 +213,25 @@ def searched(rank: int, count: int) -> list[str]:
     return [policy.to_json() for policy in found]
 
 
+def search_with_own_checkpoints(rank: int, count: int) -> str:
+    """What every rank is told if only the first of them finds the losses of an earlier search."""
+    model, data = prepared(torch.float32, VerticalConfig()), batches(1, torch.float32)
+    qcompile.calibrate(model, [x for x, _ in data])
+    with tempfile.TemporaryDirectory() as folder:
+        given = {
+            "model": model,
+            "loader": data,
+            "budget": "bitops<=0.7x",
+            "checkpoint": f"{folder}/losses.json",
+        }
+        qcompile.search(**given)  # the first rank writes
+        try:
+            qcompile.search(**given)
+        except qcompile.errors.InvalidArgument as error:
+            return str(error)
+    return ""
+
+
 def one_bad_batch(rank: int, count: int, value: float) -> str:
     """What every rank says if one of them gets a batch with NaN or infinity first."""
     model = prepared(torch.float32, VerticalConfig())

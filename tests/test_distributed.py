@@ -29,6 +29,7 @@ _JOBS: dict[str, tuple[Any, dict[str, Any]]] = {
     "refusals": (rank_jobs.refusals, {}),
     "first steps": (rank_jobs.first_steps, {}),
     "searched": (rank_jobs.searched, {}),
+    "checkpoints": (rank_jobs.search_with_own_checkpoints, {}),
     "view": (rank_jobs.view_of_a_wrapped_model, {}),
     "nan": (rank_jobs.one_bad_batch, {"value": torch.nan}),
     "infinity": (rank_jobs.one_bad_batch, {"value": torch.inf}),
@@ -137,6 +138,10 @@ def test_the_first_batch_sets_the_same_steps_on_all_ranks(on_two):
 def test_two_ranks_find_the_policies_of_one(on_two):
     expected = rank_jobs.searched(0, 1)
     assert on_two["searched"] == [expected, expected]
+
+
+def test_ranks_do_not_go_on_from_different_checkpoints(on_two):
+    assert all("folder that all of them share" in said for said in on_two["checkpoints"])
 
 
 def test_views_of_a_wrapped_model_reduce(on_two):

@@ -22,6 +22,7 @@ from qcompile.file.strict_json import parse_json
 from qcompile.file.writer import replacing
 from qcompile.modes import Mode
 from qcompile.policy import Policy
+from qcompile.ranks import AgreementOfRanks
 
 FORMAT, VERSION = "qcompile search", 1
 
@@ -40,12 +41,20 @@ class KnownLosses:
     Raises:
         FileAccessError: if a file that exists cannot be read.
         FileFormatError: if it is no such file.
-        InvalidArgument: if its losses are of another model, other batches or another option.
+        InvalidArgument: if its losses are of another model, other batches or another option, or ranks read
+            different ones.
     """
 
     def __init__(self, path: str | PathLike[str], key: str, layers: Sequence[str]) -> None:
         self._path, self._key, self._layers = path, key, tuple(layers)
         self.losses: dict[Policy, float] = self._read() if os.path.exists(path) else {}
+        count = torch.tensor([float(len(self.losses)), -float(len(self.losses))])
+        most, least = AgreementOfRanks().largest(count).tolist()
+        if most != -least:  # they would wait for each other's losses
+            raise InvalidArgument(
+                f"ranks read different losses from {os.fspath(path)!r}: the checkpoint must lie in a "
+                "folder that all of them share"
+            )
 
     def write(self, losses: dict[Policy, float]) -> None:
         """Replace the file.
