@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="of the searches")
     parser.add_argument("--samples", type=int, default=128, help="training images that a search sees")
     parser.add_argument("--method", choices=("greedy", "knapsack", "evolution"), default="greedy")
+    parser.add_argument("--start", choices=("highest", "nearest"), default="nearest", help="of greedy")
     parser.add_argument("--budgets", nargs="+", help="of the front; default: ten")
     parser.add_argument("--plot", type=Path, help="where to draw the front")
     parser.add_argument("--threads", type=int, default=1)
@@ -87,7 +88,8 @@ def train(options: argparse.Namespace) -> None:
     model = prepared(options).train()
     groups = qcompile.param_groups(model, lr=options.rate, weight_decay=1e-4)
     optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True)
-    joint = qcompile.JointLoss(model, nn.CrossEntropyLoss(), optimizer=optimizer)
+    teacher = cifar10.pretrained(options.data).to(memory_format=torch.channels_last)
+    joint = qcompile.JointLoss(model, nn.CrossEntropyLoss(), teacher=teacher, optimizer=optimizer)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.steps)
     batches = cifar10.AugmentedBatches(images, labels, options.batch, options.seed)
     started, used = time.perf_counter(), time.process_time()
@@ -131,22 +133,21 @@ def search(options: argparse.Namespace) -> None:
     images, labels = cifar10.exact(options.data, "test")
     records: list[dict[str, Any]] = []
     rows = [
-        "| average bits | G BitOPs | uniform | search, by seed | mean | minutes |",
-        "|---|---|---|---|---|---|",
+        "| average bits | G BitOPs | uniform | search, by seed | mean | not uniform | minutes |",
+        "|---|---|---|---|---|---|---|",
     ]
     for bits in (3, 4):
         uniform = costs.uniform(Mode(bits, bits))
         limit = costs.total(uniform, "bitops")
         base = measured(model, uniform, options)
-        scores, minutes = [], []
+        scores, minutes, mixed = [], [], 0
         for seed in range(options.seeds):
             started = time.perf_counter()
-            batches = calibration(options, seed, options.samples)
-            policy = qcompile.search(
-                model, batches, budget=f"bitops<={limit}", method=options.method, seed=seed
-            )
+            policy = _searched(model, f"bitops<={limit}", seed, options)
+            assert isinstance(policy, qcompile.Policy)
             minutes.append((time.perf_counter() - started) / 60)
             scores.append(measured(model, policy, options))
+            mixed += len({mode for _, mode in policy.items}) > 1
             records.append(
                 {"bits": bits, "seed": seed, "accuracy": scores[-1], "policy": dict(_bits(policy))}
             )
@@ -154,11 +155,23 @@ def search(options: argparse.Namespace) -> None:
         mean = sum(scores) / len(scores)
         listed = ", ".join(f"{one:.2f}" for one in scores)
         rows.append(
-            f"| {bits} | {limit / 1e9:.3f} | {base:.2f} | {listed} | {mean:.2f} | {max(minutes):.1f} |"
+            f"| {bits} | {limit / 1e9:.3f} | {base:.2f} | {listed} | {mean:.2f} "
+            f"| {mixed} of {options.seeds} | {max(minutes):.1f} |"
         )
     print(f"{processor()}, torch {torch.__version__}, {options.threads} threads, {options.samples} images")
+    print(f"{options.method}, from the {options.start} uniform policy")
     print(f"float: {accuracy(cifar10.pretrained(options.data), images, labels):.2f}")
     print("\n".join(rows))
+
+
+def _searched(
+    model: nn.Module, budget: str | list[str], seed: int, options: argparse.Namespace
+) -> qcompile.Policy | list[qcompile.Policy]:
+    """Other training images than those of the rounds choose between what was found and uniform modes."""
+    batches, held_out = calibration(options, seed, options.samples), calibration(options, 2000 + seed, 1024)
+    return qcompile.search(
+        model, batches, budget, options.method, start=options.start, held_out=held_out, seed=seed
+    )
 
 
 def _bits(policy: qcompile.Policy) -> list[tuple[str, str]]:
@@ -175,8 +188,8 @@ def front(options: argparse.Namespace) -> None:
         f"{kind}<={int(least + (most - least) * part / 9)}{'B' if kind == 'size' else ''}"
         for part in range(10)
     ]
-    batches = calibration(options, 0, options.samples)
-    policies = qcompile.search(model, batches, budget=budgets, method=options.method)
+    policies = _searched(model, budgets, 0, options)
+    assert isinstance(policies, list)
     uniform = [costs.uniform(Mode(bits, bits)) for bits in BITS[options.scheme]]
     points = {
         name: [(costs.total(one, kind), measured(model, one, options)) for one in given]

@@ -18,7 +18,7 @@ from qcompile.policy import Policy
 from qcompile.policy_costs import PolicyCosts, SearchedLayer, policy_costs
 from qcompile.search.budget import parse_budget
 from qcompile.search.evaluation import Evaluator
-from qcompile.search.greedy import greedy, minmax
+from qcompile.search.greedy import greedy, minmax, starting_policy
 
 torch.set_num_threads(1)
 
@@ -273,14 +273,50 @@ def test_losses_by_batch_are_those_of_training_mode(name):
     model.load_state_dict(before)
 
 
-def test_a_uniform_mode_with_less_loss_wins():
+@pytest.mark.parametrize("method", ["greedy", "evolution"])
+def test_held_out_batches_choose_between_what_was_found_and_uniform_modes(method):
     model, batches = _search_setup()
     costs = policy_costs(model)
-    evaluator = Evaluator(model, batches, nn.CrossEntropyLoss(), by_batch=True)
     uniform = [costs.uniform(mode) for mode in costs.modes]
-    for method in ("greedy", "evolution"):
-        budget = parse_budget("bitops<=0.7x", costs)
-        policy = qcompile.search(model, batches, budget="bitops<=0.7x", method=method)
-        within = [one for one in uniform if costs.total(one, "bitops") <= budget.limit]
-        losses = evaluator.losses(uniform[0], [Policy(policy.layers), *within])
+    budgets = ["bitops<=0.9x", "bitops<=0.7x", "bitops<=0.55x"]
+    # labels under which other policies are the best
+    held_out = [(one, target.roll(1)) for one, target in batches]
+    found = qcompile.search(model, batches, budgets, method, held_out=held_out)
+    judge = Evaluator(model, held_out, nn.CrossEntropyLoss(), by_batch=True)
+    for policy, text in zip(found, budgets, strict=True):
+        limit = parse_budget(text, costs).limit
+        others = [Policy(one.layers) for one in (*found, *uniform) if costs.total(one, "bitops") <= limit]
+        losses = judge.losses(uniform[0], [Policy(policy.layers), *others])
         assert losses[0] == min(losses)
+
+
+def test_the_last_quarter_is_held_out():
+    model, x = trained("residual")
+    batches = _batches(x, 4)
+    expected = qcompile.search(model, batches[:3], "bitops<=0.7x", held_out=batches[3:])
+    assert qcompile.search(model, batches, "bitops<=0.7x") == expected
+    assert qcompile.search(model, batches, "bitops<=0.7x", held_out=batches) != expected  # other statistics
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(300, "w3a3"), (405, "w3a4"), (600, "w4a4")])
+def test_the_nearest_start_is_worth_its_cost(limit, expected):
+    # w2a4, w4a2 and w4a3 have more loss than w3a2 and w3a4, which cost no more
+    loss = {
+        "w2a2": 9,
+        "w2a3": 8,
+        "w3a2": 7,
+        "w2a4": 7.2,
+        "w4a2": 7.5,
+        "w3a3": 4,
+        "w3a4": 2,
+        "w4a3": 3,
+        "w4a4": 1,
+    }
+    costs = PolicyCosts(GRID, _toy(GRID))
+
+    def losses(base, candidates):
+        return [float(loss[dict(one.items)["a"].name]) for one in candidates]
+
+    budget = parse_budget(f"bitops<={limit}", costs)
+    assert starting_policy(costs, losses, budget, "nearest") == costs.uniform(Mode.parse(expected))
+    assert starting_policy(costs, losses, budget, "highest") == costs.uniform(GRID[-1])

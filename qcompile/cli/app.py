@@ -81,6 +81,9 @@ def search(
     modes: Annotated[Optional[str], typer.Option(help="In place of --bits: w2a2,w4a8.")] = None,  # noqa: UP045
     skip: Annotated[Optional[list[str]], typer.Option(help="A layer that is in float; repeatable.")] = None,  # noqa: UP045
     method: Annotated[str, typer.Option(help="greedy, knapsack or evolution.")] = "greedy",
+    start: Annotated[
+        str, typer.Option(help="Of greedy: the highest uniform policy, or the nearest.")
+    ] = "highest",
     samples: Annotated[int, typer.Option(help="Samples to compare policies on.")] = 256,
     batch: Annotated[int, typer.Option(help="Samples per batch.")] = 64,
     seed: Annotated[int, typer.Option(help="Of evolution.")] = 0,
@@ -104,6 +107,7 @@ def search(
         data,
         budget,
         method,
+        start,
         samples,
         batch,
         seed,

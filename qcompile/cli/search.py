@@ -32,6 +32,7 @@ def search_command(
     data: Path,
     budgets: list[str],
     method: str,
+    start: str,
     samples: int,
     batch: int,
     seed: int,
@@ -54,7 +55,7 @@ def search_command(
     chosen = torch.linspace(0, len(labels) - 1, min(samples, len(labels))).long()
     inputs = Inputs({name: value[chosen] for name, value in inputs.values.items()}, inputs.shared)
     labels = labels[chosen]
-    starts = range(0, len(labels), batch)
+    firsts = range(0, len(labels), batch)
     state = read_weights(weights)
     is_trained = not state.keys() <= float_model.state_dict().keys()
     if not is_trained:
@@ -66,10 +67,10 @@ def search_command(
     if is_trained:
         load_weights(model, weights, state)
     else:
-        calibrate(model, [inputs.part(start, start + batch) for start in starts], progress=True)
-    batches = [(inputs.part(start, start + batch), labels[start : start + batch]) for start in starts]
-    how: Any = method  # which `search` checks
-    found = search(model, batches, budgets, how, seed=seed, checkpoint=checkpoint, progress=True)
+        calibrate(model, [inputs.part(first, first + batch) for first in firsts], progress=True)
+    batches = [(inputs.part(first, first + batch), labels[first : first + batch]) for first in firsts]
+    how: dict[str, Any] = {"method": method, "start": start}  # which `search` checks
+    found = search(model, batches, budgets, **how, seed=seed, checkpoint=checkpoint, progress=True)
     assert isinstance(found, list)
     paths = [output] if len(found) == 1 else _numbered(output, len(found))
     costs = policy_costs(model)

@@ -22,7 +22,7 @@ from qcompile.wrappers import as_prepared
 from .budget import Budget, parse_budget
 from .evaluation import Evaluator, inputs_and_target
 from .evolution import evolve
-from .greedy import greedy
+from .greedy import Start, greedy, starting_policy
 from .knapsack import least_error, weight_errors
 from .known_losses import KnownLosses, fingerprint
 
@@ -40,6 +40,8 @@ def search(
     trade: float = 1.5,
     trade_on: Literal["cost", "loss"] = "cost",
     weights_first: bool = True,
+    start: Start = "highest",
+    held_out: Iterable[Any] | None = None,
     seed: int = 0,
     progress: bool = False,
     statistics: Literal["batch", "running"] = "batch",
@@ -49,8 +51,10 @@ def search(
 ) -> Policy | list[Policy]:
     """Choose a mode for every layer.
 
-    Weights stay as they are; the winner's batch normalisation is measured on the loader's inputs. Where a
-    uniform mode within the budget has less loss than what `greedy` or `evolution` found, it is the winner.
+    Weights stay as they are; the winner's batch normalisation is measured on the loader's inputs. What
+    `greedy` or `evolution` finds has little loss on the batches that they saw, but not always on others; so
+    it is compared on held-out ones with what they found for other budgets and with uniform modes. The best
+    that is within the budget is the winner.
 
     Args:
         model: from `prepare`, trained or calibrated. It is left as it is.
@@ -65,6 +69,10 @@ def search(
         trade_on: of greedy, `loss` puts the factor on the loss, as the authors' code does.
         weights_first: of greedy, where weight and activation bits are independent: change weight bits first.
             Without, both in every round.
+        start: of greedy, the `highest` uniform policy, as in the paper, or the `nearest`: the cheapest above
+            the budget that has less loss than all cheaper ones. From there it takes fewer rounds.
+        held_out: batches for the last comparison; default: the last quarter of the loader's, if there are at
+            least four, otherwise all of them.
         seed: of evolution.
         progress: show the current loss and cost on standard error, if that is a terminal.
         statistics: how batch normalisation runs while policies are compared: by the mean and variance of each
@@ -90,14 +98,16 @@ def search(
         raise InvalidArgument(f"method={method!r} is none of {', '.join(get_args(Method))}")
     choice("trade_on", trade_on, ("cost", "loss"))
     choice("statistics", statistics, ("batch", "running"))
+    choice("start", start, get_args(Start))
     number("trade", trade)
-    if not isinstance(loader, Iterable):
-        raise InvalidInputType(f"the loader must be an iterable of batches, not {type(loader).__name__}")
+    for name, one in (("loader", loader), ("held_out", () if held_out is None else held_out)):
+        if not isinstance(one, Iterable):
+            raise InvalidInputType(f"{name} must be an iterable of batches, not {type(one).__name__}")
     costs = policy_costs(prepared)
     on_target = cache(lambda target: policy_costs(prepared, target, batch, threads))
     wanted = [budget] if isinstance(budget, str) else budget
     budgets = [parse_budget(one, costs, on_target) for one in wanted]
-    batches = list(loader)
+    batches, last = _split(list(loader), held_out)
     loss_of = nn.CrossEntropyLoss() if criterion is None else criterion
     known = None
     if checkpoint is not None:
@@ -123,20 +133,41 @@ def search(
             if method == "evolution":
                 best = evolve(of, evaluator.losses, limit, seed, told)
             else:
-                best = greedy(of, evaluator.losses, limit, trade, trade_on == "loss", weights_first, told)
-            found.append(_best(best, limit, evaluator))
+                first = starting_policy(of, evaluator.losses, limit, start)
+                best = greedy(
+                    of, evaluator.losses, limit, trade, trade_on == "loss", weights_first, told, first
+                )
+            found.append(best)
+        if method != "knapsack":
+            judge = (
+                evaluator if last is batches else Evaluator(prepared, last, loss_of, statistics == "batch")
+            )
+            found = _best(found, budgets, judge)
     inputs = [inputs_and_target(one)[0] for one in batches]
     policies = [_measured(prepared, inputs, one) for one in found]
     return policies[0] if isinstance(budget, str) else policies
 
 
-def _best(found: Policy, limit: Budget, evaluator: Evaluator) -> Policy:
-    """What was found, or a uniform policy within the budget that has less loss."""
-    uniform = [limit.costs.uniform(mode) for mode in limit.costs.modes]
-    within = [one for one in uniform if limit.costs.total(one, limit.kind) <= limit.limit]
-    policies = [found, *within]
-    losses = evaluator.losses(found, policies)
-    return policies[min(range(len(policies)), key=losses.__getitem__)]
+def _split(batches: list[Any], held_out: Iterable[Any] | None) -> tuple[list[Any], list[Any]]:
+    """Batches that a search sees, and those of the last comparison."""
+    if held_out is not None:
+        return batches, list(held_out)
+    count = len(batches) // 4
+    return (batches[:-count], batches[-count:]) if count else (batches, batches)
+
+
+def _best(found: Sequence[Policy], budgets: Sequence[Budget], judge: Evaluator) -> list[Policy]:
+    """For every budget the policy with the least loss, of equal ones what was found for it."""
+    costs = budgets[0].costs
+    policies = [*found, *(costs.uniform(mode) for mode in costs.modes)]
+    losses = dict(zip(policies, judge.losses(policies[0], policies), strict=True))
+    return [
+        min(
+            (one for one in (own, *policies) if limit.costs.total(one, limit.kind) <= limit.limit),
+            key=losses.__getitem__,
+        )
+        for own, limit in zip(found, budgets, strict=True)
+    ]
 
 
 def _measured(model: QuantModel, inputs: Sequence[Any], policy: Policy) -> Policy:

@@ -21,6 +21,9 @@ from .budget import Budget
 #: Which bits a round may change.
 Moves = Literal["weights", "activations", "both"]
 
+#: Where a search begins.
+Start = Literal["highest", "nearest"]
+
 Losses = Callable[[Policy, Sequence[Policy]], Sequence[float]]
 Told = Callable[[Policy, float, float], None]
 
@@ -33,6 +36,7 @@ def greedy(
     on_loss: bool = False,
     weights_first: bool = True,
     told: Told = lambda *_: None,
+    start: Policy | None = None,
 ) -> Policy:
     """The first policy within the budget, from the highest uniform one.
 
@@ -45,11 +49,12 @@ def greedy(
         weights_first: where weight and activation bits are independent, weight bits change first, until they
             have taken their equal share of what the cost must fall by; without, both in every round.
         told: told(policy, loss, cost) after every round.
+        start: another policy to begin with.
 
     Raises:
         InvalidArgument: if every way ends outside of the budget.
     """
-    current = costs.uniform(costs.modes[-1])
+    current = costs.uniform(costs.modes[-1]) if start is None else start
     visited = {current}
     fixed = costs.fixed_total(budget.kind)
     highest = costs.total(current, budget.kind) - fixed
@@ -74,6 +79,19 @@ def greedy(
         visited.add(current)
         told(current, measured[best], spent[best])
     return current
+
+
+def starting_policy(costs: PolicyCosts, losses: Losses, budget: Budget, start: Start) -> Policy:
+    """The highest uniform policy, or the cheapest above the budget with less loss than all cheaper ones."""
+    uniform = [costs.uniform(mode) for mode in costs.modes]
+    if start == "nearest":
+        least = math.inf
+        by_loss = dict(zip(uniform, losses(uniform[-1], uniform), strict=True))
+        for one in sorted(uniform, key=lambda policy: costs.total(policy, budget.kind)):
+            if by_loss[one] < least and costs.total(one, budget.kind) > budget.limit:
+                return one
+            least = min(least, by_loss[one])
+    return uniform[-1]
 
 
 def minmax(values: Sequence[float]) -> list[float]:
