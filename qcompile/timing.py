@@ -6,14 +6,19 @@ import time
 from collections.abc import Callable, Mapping
 
 
-def best_of(runs: int, functions: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-    """Seconds of each function's fastest run, the functions taking turns after one run each to warm up."""
+def in_turns(runs: int, functions: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
+    """Seconds of every run of each function, the functions taking turns after one run each to warm up."""
     for function in functions.values():
         function()
-    times = dict.fromkeys(functions, float("inf"))
+    times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(runs):
         for name, function in functions.items():
             started = time.perf_counter()
             function()
-            times[name] = min(times[name], time.perf_counter() - started)
+            times[name].append(time.perf_counter() - started)
     return times
+
+
+def best_of(runs: int, functions: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    """Seconds of each function's fastest run, the functions taking turns."""
+    return {name: min(times) for name, times in in_turns(runs, functions).items()}

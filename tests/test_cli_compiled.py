@@ -64,10 +64,12 @@ def test_bench_measures_every_mode_and_target(folder: Path, monkeypatch: Any, ca
     code, out, _ = run(
         monkeypatch, capsys, "bench", "m.qcm", "--against", "onnx-qdq", "--bits", "2", "--runs", "2", "--json"
     )
-    rows = json.loads(out)
+    found = json.loads(out)
+    rows = found["latencies"]
     assert code == 0
+    assert (found["batch"], found["threads"]) == (1, 1)
     assert [row["target"] for row in rows] == ["x86", "onnx-qdq"]
-    assert all(row["best ms"] > 0 for row in rows)
+    assert all(row["median ms"] >= row["best ms"] > 0 for row in rows)
     assert rows[0]["against first"] == 1.0
     assert rows[0]["arena bytes"] > 0
 
@@ -94,6 +96,11 @@ def test_inspect_shows_kernels_and_working_memory(folder: Path, monkeypatch: Any
         (["lower", "m.qcm", "--target", "x86", "--cpu", "pentium", "-o", "b"], "lacks avx2"),
         (["lower", "m.qcm", "--target", "x86", "--cpu", "nonsense", "-o", "b"], "LLVM knows"),
         (["bench", "m.qcm", "--runs", "0"], "--runs must be at least 1"),
+        (["bench", "m.qcm", "--peers", "torch"], "--float net:build"),
+        (
+            ["bench", "m.qcm", "--bits", "2", "--peers", "tflite", "--float", "nets:Residual"],
+            "none of the peers",
+        ),
         pytest.param(["bench", "m.qcm", "--target", "arm", "--bits", "2"], "./runner -r", marks=needs_arm),
     ],
 )

@@ -183,6 +183,17 @@ def bench(
     target: Annotated[str, typer.Option(help="See `qcompile targets`.")] = "x86",
     against: Annotated[Optional[str], typer.Option(help="Further targets, measured in turns.")] = None,  # noqa: UP045
     bits: Bits = None,
+    float_model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--float", help="module:function that returns the float network, for peers."),
+    ] = None,
+    peers: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="Other runtimes: torch, torch-bf16, torch-compile, onnxruntime, onnxruntime-int8, openvino, "
+            "openvino-bf16, openvino-int8."
+        ),
+    ] = None,
     batch: Annotated[int, typer.Option(help="Samples per call.")] = 1,
     threads: Annotated[int, typer.Option(help="Threads of every target.")] = 1,
     runs: Annotated[int, typer.Option(help="Runs of each; the fastest counts.")] = 50,
@@ -192,7 +203,8 @@ def bench(
     from .bench import bench_command
 
     names = [target, *(against.split(",") if against else [])]
-    bench_command(file, names, bits, batch, threads, runs, json)
+    others = peers.split(",") if peers else []
+    bench_command(file, names, bits, float_model, others, batch, threads, runs, json)
 
 
 @app.command(epilog="Example: qcompile verify model.qcm --target onnx-qdq --data test.npz")
