@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from os import PathLike
+from statistics import fmean, stdev
 from typing import Any, Literal, get_args
 
 from rich.console import Console
@@ -53,8 +55,8 @@ def search(
 
     Weights stay as they are; the winner's batch normalisation is measured on the loader's inputs. What
     `greedy` or `evolution` finds has little loss on the batches that they saw, but not always on others; so
-    it is compared on held-out ones with what they found for other budgets and with uniform modes. The best
-    that is within the budget is the winner.
+    held-out ones compare it with what they found for other budgets, of which the best within the budget is
+    the winner if it is better than all uniform modes by more than the standard error over these batches.
 
     Args:
         model: from `prepare`, trained or calibrated. It is left as it is.
@@ -139,10 +141,10 @@ def search(
                 )
             found.append(best)
         if method != "knapsack":
-            judge = (
-                evaluator if last is batches else Evaluator(prepared, last, loss_of, statistics == "batch")
-            )
-            found = _best(found, budgets, judge)
+            judges = [evaluator]
+            if last is not batches:
+                judges = [Evaluator(prepared, [one], loss_of, statistics == "batch") for one in last]
+            found = _best(found, budgets, judges)
     inputs = [inputs_and_target(one)[0] for one in batches]
     policies = [_measured(prepared, inputs, one) for one in found]
     return policies[0] if isinstance(budget, str) else policies
@@ -156,18 +158,43 @@ def _split(batches: list[Any], held_out: Iterable[Any] | None) -> tuple[list[Any
     return (batches[:-count], batches[-count:]) if count else (batches, batches)
 
 
-def _best(found: Sequence[Policy], budgets: Sequence[Budget], judge: Evaluator) -> list[Policy]:
-    """For every budget the policy with the least loss, of equal ones what was found for it."""
+class _Judge:
+    """Losses on held-out batches, batch by batch, so that differences have a standard error."""
+
+    def __init__(self, evaluators: Sequence[Evaluator], policies: Sequence[Policy]) -> None:
+        by_batch = [one.losses(policies[0], policies) for one in evaluators]
+        self._losses = dict(zip(policies, zip(*by_batch, strict=True), strict=True))
+
+    def loss(self, policy: Policy) -> float:
+        return fmean(self._losses[policy])
+
+    def is_clearly_better(self, one: Policy, other: Policy) -> bool:
+        """By more than the standard error of the difference, of which a single batch knows nothing."""
+        gains = [b - a for a, b in zip(self._losses[one], self._losses[other], strict=True)]
+        error = stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else 0.0
+        return fmean(gains) > error
+
+
+def _best(
+    found: Sequence[Policy], budgets: Sequence[Budget], evaluators: Sequence[Evaluator]
+) -> list[Policy]:
+    """For every budget the policy with the least loss of all that were found, or a uniform one.
+
+    Policies that were chosen for their losses on other batches have to be clearly better than a uniform one.
+    """
     costs = budgets[0].costs
-    policies = [*found, *(costs.uniform(mode) for mode in costs.modes)]
-    losses = dict(zip(policies, judge.losses(policies[0], policies), strict=True))
-    return [
-        min(
-            (one for one in (own, *policies) if limit.costs.total(one, limit.kind) <= limit.limit),
-            key=losses.__getitem__,
-        )
-        for own, limit in zip(found, budgets, strict=True)
-    ]
+    uniform = [costs.uniform(mode) for mode in costs.modes]
+    judge = _Judge(evaluators, [*found, *uniform])
+
+    def least(policies: Iterable[Policy], limit: Budget) -> Policy | None:
+        within = (one for one in policies if limit.costs.total(one, limit.kind) <= limit.limit)
+        return min(within, key=judge.loss, default=None)
+
+    chosen = []
+    for own, limit in zip(found, budgets, strict=True):
+        best, plain = least((own, *found), limit) or own, least(uniform, limit)
+        chosen.append(best if plain is None or judge.is_clearly_better(best, plain) else plain)
+    return chosen
 
 
 def _measured(model: QuantModel, inputs: Sequence[Any], policy: Policy) -> Policy:
