@@ -33,23 +33,26 @@ PROCESSORS = {
     "avx2": ("haswell", '__builtin_cpu_supports("avx2")'),
 }
 
-#: (inputs, outputs, size, kernel, groups)
+#: (inputs, outputs, height, width, kernel, groups); linear layers have a height of 1.
 LAYERS = (
-    (64, 64, 56, 3, 1),
-    (128, 128, 28, 3, 1),
-    (256, 256, 14, 3, 1),
-    (512, 512, 7, 3, 1),
-    (256, 256, 14, 1, 1),
-    (192, 192, 28, 3, 192),
+    (64, 64, 56, 56, 3, 1),
+    (128, 128, 28, 28, 3, 1),
+    (256, 256, 14, 14, 3, 1),
+    (512, 512, 7, 7, 3, 1),
+    (256, 256, 14, 14, 1, 1),
+    (192, 192, 28, 28, 3, 192),
+    (4096, 4096, 1, 1, 1, 1),
+    (4096, 4096, 1, 4, 1, 1),
+    (4096, 4096, 1, 16, 1, 1),
 )
 
 
-def layer_of(shape: tuple[int, int, int, int, int], bits: int) -> tuple[Layer, np.ndarray]:
+def layer_of(shape: tuple[int, int, int, int, int, int], bits: int) -> tuple[Layer, np.ndarray]:
     """A layer with an epilogue to codes of as many bits, and its weight codes."""
-    inputs, outputs, size, kernel, groups = shape
+    inputs, outputs, height, width, kernel, groups = shape
     edge = kernel // 2
-    source = Map(1, size, size, inputs, "uint8", 0, (edge,) * 4)
-    target = Map(1, size, size, outputs, "uint8", 0, (1,) * 4)
+    source = Map(1, height, width, inputs, "uint8", 0, (edge,) * 4)
+    target = Map(1, height, width, outputs, "uint8", 0, (edge,) * 4)
     weights = (outputs, inputs // groups, kernel, kernel)
     runs = runs_of(weights, source.padded, (1, 1), groups)
     layer = Layer(
@@ -86,7 +89,7 @@ def main() -> None:
     for shape in LAYERS:
         for bits in (1, 2, 4, 8):
             layer, vectors = layer_of(shape, bits)
-            products = layer.h * layer.w * shape[1] * shape[0] // shape[4] * shape[3] ** 2
+            products = layer.h * layer.w * shape[1] * shape[0] // shape[5] * shape[4] ** 2
             with tempfile.TemporaryDirectory() as folder:
                 alternatives = {}
                 for index, family in enumerate(FAMILIES):

@@ -34,6 +34,9 @@ from resnet20 import processor
 
 BITS = {"coupled": (2, 3, 4, 5, 6), "vertical": (2, 3, 4)}
 
+#: Steps and learning rate.
+TRAINING = {"coupled": (530, 0.008), "vertical": (1000, 0.02)}
+
 
 def main() -> None:
     """Read the options and run one part."""
@@ -45,18 +48,20 @@ def main() -> None:
     parser.add_argument("--scheme", choices=list(BITS), default="coupled")
     parser.add_argument("--data", type=Path, default=DATA, help="folder with the images and weights")
     parser.add_argument("--plain", action="store_true", help="train without schedule and distortion")
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, help="default: the scheme's")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--rate", type=float, default=0.02)
+    parser.add_argument("--rate", type=float, help="learning rate; default: the scheme's")
     parser.add_argument("--seed", type=int, default=0, help="of training")
     parser.add_argument("--seeds", type=int, default=3, help="of the searches")
-    parser.add_argument("--samples", type=int, default=128, help="training images that a search sees")
+    parser.add_argument("--samples", type=int, default=96, help="training images that a search sees")
     parser.add_argument("--method", choices=("greedy", "knapsack", "evolution"), default="greedy")
     parser.add_argument("--start", choices=("highest", "nearest"), default="nearest", help="of greedy")
     parser.add_argument("--budgets", nargs="+", help="of the front; default: ten")
     parser.add_argument("--plot", type=Path, help="where to draw the front")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
+    steps, rate = TRAINING[options.scheme]
+    options.steps, options.rate = options.steps or steps, options.rate or rate
     torch.set_num_threads(options.threads)
     {"train": train, "search": search, "front": front}[options.part](options)
 

@@ -94,6 +94,7 @@ def convolution(
 
 
 def random_case(seed: int) -> dict[str, Any]:
+    """A convolution, or from seed 12 on a linear layer of few rows."""
     rng = np.random.default_rng(seed)
 
     def draw(low: int, high: int) -> int:
@@ -103,6 +104,25 @@ def random_case(seed: int) -> dict[str, Any]:
     groups = draw(1, 3) if seed % 4 == 0 else draw(2, 40) if seed % 4 == 1 else 1
     per_group = (1, 1) if seed % 4 == 1 else (draw(1, 24), draw(1, 40))
     shift, numerator = [(0, 0), (1, 1), (2, -1), (3, 3)][draw(0, 3)] if bits < 8 and groups == 1 else (0, 0)
+    if seed >= 12:
+        return {
+            "rng": rng,
+            "n": 1,
+            "inputs": draw(1, 300),
+            "outputs": draw(1, 50),
+            "size": (1, draw(1, 9)),
+            "kernel": (1, 1),
+            "stride": (1, 1),
+            "dilation": (1, 1),
+            "padding": (0, 0),
+            "groups": 1,
+            "bits": 1 + seed % 8,
+            "signed": seed % 8 == 7 or bool(draw(0, 1)),
+            "shift": draw(0, 1) if seed % 8 < 7 else 0,
+            "numerator": draw(-2, 2) if seed % 8 < 7 else 0,
+            "zero_point": 8 * draw(0, 1),
+            "highest": [255, 15][draw(0, 1)],
+        }
     return {
         "rng": rng,
         "n": draw(1, 2),
@@ -124,7 +144,7 @@ def random_case(seed: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("family", [runnable(one) for one in FAMILIES])
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(28))
 def test_layers_with_epilogues_are_exact(seed: int, family: Family, tmp_path: Path) -> None:
     case = random_case(seed)
     rng, n, groups, bits = case["rng"], case["n"], case["groups"], case["bits"]
@@ -230,3 +250,12 @@ def test_the_registry_picks_by_bits_and_features(features: set[str], expected: d
             source, runs, (1, 1), (1, 1), (1, 1), 28, 28, 2**bits - 1, bits, bits > 1, 0, 0, False, (), ()
         )
         assert choose(layer, frozenset(features)).name == name
+
+
+@pytest.mark.parametrize("features", [{"amx", "vnni", "avx512", "avx2"}, {"vnni", "avx512", "avx2"}])
+def test_few_rows_take_weights_as_they_lie_in_memory(features: set[str]) -> None:
+    for rows, expected in ((1, True), (4, True), (196, False)):
+        source = Map(1, 1, rows, 1024, "uint8")
+        runs = runs_of((1024, 1024, 1, 1), 1024, (1, 1), 1)
+        layer = Layer(source, runs, (1, 1), (1, 1), (0, 0), 1, rows, 255, 4, True, 0, 0, False, (), ())
+        assert (choose(layer, frozenset(features)).name == "gemv") == expected

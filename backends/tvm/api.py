@@ -156,6 +156,17 @@ def load(buffer: Any, index: Any, lanes: int = 1) -> Any:
     return buffer[index] if lanes == 1 else buffer[tirx.Ramp(index, 1, lanes)]
 
 
+def prefetch(buffer: Any, index: Any) -> None:
+    """Ask for an element's cache line; it may lie beyond the buffer."""
+    evaluate(
+        tirx.call_llvm_intrin("void", "llvm.prefetch.p0", address(buffer, index), *map(_int32, (0, 3, 1)))
+    )
+
+
+def _int32(value: int) -> Any:
+    return tirx.const(value, "int32")
+
+
 def store(buffer: Any, value: Any, index: Any, lanes: int = 1) -> None:
     """Write `lanes` elements from `index` on."""
     builder.buffer_store(buffer, value, [index if lanes == 1 else tirx.Ramp(index, 1, lanes)])

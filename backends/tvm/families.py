@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .kernels import amx, bitserial, depthwise, dot, neon, x86
+from .kernels import amx, bitserial, depthwise, dot, gemv, neon, x86
+from .kernels.frame import Tile, tasks_of
 from .maps import LANES
 from .packing import pack
 from .specs import Layer
@@ -50,6 +51,12 @@ def _packed(vectors: NDArray[np.integer], layer: Layer) -> NDArray[np.uint8]:
     return pack(vectors, layer.bits, layer.signed).reshape(-1)
 
 
+def _unpacking(layer: Layer, tile: Tile) -> float:
+    """Nanoseconds for weights that every task unpacks to memory."""
+    tasks = tasks_of(layer, tile)[1]
+    return tasks * layer.blocks * layer.runs.vectors * (2.0 + 0.25 * layer.bits)
+
+
 def _dot(
     name: str,
     needs: str,
@@ -59,7 +66,7 @@ def _dot(
     def time(layer: Layer) -> float:
         tile = dot.tile_of(layer, make(layer))
         waste = tile.per_row(layer) * tile.pixels / layer.w
-        return _products(layer) * waste / rate(layer)
+        return _products(layer) * waste / rate(layer) + _unpacking(layer, tile)
 
     return Family(
         name,
@@ -75,7 +82,7 @@ def _amx_time(layer: Layer) -> float:
     """A product of fewer than 8 rows of pixels takes as long as one of 8."""
     tile, stretch = amx.tile_of(layer), amx.stretch_of(layer.runs)
     products = tile.count(layer) * layer.blocks * layer.runs.vectors * 4 / stretch
-    return products * max(8, tile.pixels) * amx.ROW_BYTES * LANES / 2000
+    return products * max(8, tile.pixels) * amx.ROW_BYTES * LANES / 2000 + _unpacking(layer, tile)
 
 
 def _bitserial(needs: str, registers: int, rate: float) -> Family:
@@ -106,9 +113,20 @@ def _depthwise(needs: str, rate: float) -> Family:
     return Family("depthwise", frozenset((needs,)), time, depthwise.depthwise_kernel, depthwise.pack_taps)
 
 
+def _gemv_time(layer: Layer) -> float | None:
+    """Products, and an unpacking for every tile of rows; the first one waits for weights from memory."""
+    if not gemv.is_possible(layer):
+        return None
+    tile = gemv.tile_of(layer)
+    each = 0.33 * tile.pixels + 0.15
+    waiting = max(0.0, 0.45 * layer.bits - each)
+    return layer.blocks * layer.runs.vectors * (tile.count(layer) * each + waiting)
+
+
 FAMILIES: tuple[Family, ...] = (
     Family("amx", frozenset(("amx",)), _amx_time, amx.amx_kernel, _packed),
     _dot("vnni", "vnni", x86.vnni, lambda layer: 200.0),
+    Family("gemv", frozenset(("vnni",)), _gemv_time, gemv.gemv_kernel, _packed),
     _bitserial("avx512", 32, 250.0),
     _dot("avx2", "avx2", x86.avx2, lambda layer: 62.0 if x86.fits(layer) else 26.0),
     _bitserial("avx2", 8, 165.0),

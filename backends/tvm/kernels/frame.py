@@ -55,6 +55,12 @@ def most_blocks(layer: Layer, limit: int) -> int:
     return max(count for count in range(1, limit + 1) if layer.blocks % count == 0)
 
 
+def tasks_of(layer: Layer, tile: Tile) -> tuple[int, int]:
+    """Tasks of a layer: groups of `tile.blocks` blocks of outputs, and parts of the pixels of each."""
+    groups = layer.blocks // tile.blocks
+    return groups, min(next((parts for parts in (1, 2, 4) if groups * parts >= 8), 8), tile.count(layer))
+
+
 class Frame:
     """One kernel under construction.
 
@@ -107,8 +113,7 @@ class Frame:
             self._sums = self._window_sums() if self._offset else None
             if before is not None:
                 before()
-            groups, tiles = layer.blocks // self.tile.blocks, self.tile.count(layer)
-            parts = min(next((r for r in (1, 2, 4) if groups * r >= 8), 8), tiles)
+            tiles, (groups, parts) = self.tile.count(layer), tasks_of(layer, self.tile)
             with api.parallel(0, groups * parts) as index:
                 group, part = (index // parts, index % parts) if parts > 1 else (index, 0)
                 task(group, part * tiles // parts, (part + 1) * tiles // parts)

@@ -14,6 +14,19 @@ def unpacked_form(layer: Layer) -> tuple[int, int]:
     return (1, 0) if layer.is_effective else (2**layer.shift, layer.numerator)
 
 
+def stored_form(layer: Layer) -> tuple[int, int]:
+    """(scale, offset): effective weights are scale * stored code + offset."""
+    raised = 2 ** (layer.bits - 1) if layer.signed and layer.bits < 8 else 0
+    return 2**layer.shift, layer.numerator - raised * 2**layer.shift
+
+
+def load_codes(layer: Layer, packed: Any, start: Any, vector: int) -> Any:
+    """64 codes as they are stored, int8: one of the eight vectors of the group that begins at an index."""
+    if layer.bits == 8:
+        return api.reinterpret(api.load(packed, start + vector * 64, 64), "int8x64")
+    return api.reinterpret(_code(layer.bits, packed, start, vector, 0), "int8x64")
+
+
 def unpack_block(layer: Layer, packed: Any, block: Any, groups: int, target: Any, to: Any) -> None:
     """All weights of one block of outputs, packed in so many groups, from index `to` of an int8 buffer on."""
     with api.serial(0, groups) as g:
