@@ -100,6 +100,26 @@ def test_greedy_is_the_papers_step_by_step(limit, trade, on_loss, kind):
     assert found == path[-1]
 
 
+def test_the_smallest_policy_is_found_without_detours():
+    # bits of one kind at their lowest would else go up and down until all policies were seen
+    macs = {f"layer{i}": 2_359_296 for i in range(18)}
+    costs = PolicyCosts(
+        GRID, tuple(SearchedLayer(name, one, one, True, (name,), GRID) for name, one in macs.items())
+    )
+    budget = parse_budget(f"bitops<={4 * sum(macs.values())}", costs)
+    rounds = []
+
+    def losses(current, candidates):
+        rounds.append(current)
+        assert len(rounds) <= 4 * len(macs)
+        return [-float(costs.total(one, "bitops")) for one in candidates]
+
+    assert greedy(costs, losses, budget) == costs.uniform(GRID[0])
+    for mode in (Mode(2, 4), Mode(4, 2), Mode(3, 3)):
+        rounds.clear()
+        assert greedy(costs, losses, budget, start=costs.uniform(mode)) == costs.uniform(GRID[0])
+
+
 def test_minmax_of_equal_values_is_zero():
     assert minmax([3.0, 3.0]) == [0.0, 0.0]
     assert minmax([1.0, 3.0, 2.0]) == [0.0, 1.0, 0.5]

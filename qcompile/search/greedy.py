@@ -47,7 +47,8 @@ def greedy(
         trade: lambda.
         on_loss: lambda weighs the loss instead of the cost, as in the authors' code.
         weights_first: where weight and activation bits are independent, weight bits change first, until they
-            have taken their equal share of what the cost must fall by; without, both in every round.
+            have taken their equal share of what the cost must fall by or cannot fall any more; without, both
+            in every round.
         told: told(policy, loss, cost) after every round.
         start: another policy to begin with.
 
@@ -65,7 +66,11 @@ def greedy(
             moves = ["weights", "activations"] if cost > halfway else ["activations", "weights"]
         found: list[Policy] = []
         for kind in moves:
-            found = found or [one for one in neighbours(current, costs, kind) if one not in visited]
+            beside = [one for one in neighbours(current, costs, kind) if one not in visited]
+            if any(costs.total(one, budget.kind) < cost for one in beside):
+                found = beside
+                break
+            found += beside  # none is cheaper: bits of this kind are as low as they go
         if not found:
             raise InvalidArgument(f"greedy search found no policy within {budget.text!r}; try another method")
         measured = losses(current, found)
