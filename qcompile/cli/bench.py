@@ -40,7 +40,7 @@ def bench_command(
     if peers and factory is None:
         raise InvalidArgument("peers run the float network: name it, for example --float net:build")
     model = load(file, bits=bits)
-    others = _opened(factory, peers, model, batch, threads) if factory is not None else {}
+    others = _opened(factory, peers, model, batch, threads) if factory is not None and peers else {}
     alternatives: Alternatives = {}
     rows: dict[str, dict[str, Any]] = {}
     for target in targets:

@@ -64,17 +64,18 @@ def greedy(
         moves: list[Moves] = ["both"]
         if weights_first and not costs.is_tied:
             moves = ["weights", "activations"] if cost > halfway else ["activations", "weights"]
-        found: list[Policy] = []
+        spending: dict[Policy, float] = {}
         for kind in moves:
             beside = [one for one in neighbours(current, costs, kind) if one not in visited]
-            if any(costs.total(one, budget.kind) < cost for one in beside):
-                found = beside
+            spending_beside = {one: costs.total(one, budget.kind) for one in beside}
+            if any(one < cost for one in spending_beside.values()):
+                spending = spending_beside
                 break
-            found += beside  # none is cheaper: bits of this kind are as low as they go
-        if not found:
+            spending |= spending_beside  # none is cheaper: bits of this kind are as low as they go
+        if not spending:
             raise InvalidArgument(f"greedy search found no policy within {budget.text!r}; try another method")
+        found, spent = list(spending), list(spending.values())
         measured = losses(current, found)
-        spent = [costs.total(one, budget.kind) for one in found]
         factors = (trade, 1.0) if on_loss else (1.0, trade)
         scores = [
             factors[0] * a + factors[1] * b for a, b in zip(minmax(measured), minmax(spent), strict=True)
