@@ -58,6 +58,21 @@ class LoweringRequest:
 
 
 @dataclass(frozen=True)
+class Peak:
+    """What a machine does at most, as measured on it.
+
+    Attributes:
+        instruction: what multiplies.
+        products: multiply-additions of bytes per second.
+        bandwidth: bytes per second that are read from memory.
+    """
+
+    instruction: str
+    products: float
+    bandwidth: float
+
+
+@dataclass(frozen=True)
 class Trace:
     """What an executable computed, seen from inside.
 
@@ -139,6 +154,14 @@ class Executable:
         Returns:
             Seconds by layer, what belongs to no layer by a name of its own; None where a runtime of others
             does not tell.
+        """
+        return None
+
+    def measure_peak(self) -> Peak | None:
+        """What this machine does at most, on the threads and with the instructions of this executable.
+
+        Returns:
+            None where a runtime of others runs, or another machine's code.
         """
         return None
 

@@ -7,23 +7,19 @@ cannot run on this machine, the estimates count that its choice of kernels is ma
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import os
-import platform
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .backends.cache_folder import cache_folder
 from .backends.target import Executable
 from .errors import InvalidArgument
-from .file.writer import replacing
+from .kept_json import keep, machine_name, place_of, read_kept
 from .lower import lower
 from .model import QuantModel
 from .modes import Mode
@@ -93,7 +89,7 @@ def latency_table(
     """
     modes = list(next(iter(layers.values())))
     machine = machine_name()
-    path = cache_folder() / "latency" / f"{_key(model, modes, target, batch, threads, machine)}.json"
+    path = place_of("latency", _key(model, modes, target, batch, threads, machine))
     known = _read(path)
     if known is not None:
         return known
@@ -116,7 +112,7 @@ def latency_table(
             seconds[name][own[mode][0].name] = by_layer.get(name, 0.0)
         rests.append(whole - math.fsum(by_layer.get(name, 0.0) for name in layers))
     table = LatencyTable(target, machine, measured, seconds, max(0.0, math.fsum(rests) / len(rests)))
-    _write(path, table)
+    keep(path, {**vars(table), "layers": dict(table.layers)})
     return table
 
 
@@ -127,21 +123,10 @@ def _fastest(run: Executable, model: QuantModel, inputs: Sequence[Tensor]) -> fl
         return best_of(RUNS, {"run": lambda: run(*args, **kwargs)})["run"]
 
 
-def machine_name() -> str:
-    """The processor and how many of it this process may use."""
-    name = platform.processor() or platform.machine()
-    with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-        name = named[0] if named else name
-    affinity = getattr(os, "sched_getaffinity", None)
-    return f"{name}, {len(affinity(0)) if affinity else os.cpu_count()} cores"
-
-
 def _key(
     model: QuantModel, modes: Sequence[Mode], target: str, batch: int, threads: int | None, machine: str
-) -> str:
-    """Everything that times depend on, hashed: the machine, what lowers, and the shapes of all operators."""
+) -> list[Any]:
+    """Everything that times depend on: the machine, what lowers, and the shapes of all operators."""
     shapes = model.known_shapes()
     graph = model.integer_model(modes[-1], shapes)
     values = static_values(graph, shapes)
@@ -150,14 +135,13 @@ def _key(
         for node in graph.graph.nodes
     ]
     names = [mode.name for mode in modes]
-    content = [machine, __version__, torch.__version__, target, batch, threads, names, operators]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
+    return [machine, __version__, torch.__version__, target, batch, threads, names, operators]
 
 
 def _read(path: Path) -> LatencyTable | None:
     """A table that was kept; anything else in its place counts as none."""
-    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, InvalidArgument):
-        content = json.loads(path.read_text(encoding="utf-8"))
+    content = read_kept(path)
+    with suppress(ValueError, KeyError, TypeError, AttributeError, InvalidArgument):
         layers = {
             str(name): {Mode.parse(mode).name: float(value) for mode, value in by_mode.items()}
             for name, by_mode in content["layers"].items()
@@ -170,10 +154,3 @@ def _read(path: Path) -> LatencyTable | None:
             content["rest"],
         )
     return None
-
-
-def _write(path: Path, table: LatencyTable) -> None:
-    with suppress(OSError):  # a cache that cannot be written is none
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as file:
-            file.write(json.dumps({**vars(table), "layers": dict(table.layers)}, indent=1).encode())

@@ -62,16 +62,24 @@ def test_lower_and_verify_for_arm(folder: Path, monkeypatch: Any, capsys: Any) -
 
 def test_bench_measures_every_mode_and_target(folder: Path, monkeypatch: Any, capsys: Any) -> None:
     code, out, _ = run(
-        monkeypatch, capsys, "bench", "m.qcm", "--against", "onnx-qdq", "--bits", "2", "--runs", "2", "--json"
+        monkeypatch,
+        capsys,
+        *("bench", "m.qcm", "--against", "onnx-qdq", "--bits", "2", "--runs", "2", "--json"),
+        *("--plot", "bars.svg", "--peers", "torch", "--float", "verify_networks:Residual"),
     )
     found = json.loads(out)
     rows = found["latencies"]
     assert code == 0
     assert (found["batch"], found["threads"]) == (1, 1)
-    assert [row["target"] for row in rows] == ["x86", "onnx-qdq"]
+    assert [row["target"] for row in rows] == ["x86", "onnx-qdq", "torch"]
     assert all(row["median ms"] >= row["best ms"] > 0 for row in rows)
     assert rows[0]["against first"] == 1.0
     assert rows[0]["arena bytes"] > 0
+    assert 0 < rows[0]["share of peak"] < 1
+    assert rows[1]["share of peak"] is rows[2]["share of peak"] is None
+    assert found["peaks"].keys() == {"x86"}
+    assert all(found["peaks"]["x86"].values())
+    assert "<!-- x86 2 -->" in (folder / "bars.svg").read_text()
 
 
 def test_inspect_shows_kernels_and_working_memory(folder: Path, monkeypatch: Any, capsys: Any) -> None:
@@ -96,6 +104,7 @@ def test_inspect_shows_kernels_and_working_memory(folder: Path, monkeypatch: Any
         (["lower", "m.qcm", "--target", "x86", "--cpu", "pentium", "-o", "b"], "lacks avx2"),
         (["lower", "m.qcm", "--target", "x86", "--cpu", "nonsense", "-o", "b"], "LLVM knows"),
         (["bench", "m.qcm", "--runs", "0"], "--runs must be at least 1"),
+        (["bench", "m.qcm", "--plot", "bars.gif"], "--plot bars.gif ends in none of .svg, .png"),
         (["bench", "m.qcm", "--peers", "torch"], "--float net:build"),
         (
             ["bench", "m.qcm", "--bits", "2", "--peers", "tflite", "--float", "nets:Residual"],

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qcompile.backends.target import Executable, LoweringRequest, Trace
+from qcompile.backends.target import Executable, LoweringRequest, Peak, Trace
 from qcompile.errors import InvalidArgument, LoweringError
 
 from .artefact import Artefact, make_artefact
@@ -22,6 +22,7 @@ from .emulated import Emulated
 from .export import export
 from .library import Library
 from .maps import from_memory
+from .peak import measure_peak
 from .plan import ALIGNMENT
 from .processors import Architecture
 
@@ -147,6 +148,15 @@ class CompiledExecutable(Executable):
             layer, _ = variant.layers.get(name, (name, ""))
             found[layer] = found.get(layer, 0.0) + seconds
         return found
+
+    def measure_peak(self) -> Peak | None:
+        """By the best instruction of the kind of processor that runs; None under emulation."""
+        if not isinstance(self.library, Library):
+            return None
+        kind = self.library.variant().name
+        processor = next(one for one in self._architecture.processors if one.name == kind)
+        with tempfile.TemporaryDirectory(prefix="qcompile-peak-") as folder:
+            return measure_peak(self._architecture, processor, self.library.threads, Path(folder))
 
     def arena_bytes(self) -> int:
         """Working memory of one model, the most that any kind of processor needs."""

@@ -90,7 +90,9 @@ def search(
     checkpoint: Annotated[
         Path | None, typer.Option(help="Keep losses here; a search that was stopped goes on from it.")
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the bits of every layer.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the bits of every layer: .svg, .png or .pdf.")
+    ] = None,
     file: Annotated[Path | None, typer.Option(help="A .qcm file to write with the policies.")] = None,
     json: Json = False,
 ) -> None:
@@ -197,6 +199,10 @@ def bench(
     batch: Annotated[int, typer.Option(help="Samples per call.")] = 1,
     threads: Annotated[int, typer.Option(help="Threads of every target.")] = 1,
     runs: Annotated[int, typer.Option(help="Runs of each; the fastest counts.")] = 50,
+    plot: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Draw best and median latency as bars: .svg, .png or .pdf."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Latency of every mode (or of one) on this machine, alternatives taking turns."""
@@ -204,7 +210,7 @@ def bench(
 
     names = [target, *(against.split(",") if against else [])]
     others = peers.split(",") if peers else []
-    bench_command(file, names, bits, float_model, others, batch, threads, runs, json)
+    bench_command(file, names, bits, float_model, others, batch, threads, runs, plot, json)
 
 
 @app.command(epilog="Example: qcompile verify model.qcm --target onnx-qdq --data test.npz")

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..calibrate import calibrate
-from ..errors import InvalidArgument, MissingExtra
+from ..errors import InvalidArgument
 from ..file.save import save
 from ..model import QuantModel
 from ..policy import Policy
@@ -19,6 +19,7 @@ from ..search import search
 from ..search.evaluation import Evaluator
 from .data import Inputs, read_labelled
 from .factory import build, load_weights, parameters_of, read_weights, width
+from .figure import check_plot, new_figure
 from .tables import print_json, print_table
 
 
@@ -48,8 +49,7 @@ def search_command(
             raise InvalidArgument(f"{name} must be at least 1, not {value}")
     if not budgets:
         raise InvalidArgument("name a budget, for example --budget 'bitops<=0.5x'")
-    if plot is not None:
-        _pyplot()  # refuses before the long work
+    check_plot(plot)
     float_model = build(factory).eval()
     inputs, labels = read_labelled(data, parameters_of(float_model), ())
     chosen = torch.linspace(0, len(labels) - 1, min(samples, len(labels))).long()
@@ -91,14 +91,6 @@ def _numbered(path: Path, count: int) -> list[Path]:
     return [path.with_name(f"{path.stem}-{number}{path.suffix}") for number in range(1, count + 1)]
 
 
-def _pyplot() -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as cause:
-        raise MissingExtra("--plot needs matplotlib: pip install 'qcompile[report]'") from cause
-    return Figure
-
-
 def _points(
     model: QuantModel, batches: list[Any], found: list[Policy], budget: str
 ) -> dict[str, list[tuple[float, float]]]:
@@ -119,7 +111,7 @@ def _points(
 def _draw(policies: list[Policy], points: dict[str, list[tuple[float, float]]], path: Path) -> None:
     """Weight and activation bits of every layer, a column for each policy; loss against cost."""
     layers = [name for name, _ in policies[0].items]
-    figure = _pyplot()(figsize=(8 + len(policies), 1.5 + 0.25 * len(layers)), layout="constrained")
+    figure = new_figure(8 + len(policies), 1.5 + 0.25 * len(layers))
     for place, kind in enumerate(("weight", "activation")):
         axes = figure.add_subplot(1, 3, place + 1)
         bits = [[getattr(one.layers[name], f"{kind}_bits") for one in policies] for name in layers]
