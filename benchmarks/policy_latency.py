@@ -14,7 +14,7 @@ import time
 import warnings
 
 import torch
-from resnet18_x86 import ResNet18
+from networks import ResNet18
 from resnet20 import processor
 
 import qcompile

@@ -66,7 +66,7 @@ def resnet20(data: Path) -> tuple[QuantModel, Tensor]:
 def resnet18() -> tuple[QuantModel, Tensor]:
     torch.manual_seed(0)
     images = torch.randn(2, 3, 224, 224)
-    return prepared(module("benchmarks/resnet18_x86.py").ResNet18().eval(), images, [images]), images[:1]
+    return prepared(module("benchmarks/networks.py").ResNet18().eval(), images, [images]), images[:1]
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_packed_onnx_files_of_resnet18_are_small_and_every_convolution_fuses(
     integer = compiled.request.model
     layers = [node for node in integer.graph.nodes if "weight_bits" in node.meta]
     codes = {node.args[1].target: integer.constant(node.args[1]).numel() for node in layers}
-    network = module("benchmarks/resnet18_x86.py").ResNet18()
+    network = module("benchmarks/networks.py").ResNet18()
     floats = sum(one.weight.numel() for one in (network.conv1, network.fc)) + 1000
     assert len(layers) == 19
     assert path.stat().st_size <= 1.03 * (sum(codes.values()) * container / 8 + 4 * floats)
