@@ -106,22 +106,22 @@ def line_of(bits: int, times: Mapping[tuple[int, int], Sequence[float]]) -> Line
 
 
 def draw(lines: Sequence[Line], path: Path) -> None:
-    """Points and lines of all bits; dotted, 1.3 times the line and a 1.3th of it."""
+    """Points and lines, side by side for the bits; dotted, 1.3 times the line and a 1.3th of it."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 5), layout="constrained")
-    axes = figure.add_subplot()
-    for place, line in enumerate(lines):
-        color, label = f"C{place}", f"w{line.bits}a{line.bits}, within {line.ratio:.2f}"
+    figure = Figure(figsize=(1 + 3.2 * len(lines), 3.8), layout="constrained")
+    panels = figure.subplots(1, len(lines), sharey=True, squeeze=False)[0]
+    for axes, line in zip(panels, lines, strict=True):
         work = np.array([one["work"] for one in line.layers])
-        axes.loglog(work, [1e3 * one["best s"] for one in line.layers], "o", color=color, label=label)
+        along = np.geomspace(work.min(), work.max(), 100)
+        axes.loglog(work, [1e3 * one["best s"] for one in line.layers], "o", markersize=4)
         for factor, style in ((1, "-"), (1.3, ":"), (1 / 1.3, ":")):
-            axes.loglog(work, 1e3 * factor * (line.a + line.b * work), style, color=color, linewidth=0.8)
-    axes.set_xlabel("multiply-additions")
-    axes.set_ylabel("ms")
-    axes.set_title(machine_name(), fontsize=9)
-    axes.grid(alpha=0.3)
-    axes.legend()
+            axes.loglog(along, 1e3 * factor * (line.a + line.b * along), style, color="C1", linewidth=0.8)
+        axes.set_xlabel("multiply-additions")
+        axes.set_title(f"w{line.bits}a{line.bits}: within {line.ratio:.2f}", fontsize=9)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("ms")
+    figure.suptitle(machine_name(), fontsize=9)
     figure.savefig(path)
 
 

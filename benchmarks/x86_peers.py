@@ -18,6 +18,7 @@ import json
 import math
 import os
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -34,12 +35,13 @@ from qcompile.backends.target import Executable
 from qcompile.costs import layer_costs
 from qcompile.kept_json import machine_name
 from qcompile.model import QuantModel
+from qcompile.modes import Mode
 from qcompile.passes.schemes.vertical import VerticalConfig
 from qcompile.peers import PEERS, open_peer, versions
 from qcompile.roofline import least_seconds, machine_peak
 from qcompile.timing import in_turns
 
-MODES = ("w2a2", "w4a4", "w2a8", "w4a8", "w8a8")
+MODES = ("w2a2", "w2a8", "w4a4", "w4a8", "w8a8")
 PEER_NAMES = ("openvino-int8", "onnxruntime-int8", "torch")
 
 #: What oneDNN may use at most without AMX.
@@ -49,10 +51,17 @@ WITHOUT_AMX = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"}
 def prepared(network: torch.nn.Module, x: Tensor, modes: Sequence[str], first_last: str) -> QuantModel:
     """One model for all modes, its steps from one batch."""
     ends: Any = int(first_last) if first_last.isdigit() else first_last
-    model = qcompile.prepare(network, x, modes=modes, config=VerticalConfig(first_last=ends))
+    increasing = [one.name for one in sorted(map(Mode.parse, modes))]
+    model = qcompile.prepare(network, x, modes=increasing, config=VerticalConfig(first_last=ends))
     assert isinstance(model, QuantModel)
     qcompile.calibrate(model, [x], weights=False)
     return model.eval()
+
+
+def shared_object_bytes(run: Executable) -> int:
+    """Code and weights, for all kinds of processors that it was compiled for."""
+    with tempfile.TemporaryDirectory() as folder:
+        return sum(path.stat().st_size for path in run.export(folder) if path.suffix == ".so")
 
 
 def slowest_layers(run: Executable, x: Tensor, count: int) -> list[dict[str, Any]]:
@@ -90,10 +99,11 @@ def compare(
         started = time.perf_counter()
         features = ["vnni", "avx2"] if options.no_amx else None
         run = qcompile.lower(model, "x86", bits=mode, batch=batch, threads=threads, features=features)
-        peak = machine_peak(run)
+        lowered, peak = time.perf_counter() - started, machine_peak(run)
         known[mode] = {
-            "lowered in s": time.perf_counter() - started,
+            "lowered in s": lowered,
             "arena MB": 1e-6 * (run.arena_bytes() or 0),
+            "shared object MB": 1e-6 * shared_object_bytes(run),
             "least ms": None if peak is None else 1e3 * least_seconds(run, peak),
         }
         if options.layers:
@@ -118,9 +128,9 @@ def compare(
 
 def show(network: str, rows: Sequence[dict[str, Any]], peer: str | None) -> None:
     """A table, and the slowest layers behind it."""
-    times = f"best ms | median ms | against {peer} | share of peak | lowered in s"
+    times = f"best ms | median ms | against {peer} | share of peak | lowered in s | MB"
     print(f"\n| {network} | batch | threads | {times} |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|")
     for row in rows:
         least = row.get("least ms")
         cells = [
@@ -130,6 +140,7 @@ def show(network: str, rows: Sequence[dict[str, Any]], peer: str | None) -> None
             "" if row["against"] is None else f"{row['against']:.2f}",
             "" if least is None else f"{least / row['best ms']:.2f}",
             f"{row['lowered in s']:.0f}" if "lowered in s" in row else "",
+            f"{row['shared object MB']:.1f}" if "shared object MB" in row else "",
         ]
         print(f"| {' | '.join(cells)} |")
     for row in rows:
@@ -173,14 +184,11 @@ def main() -> None:
         x = torch.randn(2, 3, 224, 224)
         network = with_statistics(NETWORKS[name](), x)
         model = prepared(network, x, options.modes, options.first_last)
-        rows = [
-            row
-            for batch in options.batch
-            for threads in options.threads
-            for row in compare(network, model, batch, threads, options)
-        ]
-        show(name, rows, next(iter(options.peers), None))
-        about["networks"][name] = rows
+        for batch in options.batch:
+            for threads in options.threads:
+                rows = compare(network, model, batch, threads, options)
+                show(name, rows, next(iter(options.peers), None))
+                about["networks"].setdefault(name, []).extend(rows)
     if options.json is not None:
         options.json.write_text(json.dumps(about, indent=1) + "\n")
 
