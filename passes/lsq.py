@@ -155,16 +155,19 @@ class LsqActivationQuantizer(ActivationQuantizer):
         first: what a first batch sets a step to: `largest` max|x| / highest code (vertical layering,
             Sec. 6.1), `mean` 2 mean|x| / sqrt(highest code), as LSQ does.
         scaled_gradient: multiply the steps' gradients as LSQ does.
+        learned: whether training moves the steps; if not, they stay where data put them.
 
     Attributes:
         widths: bits of every step.
-        step: (steps,) float parameter, one of every mode, or of every width if modes share them.
+        step: (steps,) float parameter, or buffer if not learned: one of every mode, or of every width if
+            modes share them.
         lows: (steps,) float buffer, the lowest codes.
         places: (rows,) float buffer, the place of every mode's step, for the rows of policies; averages of
             models round whole numbers down.
         spans: (steps,) float buffer, the highest codes less the lowest, for the rows of policies.
     """
 
+    step: Tensor
     lows: Tensor
     places: Tensor
     spans: Tensor
@@ -176,13 +179,17 @@ class LsqActivationQuantizer(ActivationQuantizer):
         shared: bool = False,
         first: Literal["largest", "mean"] = "largest",
         scaled_gradient: bool = True,
+        learned: bool = True,
     ) -> None:
         super().__init__(len(bits))
-        self.bits, self.signed = tuple(bits), signed
+        self.bits, self.signed, self.learned = tuple(bits), signed, learned
         self.shared, self.first, self.scaled_gradient = shared, first, scaled_gradient
         self.widths = tuple(sorted(set(bits))) if shared else self.bits
         self._places = [self.widths.index(one) for one in bits] if shared else list(range(len(bits)))
-        self.step = nn.Parameter(torch.ones(len(self.widths)))
+        if learned:
+            self.step = nn.Parameter(torch.ones(len(self.widths)))
+        else:
+            self.register_buffer("step", torch.ones(len(self.widths)))
         self._lows = self._usual_lows()  # a copy in numbers, which graphs take without asking the tensor
         self.register_buffer("lows", torch.tensor(self._lows, dtype=torch.float32))
         self.register_buffer("places", torch.tensor(self._places, dtype=torch.float32), persistent=False)

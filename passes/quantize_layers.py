@@ -91,7 +91,8 @@ class QuantizeLayers(Pass):
         first_last: what the first and the last layers and embeddings are quantised with; None leaves them in
             float.
         reason_for_float: says of a layer why the scheme leaves it in float, None if it does not.
-        parameters: whether to round the parameters of other operators that multiply, too.
+        parameters: whether to round the parameters of other operators that multiply, too; without, only those
+            of embeddings.
         products: whether to quantise both factors of products of activations, too.
         inputs: whether any mode rounds the inputs of layers.
     """
@@ -154,9 +155,7 @@ class QuantizeLayers(Pass):
         mode = mode_placeholder(graph_module.graph)
         inputs = InputQuantizers(graph_module, mode)
         products = [one for one in products if not self._skips(one)]
-        rounded = []
-        if self.parameters:
-            rounded = self._round_parameters(graph_module, mode, reasons, rules, static)
+        rounded = self._round_parameters(graph_module, mode, reasons, rules, static)
         if not (chosen or rounded or products):
             detail = (
                 "; ".join(f"{name}: {reasons[name]}" for name in _users_paths(graph_module, reasons))
@@ -197,8 +196,8 @@ class QuantizeLayers(Pass):
         layer."""
         for node in weighted_nodes(graph_module):
             path, module = str(node.target), graph_module.get_submodule(str(node.target))
-            by_rule = LayerRecord(path, False, reasons[path] or "").by_rule
-            if is_transposed(module) and not by_rule and not isinstance(module, BorrowedWeights):
+            stays = not self.parameters or LayerRecord(path, False, reasons[path] or "").by_rule
+            if is_transposed(module) and not stays and not isinstance(module, BorrowedWeights):
                 as_function(graph_module, node)
                 self.records = [one for one in self.records if one.name != path]
         for node in () if self.first_last is None else embedding_nodes(graph_module):
@@ -206,7 +205,8 @@ class QuantizeLayers(Pass):
         done, found = dict[object, str](), dict[str, LayerRecord]()
         for node in list(graph_module.graph.nodes):
             is_table = aten_name(node) == "embedding"
-            if is_table and self.first_last is None:
+            is_rounded = self.first_last is not None if is_table else self.parameters
+            if not is_rounded:
                 continue
             if self._skips(node):
                 node.meta["record"] = LayerRecord(node.name, False, SKIPPED)

@@ -21,7 +21,7 @@ class SplitBatchNorm(Pass):
         rows: number of modes.
         variant: what is kept per mode.
         activation_bits: of every mode, by row. If given, modes in which the layer that is normalised has
-            equal bits share what is kept.
+            equal bits share what is kept; all of them where nothing before it is quantised.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class SplitBatchNorm(Pass):
             ):
                 calls.setdefault(str(node.target), []).append(node)
         nearest = NearestLayers(graph_module)
-        places = {path: self._places(graph_module, nearest.deciding(nodes)) for path, nodes in calls.items()}
+        places = {path: self._places(graph_module, nearest.before(nodes)) for path, nodes in calls.items()}
         for path, nodes in calls.items():
             source = graph_module.get_submodule(path)
             assert isinstance(source, nn.modules.batchnorm._BatchNorm)
@@ -48,12 +48,12 @@ class SplitBatchNorm(Pass):
                 node.args = (node.args[0], mode)
         return PassResult(graph_module, bool(calls))
 
-    def _places(self, graph_module: fx.GraphModule, deciding: Sequence[fx.Node]) -> list[int] | None:
-        """By mode, the row of what follows a layer; None for one each."""
-        if self.activation_bits is None or not deciding:
+    def _places(self, graph_module: fx.GraphModule, before: Sequence[fx.Node]) -> list[int] | None:
+        """By mode, the row of what follows these quantised layers; None for one each."""
+        if self.activation_bits is None:
             return None
-        path = str(deciding[0].target)
-        if path in {one.name for one in graph_module.meta["layers"] if one.is_fixed}:
+        path = str(before[-1].target) if before else None
+        if path is None or path in {one.name for one in graph_module.meta["layers"] if one.is_fixed}:
             return [0] * self.rows
         layer = graph_module.get_submodule(path)
         assert isinstance(layer, (QuantizedLayer, QuantizedTensor))

@@ -11,10 +11,11 @@ from .model import QuantModel
 from .modes import Mode
 from .passes.batchnorm import ModeBatchNorm
 from .passes.bit_candidates import BitCandidates
+from .passes.calibrated_ends import is_calibrated
 from .passes.layers import QuantizedLayer
 from .passes.mode_input import ModeModule
 from .passes.quantized_tensor import QuantizedTensor
-from .passes.quantizers import WeightQuantizer
+from .passes.quantizers import ActivationQuantizer, WeightQuantizer
 from .policy import Policy
 from .wrappers import as_prepared
 
@@ -35,12 +36,15 @@ def load_float_state(module: nn.Module, state_dict: dict[str, Any], prefix: str,
 
     A state dict without any quantiser entry is a float one: its batch normalisation is copied to every
     mode, weight steps are computed anew from its weights, activation steps wait for their first batch.
-    A prepared model's own state dict passes unchanged, so a damaged one still fails the strict check.
+    A prepared model's own state dict passes unchanged, so a damaged one still fails the strict check; but
+    one of a model with first and last layers in float is completed for `first_last="int8"`, whose activation
+    steps then wait for their first batch.
     """
     quantizers = tuple(prefix + one for one in _quantizer_prefixes(module))
     assert isinstance(module, QuantModel)
     if not quantizers or any(key.startswith(quantizers) for key in state_dict):
         module.note_float_weights(None)
+        _complete_ends(module, state_dict, prefix)
         return
     module.note_float_weights({key.removeprefix(prefix): value for key, value in state_dict.items()})
     for path, copied in getattr(module, "copies", {}).items():
@@ -62,6 +66,21 @@ def load_float_state(module: nn.Module, state_dict: dict[str, Any], prefix: str,
         if _is_added(child):
             for name, value in child.state_dict().items():
                 state_dict[f"{prefix}{path}.{name}"] = value.clone()
+
+
+def _complete_ends(module: QuantModel, state_dict: dict[str, Any], prefix: str) -> None:
+    """Add the calibrated quantisers of first and last layers, if they are all that is missing."""
+    ends = {
+        f"{prefix}{path}.": one
+        for path, one in module.named_modules()
+        if isinstance(one, ActivationQuantizer) and is_calibrated(one)
+    }
+    missing = {prefix + key for key in module.state_dict()} - state_dict.keys()
+    if missing != {inside + name for inside, one in ends.items() for name in one.state_dict()}:
+        return
+    for inside, one in ends.items():
+        one.forget()
+        state_dict |= {inside + name: value.clone() for name, value in one.state_dict().items()}
 
 
 def _names_of(module: nn.Module) -> list[str]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +15,28 @@ from torch import Tensor
 from qcompile.errors import InvalidArgument, InvalidInputType
 from qcompile.modes import Mode
 
+from ..calibrated_ends import calibrated_ends
 from ..manager import Pass
+from ..quantize_layers import LayerQuantizers
+
+
+@dataclass(frozen=True)
+class SchemeConfig:
+    """Options that every scheme has.
+
+    Attributes:
+        first_last: what becomes of the first and the last layers and of embeddings: `float`; or `int8`, for
+            8 bits of weights and inputs in every mode that does not leave them in float, by calibration:
+            weights at a scale per output channel, inputs at steps that data set and nobody trains. A
+            checkpoint of a model with `float` loads into one with `int8`, which `calibrate` completes.
+        ends: choices of `first_last`, which some schemes have more of.
+    """
+
+    ends: ClassVar[tuple[str | int, ...]] = ("float", "int8")
+    first_last: Literal["float", "int8", 8] = field(default="float", kw_only=True)
+
+    def __post_init__(self) -> None:
+        choice("first_last", self.first_last, self.ends)
 
 
 @dataclass(frozen=True)
@@ -92,6 +113,16 @@ class Scheme:
     def passes(self, skip: Collection[str]) -> list[Pass]:
         """The passes that turn a canonical float graph into a trainable multi-mode graph."""
         raise TypeError(f"{type(self).__name__} does not define passes()")
+
+    def calibrated_ends(self, shared: bool = False) -> LayerQuantizers | None:
+        """What first and last layers and embeddings are quantised with under `first_last="int8"`; else None.
+
+        Args:
+            shared: whether the modes have one step for a tensor together.
+        """
+        if getattr(self.config, "first_last", "float") != "int8":
+            return None
+        return calibrated_ends(self.modes, shared)
 
     def training_order(self) -> tuple[int, ...]:
         """Rows of the modes in the order of their forward passes; teachers come before their students."""

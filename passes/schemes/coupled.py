@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Final, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,17 +26,17 @@ from ..lsq_weights import LsqWeightQuantizer
 from ..manager import Pass
 from ..quantize_layers import LayerQuantizers, QuantizeLayers
 from ..split_batchnorm import SplitBatchNorm
-from .base import ModeOutput, Scheme, choice, number
+from .base import ModeOutput, Scheme, SchemeConfig, choice, number
 
 #: Bits of the first and the last layers.
-ENDS = 8
+ENDS: Final = 8
 
 #: What the highest policy's probabilities and the task share of a random policy's loss (Sec. 4.1).
 HALF = 0.5
 
 
 @dataclass(frozen=True)
-class CoupledConfig:
+class CoupledConfig(SchemeConfig):
     """Options of weight coupling; the defaults are the paper's.
 
     Attributes:
@@ -54,8 +54,8 @@ class CoupledConfig:
             `JointLoss(optimizer=...)`.
         depthwise: weight candidates of depthwise convolutions, among the model's; None for all but 2, which
             the authors never use there.
-        first_last: what becomes of the first and the last layers: 8 for 8 bits in every mode, as in the
-            paper, or `float`.
+        first_last: what becomes of the first and the last layers: 8 for 8 bits in every mode at learned
+            steps, as in the paper; `float`; or `int8`, see `SchemeConfig`.
         scaled_gradient: scale the gradients of steps as LSQ does. The authors' code does not, and trains
             steps with Adam, to which a constant factor makes no difference.
         seed: of the random policies.
@@ -69,16 +69,17 @@ class CoupledConfig:
     distillation: Literal["kl"] | None = "kl"
     fairness: bool = True
     depthwise: tuple[int, ...] | None = None
-    first_last: Literal["float", 8] = 8
     scaled_gradient: bool = True
     seed: int = 0
+    ends: ClassVar[tuple[str | int, ...]] = ("float", ENDS, "int8")
+    first_last: Literal["float", "int8", 8] = field(default=ENDS, kw_only=True)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("schedule", "rectified", "fairness", "scaled_gradient"):
             choice(name, getattr(self, name), (True, False))
         choice("unstable", self.unstable, ("paper", "code"))
         choice("distillation", self.distillation, ("kl", None))
-        choice("first_last", self.first_last, ("float", ENDS))
         number("distortion", self.distortion)
         for name, least in (("random_policies", 1), ("seed", 0)):
             value = getattr(self, name)
@@ -127,7 +128,7 @@ class CoupledScheme(Scheme):
             lambda layer: LsqWeightQuantizer(self._weight_bits(layer), self.config.scaled_gradient),
             lambda signed: self._activation(activation_bits, signed),
             skip=skip,
-            first_last=ends if self.config.first_last == ENDS else None,
+            first_last=ends if self.config.first_last == ENDS else self.calibrated_ends(shared=True),
         )
         split = SplitBatchNorm(len(self.modes), "full", activation_bits)
         return [quantize, split, AddBitCandidates(activation_bits)]

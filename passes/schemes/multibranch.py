@@ -23,11 +23,11 @@ from ..manager import Pass
 from ..quantize_layers import QuantizeLayers
 from ..range_quantizers import RangeActivationQuantizer, RangeWeightQuantizer
 from ..split_batchnorm import SplitBatchNorm
-from .base import ModeOutput, Scheme, choice, number
+from .base import ModeOutput, Scheme, SchemeConfig, choice, number
 
 
 @dataclass(frozen=True)
-class MultiBranchConfig:
+class MultiBranchConfig(SchemeConfig):
     """Options of MBQuant; the defaults are the paper's, where it does not depend on random first weights.
 
     Attributes:
@@ -63,6 +63,7 @@ class MultiBranchConfig:
     activation_deviations: float = 3.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         choice("selection", self.selection, ("amortised", "serial"))
         choice("combine", self.combine, ("mean", "sum"))
         choice("distillation", self.distillation, (True, False))
@@ -146,6 +147,7 @@ class MultiBranchScheme(Scheme):
                     activation_bits, config.activation_deviations
                 ),
                 skip=skip,
+                first_last=self.calibrated_ends(),
                 parameters=False,  # copies of the body would share them
             ),
             TieHalves(),

@@ -21,11 +21,11 @@ from ..manager import Pass
 from ..quantize_layers import QuantizeLayers
 from ..rprelu import ReplaceReLU
 from ..split_batchnorm import SplitBatchNorm
-from .base import ModeOutput, Scheme, choice, number
+from .base import ModeOutput, Scheme, SchemeConfig, choice, number
 
 
 @dataclass(frozen=True)
-class N2UQConfig:
+class N2UQConfig(SchemeConfig):
     """Options of N2UQ; the defaults are the paper's.
 
     Attributes:
@@ -60,6 +60,7 @@ class N2UQConfig:
     activation_scale: Literal["unit", "data"] = "unit"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("learned_thresholds", "rescale_weights", "rprelu", "downsample", "divide_gradient"):
             choice(name, getattr(self, name), (True, False))
         choice("distillation", self.distillation, ("soft", None))
@@ -108,6 +109,7 @@ class N2UQScheme(Scheme):
                 config.smallest_interval,
             ),
             skip=skip,
+            first_last=self.calibrated_ends(),
             reason_for_float=None if config.downsample else _reason_for_float,
         )
         replace = [ReplaceReLU(len(self.modes), config.rprelu_slope)] if config.rprelu else []

@@ -22,13 +22,13 @@ from ..distillation import divergence
 from ..manager import Pass
 from ..quantize_layers import QuantizeLayers
 from ..split_batchnorm import SplitBatchNorm
-from .base import ModeOutput, Scheme, choice, number
+from .base import ModeOutput, Scheme, SchemeConfig, choice, number
 
 _BATCH_NORM: dict[str, BatchNormVariant] = {"A": "stats", "B": "full", "shared": "shared"}
 
 
 @dataclass(frozen=True)
-class QuantizableConfig:
+class QuantizableConfig(SchemeConfig):
     """Options of the quantizable scheme; the defaults are the paper's.
 
     Attributes:
@@ -53,6 +53,7 @@ class QuantizableConfig:
     weight_deviations: float | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         choice("batch_norm", self.batch_norm, tuple(_BATCH_NORM))
         choice("loss", self.loss, ("consistency", "task"))
         choice("activation_range", self.activation_range, ("unit", "data"))
@@ -95,6 +96,7 @@ class QuantizableScheme(Scheme):
                 ),
                 activation_quantizer=lambda signed: AlignedActivationQuantizer(activation_bits, from_data),
                 skip=skip,
+                first_last=self.calibrated_ends(),
             ),
             SplitBatchNorm(len(self.modes), _BATCH_NORM[self.config.batch_norm]),
         ]

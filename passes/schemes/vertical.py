@@ -25,11 +25,11 @@ from ..manager import Pass
 from ..quantize_layers import LayerQuantizers, QuantizeLayers
 from ..split_batchnorm import SplitBatchNorm
 from ..vertical_weights import VerticalWeightQuantizer
-from .base import ModeOutput, Scheme, choice
+from .base import ModeOutput, Scheme, SchemeConfig, choice
 
 
 @dataclass(frozen=True)
-class VerticalConfig:
+class VerticalConfig(SchemeConfig):
     """Options of the vertical scheme; the defaults are the paper's.
 
     Attributes:
@@ -43,8 +43,9 @@ class VerticalConfig:
         weight_step: one step s for a layer's weight, as in the paper, one for each output `channel`, or, in
             modes for weights only, one for each group of so many weights of a channel. A layer whose channels
             are not so many groups has one for each channel.
-        first_last: what becomes of the first and the last layers: `float`, as in the paper, or 8 for 8 bits
-            of weights and inputs in every mode, and of the rows of embeddings.
+        first_last: what becomes of the first and the last layers: `float`, as in the paper; 8 for 8 bits of
+            weights and inputs in every mode, and of the rows of embeddings, at learned steps; or `int8`, see
+            `SchemeConfig`.
         products: whether to quantise both factors of products of activations, as attention has them. The
             paper has none.
     """
@@ -55,15 +56,15 @@ class VerticalConfig:
     distillation: Literal["cosine", "kl"] | None = "cosine"
     step_gradient: Literal["compensated", "printed"] = "compensated"
     weight_step: Literal["layer", "channel"] | int = "layer"
-    first_last: Literal["float", 8] = "float"
     products: bool = False
+    ends: ClassVar[tuple[str | int, ...]] = ("float", 8, "int8")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         choice("compensation", self.compensation, (True, False))
         choice("batch_norm", self.batch_norm, ("full", "stats", "shared"))
         choice("moo", self.moo, ("us", "mgd"))
         choice("distillation", self.distillation, ("cosine", "kl", None))
-        choice("first_last", self.first_last, ("float", 8))
         choice("products", self.products, (True, False))
         choice("step_gradient", self.step_gradient, ("compensated", "printed"))
         group = isinstance(self.weight_step, int) and not isinstance(self.weight_step, bool)
@@ -110,7 +111,7 @@ class VerticalScheme(Scheme):
             QuantizeLayers(
                 *self._quantizers(weight_bits, activation_bits),
                 skip=skip,
-                first_last=first_last if self.config.first_last == 8 else None,
+                first_last=first_last if self.config.first_last == 8 else self.calibrated_ends(),
                 products=self.config.products,
                 inputs=not all(mode.is_weight_only for mode in self.modes),
             ),

@@ -14,7 +14,6 @@ from ..lower import lower
 from ..modes import Mode
 from ..passes.calls import batch_of
 from ..peak_bytes import peak_activation_bytes
-from ..policy import Policy
 from ..random_tensors import random_tensors
 from .tables import print_json, print_table
 
@@ -89,8 +88,7 @@ def describe(file: Path) -> dict[str, Any]:
             for cost in costs:
                 row = layers.setdefault(cost.name, {"layer": cost.name, "state": ""})
                 row["MACs"] = cost.macs
-                if isinstance(mode, Policy):
-                    row[f"bits in {label}"] = f"w{cost.weight_bits}a{cost.activation_bits}"
+                row[f"bits in {label}"] = f"w{cost.weight_bits}a{cost.activation_bits}"
                 row[f"bytes at {label}"] = cost.weight_bytes
             listed = next(one for one in modes if one["mode"] == label)
             listed["BitOPs of quantised layers"] = sum(cost.bitops for cost in costs if cost.weight_bits < 32)

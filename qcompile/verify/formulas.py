@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..model import QuantModel
-from ..modes import Mode
+from ..modes import FLOAT_BITS, Mode
+from ..passes.calibrated_ends import is_calibrated
 from ..passes.layers import QuantizedLayer
 from ..passes.quantized_tensor import QuantizedTensor
-from ..passes.quantizers import ActivationQuantizer, FloatRange, ThresholdGrid
+from ..passes.quantizers import ActivationQuantizer, FloatRange, ThresholdGrid, WeightQuantizer
 from .chain import as_array
 from .reference_values import ReferenceGrid, ReferenceRange, ReferenceThresholds, ReferenceWeight
 
@@ -216,6 +217,36 @@ class CoupledFormulas:
         )
 
 
+class CalibratedFormulas:
+    """`first_last="int8"` of any scheme: 8 bits, a scale per output channel of weights, a step of inputs."""
+
+    smallest_step = VerticalFormulas.smallest_step
+
+    def weight(self, model: QuantModel, layer: Weighted, mode: Mode) -> ReferenceWeight | NDArray[np.float64]:
+        """c = round(W / s) for s = max|W| / 127 over each channel, or over all where a channel is zero."""
+        weight = as_array(layer.weight).astype(np.float64)
+        if mode.is_float:
+            return weight
+        largest = np.abs(weight.reshape(len(weight), -1)).max(1)
+        scale = np.maximum(np.where(largest > 0, largest, largest.max()) / 127, self.smallest_step)
+        code = np.rint(weight / scale.reshape(-1, *[1] * (weight.ndim - 1)))
+        return ReferenceWeight(code.astype(np.int64), scale, 0, 0)
+
+    def activation(
+        self, model: QuantModel, quantizer: ActivationQuantizer, mode: Mode
+    ) -> ReferenceGrid | ReferenceRange:
+        """-128 .. 127, or 0 .. 255 where the tensor cannot be negative."""
+        if mode.activation_bits == FLOAT_BITS:
+            return ReferenceRange(-math.inf, math.inf)
+        given: Any = quantizer
+        steps = as_array(given.step).astype(np.float64)
+        row = 0 if given.shared else model.row(mode)
+        step = max(float(steps[row]), float(np.float32(self.smallest_step)))
+        return ReferenceGrid(step, -128, 127) if given.signed else ReferenceGrid(step, 0, 255)
+
+
+_CALIBRATED = CalibratedFormulas()
+
 _FORMULAS: dict[str, SchemeFormulas] = {
     "vertical": VerticalFormulas(),
     "quantizable": QuantizableFormulas(),
@@ -228,6 +259,11 @@ _FORMULAS: dict[str, SchemeFormulas] = {
 def register_formulas(scheme: str, formulas: SchemeFormulas) -> None:
     """Let `verify` recompute a scheme's quantisers independently; the name is that of the scheme."""
     _FORMULAS[scheme] = formulas
+
+
+def formulas_of(quantizer: WeightQuantizer | ActivationQuantizer, scheme: SchemeFormulas) -> SchemeFormulas:
+    """A quantiser's formulas: those of its scheme, unless it came by `first_last="int8"`."""
+    return _CALIBRATED if is_calibrated(quantizer) else scheme
 
 
 def find_formulas(scheme: str) -> SchemeFormulas | None:

@@ -33,7 +33,7 @@ from ..passes.rprelu import ModePReLU
 from ..policy import Policy
 from . import reference
 from .chain import QUANTISERS, as_array, substitute
-from .formulas import DeclaredFormulas, SchemeFormulas, find_formulas
+from .formulas import DeclaredFormulas, SchemeFormulas, find_formulas, formulas_of
 from .output_error import OutputError
 from .reference_values import ReferenceGrid, ReferenceRange, ReferenceThresholds, ReferenceWeight
 from .structure import array_difference
@@ -124,7 +124,8 @@ class RealChain:
         if path not in self._weights:
             layer = self.model.get_submodule(path)
             assert isinstance(layer, (QuantizedLayer, QuantizedTensor))
-            self._weights[path] = self.formulas.weight(self.model, layer, self._mode_of(layer))
+            formulas = formulas_of(layer.weight_quantizer, self.formulas)
+            self._weights[path] = formulas.weight(self.model, layer, self._mode_of(layer))
         return self._weights[path]
 
     # ---- the chain ----------------------------------------------------------------------------------------
@@ -186,7 +187,7 @@ class RealChain:
         self, path: str, call: int, module: ActivationQuantizer, x: Tensor, codes: Mapping[str, Any]
     ) -> tuple[Tensor, float | None]:
         """The rounded tensor, and what one code is worth."""
-        grid = self.formulas.activation(self.model, module, self._mode_of(module))
+        grid = formulas_of(module, self.formulas).activation(self.model, module, self._mode_of(module))
         if isinstance(grid, ReferenceRange):
             return x.clamp(grid.low, grid.high), None
         nodes = self._codes[path]
