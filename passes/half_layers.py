@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from .borrowed_weights import BorrowedWeights
+from .computed_weights import Computed
 from .half_branch import LayerSlice
 from .layers import QuantizedLayer
 from .manager import Pass, PassResult
@@ -85,7 +86,9 @@ def unread_parameters(model: nn.Module, graphs: Sequence[fx.Graph]) -> list[nn.P
         read |= {id(parameter) for parameter in source.parameters(recurse=False)}
         if isinstance(source, QuantizedLayer):
             read |= {id(parameter) for parameter in source.weight_quantizer.parameters()}
-    read |= {id(tensor_at(model, str(node.target))) for node in nodes if node.op == "get_attr"}
+    paths = [str(node.target) for node in nodes if node.op == "get_attr"]
+    paths += [path for one in run if isinstance(one, Computed) for path in one.program.paths]
+    read |= {id(tensor_at(model, path)) for path in paths}
     return [parameter for parameter in model.parameters() if id(parameter) not in read]
 
 

@@ -113,7 +113,8 @@ def calibrate(
                     prepared.float_chain(ActiveMode(row), inputs)
         for search in searches:
             search.finish()
-        _average_from_zero(prepared)
+        if statistics:
+            _average_from_zero(prepared)
         for index, inputs in enumerate(_track(kept if statistics else [], "statistics", progress)):
             for row in rows:
                 with ExitStack() as normalised:

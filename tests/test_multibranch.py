@@ -294,6 +294,15 @@ def test_every_parameter_that_trains_gets_a_gradient(bits):
     assert not any(name.endswith(("weight", "bias")) and "conv" in name for name in frozen)
 
 
+def test_a_computed_weight_trains_beside_half_branches():
+    head = torch.nn.utils.parametrizations.weight_norm(nn.Linear(8, 3))
+    layers = [layer for _ in range(3) for layer in (nn.Linear(8, 8), nn.ReLU())]
+    model = qcompile.prepare(
+        nn.Sequential(*layers, head), torch.randn(4, 8), scheme="multibranch", bits=(2, 3, 4)
+    )
+    assert all(one.requires_grad for one in model.parameters())
+
+
 def test_the_float_state_of_a_mode_is_of_a_branch_that_it_runs():
     model, _ = _trained("residual", (2, 4, 6, 8))
     state = qcompile.float_state_dict(model, 4)  # runs branches 2 and 3
