@@ -214,7 +214,7 @@ def test_examples_of_contributing_run(heading: str) -> None:
         test()
 
 
-@pytest.mark.parametrize("name", ["vertical", "quantizable", "n2uq", "multibranch"])
+@pytest.mark.parametrize("name", ["vertical", "quantizable", "n2uq", "multibranch", "coupled"])
 def test_the_page_of_options_lists_every_option_and_its_default(name: str) -> None:
     from qcompile.registry import find_scheme
 
