@@ -94,7 +94,7 @@ def convolution(
 
 
 def random_case(seed: int) -> dict[str, Any]:
-    """A convolution, or from seed 12 on a linear layer of few rows."""
+    """A convolution, from seed 12 on a linear layer of few rows, from 20 on 3x3 of few bits, from 28 on an image."""
     rng = np.random.default_rng(seed)
 
     def draw(low: int, high: int) -> int:
@@ -104,6 +104,28 @@ def random_case(seed: int) -> dict[str, Any]:
     groups = draw(1, 3) if seed % 4 == 0 else draw(2, 40) if seed % 4 == 1 else 1
     per_group = (1, 1) if seed % 4 == 1 else (draw(1, 24), draw(1, 40))
     shift, numerator = [(0, 0), (1, 1), (2, -1), (3, 3)][draw(0, 3)] if bits < 8 and groups == 1 else (0, 0)
+    if seed >= 20:
+        is_image = seed >= 28
+        bits = draw(1, 8) if is_image else 1 + seed % 4
+        return {
+            "rng": rng,
+            "n": draw(1, 2),
+            "inputs": draw(1, 4) if is_image else draw(1, 70),
+            "multiple": 4 if is_image else 16,
+            "outputs": draw(1, 70),
+            "size": (draw(3, 12), draw(3, 20)),
+            "kernel": (draw(1, 7), draw(1, 7)) if is_image else (3, 3),
+            "stride": (draw(1, 2), draw(1, 2)) if is_image else (1, 1),
+            "dilation": (1, 1),
+            "padding": (3, 3) if is_image else (draw(0, 2), draw(0, 2)),
+            "groups": 1,
+            "bits": bits,
+            "signed": bits == 8 or bool(draw(0, 1)),
+            "shift": draw(0, 1) if bits < 8 else 0,
+            "numerator": draw(-1, 1) if bits < 8 else 0,
+            "zero_point": draw(0, 3),
+            "highest": 255 if is_image else [3, 15, 63][draw(0, 2)],
+        }
     if seed >= 12:
         return {
             "rng": rng,
@@ -144,12 +166,13 @@ def random_case(seed: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("family", [runnable(one) for one in FAMILIES])
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(32))
 def test_layers_with_epilogues_are_exact(seed: int, family: Family, tmp_path: Path) -> None:
     case = random_case(seed)
     rng, n, groups, bits = case["rng"], case["n"], case["groups"], case["bits"]
     (h, w), (top, left) = case["size"], case["padding"]
-    source = Map(n, h, w, case["inputs"], "uint8", case["zero_point"], (top, top, left, left))
+    edge, multiple = (top, top, left, left), case.get("multiple", 16)
+    source = Map(n, h, w, case["inputs"], "uint8", case["zero_point"], edge, multiple)
     low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if case["signed"] else (0, 2**bits - 1)
     shape = (case["outputs"], case["inputs"] // groups, *case["kernel"])
     weight = rng.integers(low, high + 1, shape)

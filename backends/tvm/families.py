@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .kernels import amx, bitserial, depthwise, dot, gemv, neon, x86
+from .kernels import amx, bitserial, depthwise, dot, gemv, neon, winograd, x86
 from .kernels.frame import Tile, tasks_of
 from .maps import LANES
 from .packing import pack
@@ -87,8 +87,8 @@ def _amx_time(layer: Layer) -> float:
 
 def _bitserial(needs: str, registers: int, rate: float) -> Family:
     def time(layer: Layer) -> float | None:
-        if layer.is_grouped:
-            return None  # a group may begin inside of a word
+        if layer.is_grouped or layer.source.padded % LANES:
+            return None  # a group may begin inside of a word, an image ends inside of one
         per_position, _ = bitserial.words_of(layer.runs)
         waste = per_position * bitserial.WORD / layer.runs.channels
         passes = layer.bits * layer.code_bits
@@ -123,10 +123,22 @@ def _gemv_time(layer: Layer) -> float | None:
     return layer.blocks * layer.runs.vectors * (tile.count(layer) * each + waiting)
 
 
+def _winograd_time(layer: Layer) -> float | None:
+    """Products of all positions, transforms of inputs and outputs, transforms of weights in every task."""
+    if not winograd.is_possible(layer):
+        return None
+    tile = winograd.tile_of(layer)
+    squares, channels, outputs = tile.count(layer) * tile.pixels, layer.source.padded, layer.blocks * LANES
+    products = winograd.POSITIONS * squares * channels * outputs / 215.0
+    weights = tasks_of(layer, tile)[1] * channels * outputs / 64 * 20.0
+    return products + squares * (0.2 * channels + 1.0 * outputs) + weights
+
+
 FAMILIES: tuple[Family, ...] = (
     Family("amx", frozenset(("amx",)), _amx_time, amx.amx_kernel, _packed),
     _dot("vnni", "vnni", x86.vnni, lambda layer: 200.0),
     Family("gemv", frozenset(("vnni",)), _gemv_time, gemv.gemv_kernel, _packed),
+    Family("winograd", frozenset(("vnni",)), _winograd_time, winograd.winograd_kernel, _packed),
     _bitserial("avx512", 32, 250.0),
     _dot("avx2", "avx2", x86.avx2, lambda layer: 62.0 if x86.fits(layer) else 26.0),
     _bitserial("avx2", 8, 165.0),

@@ -4,7 +4,7 @@
 
 Channels beyond the logical ones hold code 0, and so does the border, which is as wide as the widest padding
 of the layers that read the map; a layer therefore never asks whether a tap lies outside. Sequences and
-vectors are maps with h = 1.
+vectors are maps with h = 1. Codes of images have few channels, which are rounded up to four only.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from numpy.typing import NDArray
 
 #: Channels per vector; maps are padded to whole vectors.
 LANES = 16
+
+#: Values that a dot product multiplies at a time; what the maps of images are padded to.
+FOUR = 4
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -34,6 +37,7 @@ class Map:
         dtype: uint8 for codes, int32 and int64 for wider integers, float32.
         zero_point: stored value of integer 0; codes of signed quantisers are shifted into uint8.
         border: (top, bottom, left, right) extra rows and columns.
+        multiple: what channels are rounded up to.
     """
 
     n: int
@@ -43,11 +47,12 @@ class Map:
     dtype: str
     zero_point: int = 0
     border: tuple[int, int, int, int] = (0, 0, 0, 0)
+    multiple: int = LANES
 
     @property
     def padded(self) -> int:
         """Channels in memory."""
-        return round_up(self.channels, LANES)
+        return round_up(self.channels, self.multiple)
 
     @property
     def pitch(self) -> int:

@@ -42,13 +42,20 @@ class Dot:
     finish: Callable[[list[Any]], Any] = lambda sums: sums[0]
 
 
+#: Products that must not wait for each other, so that every cycle starts one.
+CHAINS = 8
+
+#: Pixels of a tile beyond which more of them gain nothing, as every weight is loaded seldom enough.
+MOST_PIXELS = 8
+
+
 def tile_of(layer: Layer, dot: Dot) -> Tile:
-    """A tile that keeps sums in registers and wastes few pixels."""
+    """A tile that keeps sums in registers and wastes few pixels; blocks of outputs fill it where pixels do not."""
     parts = LANES // dot.lanes
-    blocks = most_blocks(layer, max(1, 4 // parts))
+    wanted = max(2, -(-CHAINS // layer.w)) // parts
+    blocks = most_blocks(layer, min(max(1, 4 // parts), max(1, wanted)))
     most = max(1, (dot.registers - 1 - blocks * parts) // (blocks * parts * dot.sums))
-    pixels = pixels_of(layer, most)
-    return Tile(pixels, blocks)
+    return Tile(pixels_of(layer, min(most, MOST_PIXELS)), blocks)
 
 
 def dot_kernel(name: str, layer: Layer, dot: Dot) -> Any:

@@ -100,13 +100,13 @@ def _counted(output: Steps, constants: Any, value: Any, dtype: str, channel: Any
 def clear_border(map: Map, target: Any) -> None:
     """Write code 0 around a map."""
     top, bottom, left, right = map.border
-    zero = api.constant(map.zero_point, map.dtype, LANES)
-    vectors = map.padded // LANES
+    lanes = min(LANES, map.padded)
+    zero = api.constant(map.zero_point, map.dtype, lanes)
 
     def fill(start: Any, pixels: int) -> None:
         if pixels:
-            with api.serial(0, pixels * vectors) as i:
-                api.store(target, zero, start + i * LANES, LANES)
+            with api.serial(0, pixels * map.padded // lanes) as i:
+                api.store(target, zero, start + i * lanes, lanes)
 
     if any(map.border):
         width = left + map.w + right

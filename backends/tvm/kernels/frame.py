@@ -170,15 +170,16 @@ class Frame:
         weights adds. First the sum of each pixel of the source, then windows of those."""
         layer, source = self.layer, self.layer.source
         assert not layer.is_grouped
-        rows, width = source.n * source.shape[1], source.shape[2]
+        rows, width, lanes = source.n * source.shape[1], source.shape[2], min(LANES, source.padded)
         pixels = api.scratch(rows * width, "int32")
         with api.parallel(0, rows) as row, api.serial(0, width) as x:
-            total = api.registers(1, LANES, "int32")
-            api.store(total, api.constant(0, "int32", LANES), 0, LANES)
-            with api.serial(0, source.padded // LANES) as c:
-                codes = api.load(self.codes, (row * width + x) * source.padded + c * LANES, LANES)
-                api.store(total, api.load(total, 0, LANES) + api.cast(codes, "int32", LANES), 0, LANES)
-            reduced = api.intrinsic("int32", "llvm.vector.reduce.add.v16i32", api.load(total, 0, LANES))
+            total = api.registers(1, lanes, "int32")
+            api.store(total, api.constant(0, "int32", lanes), 0, lanes)
+            with api.serial(0, source.padded // lanes) as c:
+                codes = api.load(self.codes, (row * width + x) * source.padded + c * lanes, lanes)
+                api.store(total, api.load(total, 0, lanes) + api.cast(codes, "int32", lanes), 0, lanes)
+            name = f"llvm.vector.reduce.add.v{lanes}i32"
+            reduced = api.intrinsic("int32", name, api.load(total, 0, lanes))
             api.store(pixels, reduced, row * width + x)
         sums = api.scratch(source.n * layer.h * layer.w, "int32")
         with api.parallel(0, source.n * layer.h) as row, api.serial(0, layer.w) as x:

@@ -27,13 +27,19 @@ def load_codes(layer: Layer, packed: Any, start: Any, vector: int) -> Any:
     return api.reinterpret(_code(layer.bits, packed, start, vector, 0), "int8x64")
 
 
-def unpack_block(layer: Layer, packed: Any, block: Any, groups: int, target: Any, to: Any) -> None:
-    """All weights of one block of outputs, packed in so many groups, from index `to` of an int8 buffer on."""
+def unpack_block(
+    layer: Layer, packed: Any, block: Any, groups: int, target: Any, to: Any, effective: bool = True
+) -> None:
+    """All weights of one block of outputs, packed in so many groups, from index `to` of an int8 buffer on:
+    effective ones where they fit, or codes."""
     with api.serial(0, groups) as g:
-        unpack_group(layer, packed, (block * groups + g) * layer.bits * 64, target, to + g * GROUP * 64)
+        start = (block * groups + g) * layer.bits * 64
+        unpack_group(layer, packed, start, target, to + g * GROUP * 64, effective)
 
 
-def unpack_group(layer: Layer, packed: Any, start: Any, target: Any, to: Any) -> None:
+def unpack_group(
+    layer: Layer, packed: Any, start: Any, target: Any, to: Any, effective: bool = True
+) -> None:
     """Eight vectors of 64 weights, as the dot product wants them.
 
     Args:
@@ -42,8 +48,9 @@ def unpack_group(layer: Layer, packed: Any, start: Any, target: Any, to: Any) ->
         start: index of the group's first byte.
         target: flat int8 buffer.
         to: index of the first of 8 * 64 weights.
+        effective: whether effective weights are wanted where they fit, not codes.
     """
-    scale, numerator = (layer.shift, layer.numerator) if layer.is_effective else (0, 0)
+    scale, numerator = (layer.shift, layer.numerator) if layer.is_effective and effective else (0, 0)
     bias = numerator - (2 ** (layer.bits - 1) << scale if layer.signed and layer.bits < 8 else 0)
     for vector in range(GROUP):
         if layer.bits == 8:

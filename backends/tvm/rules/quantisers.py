@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from torch import fx
 
 from ..kernel_graph import Builder, Mapped
 from ..kernels.elementwise import dequantize_kernel, quantize_kernel
+from ..kernels.image import quantize_image_kernel
+from ..maps import FOUR
 from .arguments import along_last, by_channel, layer_of
 
 
@@ -18,9 +22,34 @@ def _reads_rows(builder: Builder, node: fx.Node) -> bool:
     return "accumulate_linear" in kinds
 
 
+def _is_image(builder: Builder, node: fx.Node) -> bool:
+    """Whether codes are pixels of at most four channels that only convolutions over all channels read."""
+    shape = builder.shape(node)
+    if node.args[0] in builder.maps or not 3 <= len(shape) <= 4 or shape[1] > FOUR:
+        return False
+    if builder.dtype(node.args[0]) != "float32" or builder.dtype(node) not in ("uint8", "int8"):
+        return False
+    return all(
+        builder.model.operator_name(user) == "accumulate_conv" and user.args[0] is node and user.args[7] == 1
+        for user in node.users
+    )
+
+
 def quantize(builder: Builder, node: fx.Node) -> None:
     """Codes, or wide integers, of a float tensor."""
     source, step, low, high = node.args
+    if _is_image(builder, node):
+        map = replace(builder.map_of(node, False, "uint8", max(0, -int(low))), multiple=FOUR)
+        shape = builder.shape(node)
+        (made,) = builder.kernel(
+            layer_of(node),
+            "quantize",
+            [builder.plain(source)],
+            [(map.shape, map.dtype)],
+            lambda name: quantize_image_kernel(name, shape, map, float(step), int(low), int(high)),
+        )
+        builder.set_map(node, Mapped(made, map, False))
+        return
     have = builder.maps.get(source)
     rows = _reads_rows(builder, node)
     if have is not None:
