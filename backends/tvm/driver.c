@@ -84,10 +84,17 @@ size_t qcompile_data_bytes(void) { return CONSTANT_BYTES; }
 typedef struct { void *sync; int32_t tasks; } group;
 typedef int (*task)(int index, group *environment, void *data);
 
+/* Memory of one thread's tasks: a stack that is as large as the most that was needed, kept between calls. */
+typedef struct {
+    unsigned char *base;
+    uint64_t size, used, wanted;
+} stack;
+
 typedef struct {
     pthread_mutex_t lock;
     pthread_cond_t wake, done;
     pthread_t *threads;
+    stack *stacks; /* of the calling thread, then of each of the others */
     int count, stopping;
     atomic_uint round;
     task body;
@@ -98,6 +105,7 @@ typedef struct {
 } pool;
 
 static _Thread_local pool *current;
+static _Thread_local stack *memory;
 
 static inline void pause_a_little(void) {
 #if defined(__x86_64__)
@@ -107,20 +115,28 @@ static inline void pause_a_little(void) {
 
 static void work(pool *p) {
     int index;
-    while ((index = atomic_fetch_add(&p->next, 1)) < p->environment.tasks)
-        if (p->body(index, &p->environment, p->data)) {
+    uint64_t used = memory->used;
+    while ((index = atomic_fetch_add(&p->next, 1)) < p->environment.tasks) {
+        int failed = p->body(index, &p->environment, p->data);
+        memory->used = used;
+        if (failed) {
             pthread_mutex_lock(&p->lock);
             memcpy(p->message, message, sizeof message);
             pthread_mutex_unlock(&p->lock);
             atomic_store(&p->failed, 1);
         }
+    }
 }
 
 /* Kernels follow each other within microseconds: wait this many looks before sleeping. */
 enum { LOOKS = 2000 };
 
+typedef struct { pool *pool; stack *memory; } worker_start;
+
 static void *worker(void *given) {
-    pool *p = given;
+    pool *p = ((worker_start *)given)->pool;
+    memory = ((worker_start *)given)->memory;
+    free(given);
     unsigned seen = 0;
     for (;;) {
         for (int i = 0; i < LOOKS && atomic_load(&p->round) == seen; i++) pause_a_little();
@@ -135,6 +151,15 @@ static void *worker(void *given) {
         if (atomic_fetch_sub(&p->running, 1) == 1) pthread_cond_signal(&p->done);
         pthread_mutex_unlock(&p->lock);
     }
+}
+
+static int start_worker(pool *p) {
+    worker_start *given = malloc(sizeof *given);
+    if (given == NULL) return 0;
+    given->pool = p, given->memory = &p->stacks[p->count + 1];
+    if (pthread_create(&p->threads[p->count], NULL, worker, given) == 0) return 1;
+    free(given);
+    return 0;
 }
 
 int TVMBackendParallelLaunch(task body, void *data, int tasks) {
@@ -165,16 +190,32 @@ int TVMBackendParallelLaunch(task body, void *data, int tasks) {
 
 /* ---- memory of tasks, errors --------------------------------------------------------------------------------- */
 
+static uint64_t whole_lines(uint64_t bytes) { return (bytes + 63) / 64 * 64; }
+
 void *TVMBackendAllocWorkspace(int type, int id, uint64_t bytes, int code, int bits) {
     (void)type, (void)id, (void)code, (void)bits;
-    void *memory = aligned_alloc(64, (bytes + 63) / 64 * 64);
-    if (memory == NULL) snprintf(message, sizeof message, "out of memory");
-    return memory;
+    bytes = whole_lines(bytes);
+    stack *s = memory;
+    uint64_t start = s->used;
+    s->used += bytes;
+    if (s->used > s->wanted) s->wanted = s->used;
+    if (start == 0 && s->size < s->wanted) {
+        free(s->base);
+        s->base = aligned_alloc(64, s->wanted);
+        s->size = s->base == NULL ? 0 : s->wanted;
+    }
+    if (s->used <= s->size) return s->base + start;
+    void *found = aligned_alloc(64, bytes ? bytes : 64); /* the first time only: then the stack is large enough */
+    if (found == NULL) snprintf(message, sizeof message, "out of memory"), s->used = start;
+    return found;
 }
 
-int TVMBackendFreeWorkspace(int type, int id, void *memory) {
+/* What was allocated later is free by then. */
+int TVMBackendFreeWorkspace(int type, int id, void *pointer) {
     (void)type, (void)id;
-    free(memory);
+    uint64_t place = (uint64_t)((unsigned char *)pointer - memory->base);
+    if (memory->base == NULL || place >= memory->size) free(pointer);
+    else if (place < memory->used) memory->used = place;
     return 0;
 }
 
@@ -244,9 +285,12 @@ qcompile_model *qcompile_create(int threads) {
     pthread_cond_init(&model->threads.done, NULL);
     int wanted = threads > 1 ? threads - 1 : 0;
     model->threads.threads = calloc((size_t)wanted + 1, sizeof(pthread_t));
-    while (model->threads.threads != NULL && model->threads.count < wanted &&
-           pthread_create(&model->threads.threads[model->threads.count], NULL, worker, &model->threads) == 0)
-        model->threads.count++;
+    model->threads.stacks = calloc((size_t)wanted + 1, sizeof(stack));
+    if (model->threads.threads == NULL || model->threads.stacks == NULL) {
+        qcompile_destroy(model);
+        return NULL;
+    }
+    while (model->threads.count < wanted && start_worker(&model->threads)) model->threads.count++;
     return model;
 }
 
@@ -260,6 +304,8 @@ void qcompile_destroy(qcompile_model *model) {
         pthread_mutex_unlock(&p->lock);
         for (int i = 0; i < p->count; i++) pthread_join(p->threads[i], NULL);
     }
+    for (int i = 0; p->stacks != NULL && i <= p->count; i++) free(p->stacks[i].base);
+    free(p->stacks);
     free(p->threads);
     free(model->views);
     free(model->arena);
@@ -289,6 +335,7 @@ int qcompile_run_timed(qcompile_model *model, const void *const *inputs, void *c
         if (one->kind == OUTPUT) model->views[i].data = outputs[one->position];
     }
     current = &model->threads;
+    memory = model->threads.stacks;
     int failed = 0;
     for (uint32_t i = 0; i < chosen->call_count && !failed; i++) {
         const call_record *call = &chosen->calls[i];
@@ -299,9 +346,10 @@ int qcompile_run_timed(qcompile_model *model, const void *const *inputs, void *c
             given[j].pointer = &model->views[chosen->arguments[call->first + j]];
         }
         failed = call->run(NULL, given, (int32_t)call->count, &result);
+        memory->used = 0;
         if (times != NULL) times[i] = nanoseconds_now() - started;
     }
-    current = NULL;
+    current = NULL, memory = NULL;
     for (uint32_t i = 0; i < chosen->copy_count && !failed; i++) {
         const copy_record *one = &chosen->copies[i];
         memcpy(outputs[one->output], model->views[one->tensor].data, output_bytes[one->output]);

@@ -17,6 +17,7 @@ and weights at most four, so that every product is the one of `vpdpbusd` and sum
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +32,7 @@ from .unpack import unpack_block, unpacked_form
 SIDE, POSITIONS = 4, 16
 
 #: Squares that are computed at a time, at most.
-MOST_SQUARES = 14
+MOST_SQUARES = 8
 
 #: Rows of B': (first input, second input, its sign).
 INPUT_ROWS = ((0, 2, -1), (1, 2, 1), (2, 1, -1), (1, 3, -1))
@@ -81,6 +82,8 @@ def winograd_kernel(name: str, layer: Layer) -> Any:
     down, across = -(-layer.h // 2), -(-layer.w // 2)
     lanes = next(one for one in (64, 32, 16) if source.padded % one == 0)
     chains = tile.pixels * tile.blocks
+    # one cache line more, as stores to all positions would fall on the same lines of the cache
+    inputs_pitch, weights_pitch = squares * source.padded + 64, fours * tile.blocks * 64 + 64
     shared: dict[str, Any] = {}
 
     def zero(position: int) -> int:
@@ -88,7 +91,7 @@ def winograd_kernel(name: str, layer: Layer) -> Any:
         return 0 if position == 5 else 2 * layer.highest
 
     def before() -> None:
-        shared["inputs"] = inputs = api.scratch(POSITIONS * squares * source.padded, "uint8")
+        shared["inputs"] = inputs = api.scratch(POSITIONS * inputs_pitch, "uint8")
         with api.parallel(0, source.n * down) as row, api.serial(0, across) as column:
             n, y, x = row // down, row % down * 2, column * 2
             with api.serial(0, source.padded // lanes) as part:
@@ -115,34 +118,27 @@ def winograd_kernel(name: str, layer: Layer) -> Any:
                         position = i * SIDE + j
                         if zero(position):
                             value = value + api.constant(zero(position), "uint8", lanes)
-                        at = (position * squares + row * across + column) * source.padded + part * lanes
+                        at = position * inputs_pitch + (row * across + column) * source.padded + part * lanes
                         api.store(inputs, value, at, lanes)
 
     def transform_weights(unpacked: Any, weights: Any, starts: Any, q: int) -> None:
         """One block: 2G g 2G' of every four channels, and where its sums start."""
-        begin = api.registers(POSITIONS, LANES, "int32")
-        for position in range(POSITIONS):
-            api.store(begin, api.constant(0, "int32", LANES), position * LANES, LANES)
+        constant = api.constant(2 * layer.highest, "int8", 64)
+        sums = api.registers(9, LANES, "int32")
+        for tap in range(9):
+            api.store(sums, api.constant(0, "int32", LANES), tap * LANES, LANES)
         with api.serial(0, fours) as k:
-            half = api.registers(3 * SIDE, 64, "int8")
-            for j in range(3):
-                column = [api.load(unpacked, ((i * 3 + j) * fours + k) * 64, 64) for i in range(3)]
-                for i, value in enumerate(_spread(*column)):
-                    api.store(half, value, (i * 3 + j) * 64, 64)
-            for i in range(SIDE):
-                row = [api.load(half, (i * 3 + j) * 64, 64) for j in range(3)]
-                for j, value in enumerate(_spread(*row)):
-                    position = i * SIDE + j
-                    api.store(weights, value, ((position * fours + k) * tile.blocks + q) * 64, 64)
-        with api.serial(0, fours) as k:
-            for position in range(POSITIONS):
-                if zero(position):
-                    value = api.load(weights, ((position * fours + k) * tile.blocks + q) * 64, 64)
-                    constant = api.constant(zero(position), "int8", 64)
-                    total = _products(api.load(begin, position * LANES, LANES), constant, value)
-                    api.store(begin, total, position * LANES, LANES)
-        for position in range(POSITIONS):
-            value = api.constant(0, "int32", LANES) - api.load(begin, position * LANES, LANES)
+            taps = api.registers(9, 64, "int8")
+            for tap in range(9):
+                value = api.load(unpacked, (tap * fours + k) * 64, 64)
+                api.store(taps, value, tap * 64, 64)
+                total = _products(api.load(sums, tap * LANES, LANES), constant, value)
+                api.store(sums, total, tap * LANES, LANES)
+            for position, value in _transformed(taps, 64, "int8"):
+                api.store(weights, value, position * weights_pitch + (k * tile.blocks + q) * 64, 64)
+        for position, value in _transformed(sums, LANES, "int32"):
+            none = api.constant(0, "int32", LANES)
+            value = none - value if zero(position) else none
             api.store(starts, value, (position * tile.blocks + q) * LANES, LANES)
 
     def multiply(weights: Any, starts: Any, sums: Any, square: Any, position: Any) -> None:
@@ -152,10 +148,10 @@ def winograd_kernel(name: str, layer: Layer) -> Any:
             start = api.load(starts, (position * tile.blocks + i % tile.blocks) * LANES, LANES)
             api.store(registers, start, i * LANES, LANES)
         with api.serial(0, fours) as k:
-            at = (position * fours + k) * tile.blocks * 64
+            at = position * weights_pitch + k * tile.blocks * 64
             vectors = [api.load(weights, at + q * 64, 64) for q in range(tile.blocks)]
             for p in range(tile.pixels):
-                base = (position * squares + square + p) * source.padded + FOUR * k
+                base = position * inputs_pitch + (square + p) * source.padded + FOUR * k
                 word = api.reinterpret(api.load(shared["inputs"], base, FOUR), "int32")
                 given = api.reinterpret(api.broadcast(word, LANES), "int8x64")
                 for q, vector in enumerate(vectors):
@@ -197,7 +193,7 @@ def winograd_kernel(name: str, layer: Layer) -> Any:
 
     def task(group: Any, first: Any, last: Any) -> None:
         unpacked = api.scratch(groups * 8 * 64, "int8")
-        weights = api.scratch(POSITIONS * fours * tile.blocks * 64, "int8")
+        weights = api.scratch(POSITIONS * weights_pitch, "int8")
         starts = api.scratch(POSITIONS * tile.blocks * LANES, "int32")
         sums = api.scratch(POSITIONS * chains * LANES, "int32")
         for q in range(tile.blocks):
@@ -214,6 +210,19 @@ def winograd_kernel(name: str, layer: Layer) -> Any:
 
 def _products(sums: Any, codes: Any, weights: Any) -> Any:
     return api.intrinsic("int32x16", "llvm.x86.avx512.vpdpbusd.512", sums, codes, weights)
+
+
+def _transformed(taps: Any, lanes: int, dtype: str) -> Iterator[tuple[int, Any]]:
+    """Positions of 2G g 2G', of an array of nine vectors."""
+    half = api.registers(3 * SIDE, lanes, dtype)
+    for j in range(3):
+        column = [api.load(taps, (i * 3 + j) * lanes, lanes) for i in range(3)]
+        for i, value in enumerate(_spread(*column)):
+            api.store(half, value, (i * 3 + j) * lanes, lanes)
+    for i in range(SIDE):
+        row = [api.load(half, (i * 3 + j) * lanes, lanes) for j in range(3)]
+        for j, value in enumerate(_spread(*row)):
+            yield i * SIDE + j, value
 
 
 def _spread(a: Any, b: Any, c: Any) -> list[Any]:
