@@ -94,7 +94,7 @@ def convolution(
 
 
 def random_case(seed: int) -> dict[str, Any]:
-    """A convolution, from seed 12 on a linear layer of few rows, from 20 on 3x3 of few bits, from 28 on an image."""
+    """A convolution; from seed 12 on a linear layer of few rows, from 20 on 3x3 of few bits, then images."""
     rng = np.random.default_rng(seed)
 
     def draw(low: int, high: int) -> int:

@@ -52,12 +52,14 @@ class Steps:
         term: `ACCUMULATOR`, or the position of another input.
         levels: thresholds per channel.
         low: code when none is reached.
+        is_rising: whether all signs are 1.
     """
 
     map: Map
     term: int
     levels: int
     low: int
+    is_rising: bool = False
 
     #: Element type of the constants.
     dtype: ClassVar[str] = "int32"

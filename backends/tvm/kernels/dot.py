@@ -50,7 +50,7 @@ MOST_PIXELS = 8
 
 
 def tile_of(layer: Layer, dot: Dot) -> Tile:
-    """A tile that keeps sums in registers and wastes few pixels; blocks of outputs fill it where pixels do not."""
+    """A tile that keeps sums in registers and wastes few pixels, of more blocks for few pixels."""
     parts = LANES // dot.lanes
     wanted = max(2, -(-CHAINS // layer.w)) // parts
     blocks = most_blocks(layer, min(max(1, 4 // parts), max(1, wanted)))

@@ -81,7 +81,8 @@ def _counted(output: Steps, constants: Any, value: Any, dtype: str, channel: Any
 
     # in registers, because an expression is evaluated again wherever it stands
     signed, count = api.registers(1, lanes, wide), api.registers(1, lanes, "int32")
-    api.store(signed, api.cast(value, wide, lanes) * row(0), 0, lanes)
+    risen = api.cast(value, wide, lanes)
+    api.store(signed, risen if output.is_rising else risen * row(0), 0, lanes)
     api.store(count, api.constant(output.low + output.map.zero_point, "int32", lanes), 0, lanes)
     one, none = (api.constant(number, "int32", lanes) for number in (1, 0))
 

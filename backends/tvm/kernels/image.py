@@ -13,8 +13,8 @@ from .epilogue import clear_border
 def quantize_image_kernel(
     name: str, source: tuple[int, ...], target: Map, step: float, low: int, high: int
 ) -> Any:
-    """Codes of a float32 tensor as torch sees it, pixels of four channels: division and rounding to even in float32,
-    NaN gives 0.
+    """Codes of a float32 tensor as torch sees it, pixels of four channels: division and rounding to even in
+    float32, NaN gives 0.
 
     Args:
         name: symbol.

@@ -37,9 +37,7 @@ def unpack_block(
         unpack_group(layer, packed, start, target, to + g * GROUP * 64, effective)
 
 
-def unpack_group(
-    layer: Layer, packed: Any, start: Any, target: Any, to: Any, effective: bool = True
-) -> None:
+def unpack_group(layer: Layer, packed: Any, start: Any, target: Any, to: Any, effective: bool = True) -> None:
     """Eight vectors of 64 weights, as the dot product wants them.
 
     Args:

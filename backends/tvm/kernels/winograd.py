@@ -4,8 +4,8 @@ Four outputs of a square take 16 products per input channel in place of 36:
 
     4 * Y = A' [sum over channels of (2G g 2G') * (B' d B)] A
 
-The transforms add up to four codes, and nine weights: both stay within bytes while codes have at most six bits
-and weights at most four, so that every product is the one of `vpdpbusd` and sums are exact.
+The transforms add up to four codes, and nine weights: both stay within bytes while codes have at most six
+bits and weights at most four, so that every product is the one of `vpdpbusd` and sums are exact.
 
     V[position][square][channel] = B' d B + a constant that makes it unsigned     once, in parallel over rows
     per task
@@ -101,9 +101,10 @@ def winograd_kernel(name: str, layer: Layer) -> Any:
                     # what lies beyond the border goes to outputs that do not exist
                     beyond = (layer.h + 1 - layer.padding[0], layer.w + 1 - layer.padding[1])
                     at = (y + i - layer.padding[0], x + j - layer.padding[1])
+                    odd = (layer.h % 2, layer.w % 2)
                     place = [
-                        api.minimum(one, last) if odd and k == 3 else one
-                        for k, one, last, odd in zip((i, j), at, beyond, (layer.h % 2, layer.w % 2), strict=True)
+                        api.minimum(one, last) if is_odd and k == 3 else one
+                        for k, one, last, is_odd in zip((i, j), at, beyond, odd, strict=True)
                     ]
                     return api.load(frame.codes, source.index(n, *place) + part * lanes, lanes)
 

@@ -16,7 +16,7 @@ from ..maps import Map
 from ..packing import arrange, runs_of
 from ..specs import ACCUMULATOR, Layer, Output, Steps
 from .arguments import by_channel, channels_last, layer_of, spatial
-from .thresholds import steps
+from .thresholds import counted, steps
 
 
 def accumulate(builder: Builder, node: fx.Node) -> None:
@@ -70,10 +70,11 @@ def accumulate(builder: Builder, node: fx.Node) -> None:
     others: list[Mapped] = []
     nodes: list[tuple[fx.Node, Map]] = []
     for user in fused:
-        if builder.model.operator_name(user) == "threshold":
-            counted, levels = steps(builder, user, not is_conv, ACCUMULATOR, correction)
-            outputs.append(counted)
-            constants.append(builder.constant(f"{user.name}_constants", levels))
+        count = steps if builder.model.operator_name(user) == "threshold" else counted
+        found = count(builder, user, not is_conv, ACCUMULATOR, correction)
+        if found is not None:
+            outputs.append(found[0])
+            constants.append(builder.constant(f"{user.name}_constants", found[1]))
         else:
             output, table, more = _output(builder, user, not is_conv, node, correction, len(others))
             others += more
