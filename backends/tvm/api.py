@@ -121,6 +121,11 @@ def intrinsic(dtype: str, name: str, *arguments: Any) -> Any:
     return tirx.call_llvm_intrin(dtype, name, *arguments)
 
 
+def fused(value: Any, multiplier: Any, constant: Any, lanes: int) -> Any:
+    """value * multiplier + constant of float32 vectors, rounded once."""
+    return intrinsic(f"float32x{lanes}", f"llvm.fma.v{lanes}f32", value, multiplier, constant)
+
+
 def immediate(value: int) -> Any:
     """An operand that an instruction holds."""
     return tirx.const(value, "int8")

@@ -14,7 +14,7 @@ ACCUMULATOR = -1
 
 @dataclass(frozen=True)
 class Output:
-    """One tensor that an epilogue writes: clip(floor(constant + sum of multiplier * term), low, high).
+    """One tensor of an epilogue: clip(floor(constant + sum of multiplier * term), low, high) + offset.
 
     The constants are float64 and hold integers times 2^-shift: (1 + terms, channels), first the constant,
     then one row of multipliers per term. Every partial sum is an integer below 2^53 times 2^-shift, so
@@ -23,13 +23,17 @@ class Output:
     Attributes:
         map: where it goes.
         terms: `ACCUMULATOR`, or the position of another input.
-        low, high: of the epilogue.
+        low, high: clip.
+        offset: what makes it what is stored.
+        is_bounded: whether the floor is known to fit int32 before the clip.
     """
 
     map: Map
     terms: tuple[int, ...]
     low: int
     high: int
+    offset: int = 0
+    is_bounded: bool = False
 
     #: Element type of the constants.
     dtype: ClassVar[str] = "float64"
@@ -38,6 +42,11 @@ class Output:
     def constants(self) -> tuple[int, int]:
         """Shape of the array of constants."""
         return 1 + len(self.terms), self.map.padded
+
+    @property
+    def stored(self) -> tuple[int, int]:
+        """Least and largest value in memory."""
+        return self.low + self.offset, self.high + self.offset
 
 
 @dataclass(frozen=True)
@@ -52,27 +61,58 @@ class Steps:
         term: `ACCUMULATOR`, or the position of another input.
         levels: thresholds per channel.
         low: code when none is reached.
-        is_rising: whether all signs are 1.
     """
 
     map: Map
     term: int
     levels: int
     low: int
-    is_rising: bool = False
 
     #: Element type of the constants.
     dtype: ClassVar[str] = "int32"
 
     @property
-    def high(self) -> int:
-        """Code when all thresholds are reached."""
-        return self.low + self.levels
+    def stored(self) -> tuple[int, int]:
+        """Least and largest value in memory."""
+        low = self.low + self.map.zero_point
+        return low, low + self.levels
 
     @property
     def constants(self) -> tuple[int, int]:
         """Shape of the array of constants."""
         return 1 + self.levels, self.map.padded
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """One tensor of codes that an epilogue writes: clip(floor(multiplier * term + constant), low, high).
+
+    The constants are float32: (2, channels), first the constant, then the multiplier. They are such that one
+    fused multiplication in float32 gives the right code for every int32, see `scaled.in_float32`.
+
+    Attributes:
+        map: where it goes.
+        term: `ACCUMULATOR`, or the position of another input.
+        low, high: as stored, zero point included.
+    """
+
+    map: Map
+    term: int
+    low: int
+    high: int
+
+    @property
+    def stored(self) -> tuple[int, int]:
+        """Least and largest value in memory."""
+        return self.low, self.high
+
+    #: Element type of the constants.
+    dtype: ClassVar[str] = "float32"
+
+    @property
+    def constants(self) -> tuple[int, int]:
+        """Shape of the array of constants."""
+        return 2, self.map.padded
 
 
 @dataclass(frozen=True)
@@ -106,7 +146,7 @@ class Layer:
     numerator: int
     shift: int
     is_depthwise: bool
-    outputs: tuple[Output | Steps, ...]
+    outputs: tuple[Output | Steps | Scaled, ...]
     others: tuple[Map, ...]
 
     @property

@@ -1,6 +1,7 @@
 """Epilogues: from accumulators and other integers to the next codes.
 
-Requantisations are computed in float64, which is exact here, thresholds are compared in integers.
+Requantisations are computed in float64, which is exact here, or in float32 where that was found to be exact;
+thresholds are compared in integers.
 """
 
 from __future__ import annotations
@@ -10,14 +11,14 @@ from typing import Any
 
 from .. import api
 from ..maps import LANES, Map
-from ..specs import ACCUMULATOR, Output, Steps
+from ..specs import ACCUMULATOR, Output, Scaled, Steps
 
 #: Comparisons with thresholds that are written out; more are a loop.
 MOST_COMPARISONS = 16
 
 
 def write_output(
-    output: Output | Steps,
+    output: Output | Steps | Scaled,
     target: Any,
     constants: Any,
     others: Sequence[tuple[Map, Any]],
@@ -44,11 +45,14 @@ def write_output(
         map, buffer = others[term]
         return api.load(buffer, place(map) + channel, lanes), map.dtype
 
-    if isinstance(output, Steps):
+    if isinstance(output, Scaled):
+        integer = _scaled(output, constants, value(output.term)[0], channel, lanes)
+    elif isinstance(output, Steps):
         integer = _counted(output, constants, *value(output.term), channel, lanes)
     else:
         integer = _requantised(output, constants, [value(one)[0] for one in output.terms], channel, lanes)
-    if output.map.channels < output.map.padded and not output.low <= 0 <= output.high:
+    least, largest = output.stored
+    if output.map.channels < output.map.padded and not least <= output.map.zero_point <= largest:
         # the clip moved the channels that pad away from code 0, which readers count on
         zero = api.constant(output.map.zero_point, "int32", lanes)
         exists = api.indices(channel, lanes) < api.constant(output.map.channels, "int32", lanes)
@@ -58,18 +62,29 @@ def write_output(
 
 
 def _requantised(output: Output, constants: Any, values: Sequence[Any], channel: Any, lanes: int) -> Any:
-    """clip(floor(constant + sum of multiplier * value), low, high), as it is stored, int32."""
+    """clip(floor(constant + sum of multiplier * value), low, high) + offset, int32."""
     channels = output.map.padded
     total = api.load(constants, channel, lanes)
     for row, value in enumerate(values, start=1):
         multiplier = api.load(constants, row * channels + channel, lanes)
         total = total + api.cast(value, "float64", lanes) * multiplier
-    real = api.floor(total)
-    low, high = (api.constant(float(one), "float64", lanes) for one in (output.low, output.high))
-    integer = api.cast(api.maximum(api.minimum(real, high), low), "int32", lanes)
-    if output.map.zero_point:
-        integer = integer + api.constant(output.map.zero_point, "int32", lanes)
-    return integer
+    if output.is_bounded and output.low >= 0:  # what lies below 0 is clipped, wherever it is truncated to
+        low, high = (api.constant(one, "int32", lanes) for one in (output.low, output.high))
+        integer = api.maximum(api.minimum(api.cast(total, "int32", lanes), high), low)
+    else:
+        real = total if output.low >= 0 else api.floor(total)
+        low, high = (api.constant(float(one), "float64", lanes) for one in (output.low, output.high))
+        integer = api.cast(api.maximum(api.minimum(real, high), low), "int32", lanes)
+    return integer + api.constant(output.offset, "int32", lanes) if output.offset else integer
+
+
+def _scaled(output: Scaled, constants: Any, value: Any, channel: Any, lanes: int) -> Any:
+    """clip(floor(multiplier * value + constant), low, high), int32; low is not below 0: floor truncates."""
+    constant = api.load(constants, channel, lanes)
+    multiplier = api.load(constants, output.map.padded + channel, lanes)
+    real = api.fused(api.cast(value, "float32", lanes), multiplier, constant, lanes)
+    low, high = (api.constant(float(one), "float32", lanes) for one in (output.low, output.high))
+    return api.cast(api.maximum(api.minimum(real, high), low), "int32", lanes)
 
 
 def _counted(output: Steps, constants: Any, value: Any, dtype: str, channel: Any, lanes: int) -> Any:
@@ -81,8 +96,7 @@ def _counted(output: Steps, constants: Any, value: Any, dtype: str, channel: Any
 
     # in registers, because an expression is evaluated again wherever it stands
     signed, count = api.registers(1, lanes, wide), api.registers(1, lanes, "int32")
-    risen = api.cast(value, wide, lanes)
-    api.store(signed, risen if output.is_rising else risen * row(0), 0, lanes)
+    api.store(signed, api.cast(value, wide, lanes) * row(0), 0, lanes)
     api.store(count, api.constant(output.low + output.map.zero_point, "int32", lanes), 0, lanes)
     one, none = (api.constant(number, "int32", lanes) for number in (1, 0))
 

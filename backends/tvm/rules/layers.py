@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import fx
 
 from qcompile.errors import LoweringError
@@ -14,9 +13,10 @@ from ..kernel_graph import Builder, Mapped, extents, padding_of
 from ..kernels.elementwise import epilogue_kernel
 from ..maps import Map
 from ..packing import arrange, runs_of
-from ..specs import ACCUMULATOR, Layer, Output, Steps
-from .arguments import by_channel, channels_last, layer_of, spatial
-from .thresholds import counted, steps
+from ..specs import ACCUMULATOR, Layer, Output, Scaled, Steps
+from .arguments import channels_last, layer_of, spatial
+from .outputs import Sums, output_of
+from .thresholds import steps
 
 
 def accumulate(builder: Builder, node: fx.Node) -> None:
@@ -62,21 +62,22 @@ def accumulate(builder: Builder, node: fx.Node) -> None:
     )
     family = builder.choose(layer)
     effective = vectors.astype(np.int64) * 2**shift + numerator
-    if int(np.abs(effective).sum((1, 3)).max(initial=0)) * layer.highest >= 2**31 - 1:
+    bound = np.abs(effective).sum((1, 3)).reshape(-1) * layer.highest
+    if int(bound.max(initial=0)) >= 2**31 - 1:
         raise LoweringError("sums of its products may exceed 32 bits; lower to onnx-qdq")
     correction = (source.map.zero_point - family.bias(layer)) * effective.sum((1, 3)).reshape(-1)
-    outputs: list[Output | Steps] = []
+    sums = Sums(node, correction, bound)
+    outputs: list[Output | Steps | Scaled] = []
     constants: list[fx.Node] = []
     others: list[Mapped] = []
     nodes: list[tuple[fx.Node, Map]] = []
     for user in fused:
-        count = steps if builder.model.operator_name(user) == "threshold" else counted
-        found = count(builder, user, not is_conv, ACCUMULATOR, correction)
-        if found is not None:
-            outputs.append(found[0])
-            constants.append(builder.constant(f"{user.name}_constants", found[1]))
+        if builder.model.operator_name(user) == "threshold":
+            counted, levels = steps(builder, user, not is_conv, ACCUMULATOR, correction)
+            outputs.append(counted)
+            constants.append(builder.constant(f"{user.name}_constants", levels))
         else:
-            output, table, more = _output(builder, user, not is_conv, node, correction, len(others))
+            output, table, more = output_of(builder, user, not is_conv, sums, len(others))
             others += more
             outputs.append(output)
             constants.append(builder.constant(f"{user.name}_constants", table))
@@ -115,39 +116,6 @@ def _fuses(builder: Builder, node: fx.Node, user: fx.Node) -> bool:
     return builder.ensure([one for one in inputs if one is not node])
 
 
-def _output(
-    builder: Builder,
-    node: fx.Node,
-    rows: bool,
-    layer: fx.Node | None,
-    correction: NDArray[np.int64] | None,
-    offset: int,
-) -> tuple[Output, NDArray[np.float64], list[Mapped]]:
-    """A requantisation: what it writes, its constants, the maps it reads besides the layer's sums."""
-    inputs, multipliers, constant, shift, low, high = node.args
-    dtype = builder.dtype(node)
-    stored = "uint8" if dtype in ("uint8", "int8") else dtype
-    zero_point = max(0, -int(low)) if stored == "uint8" else 0
-    map = builder.map_of(node, rows, stored, zero_point)
-    table = np.zeros((1 + len(inputs), map.padded))
-    table[0, : map.channels] = by_channel(builder, node, constant, rows, map.channels)
-    terms: list[int] = []
-    others: list[Mapped] = []
-    for index, (one, multiplier) in enumerate(zip(inputs, multipliers, strict=True), start=1):
-        factors = by_channel(builder, node, multiplier, rows, map.channels)
-        table[index, : map.channels] = factors
-        if one is layer:
-            terms.append(ACCUMULATOR)
-            assert correction is not None
-            table[0, : map.channels] -= factors * correction[: map.channels]
-            continue
-        other = builder.mapped(one, rows)
-        terms.append(offset + len(others))
-        others.append(other)
-        table[0, : map.channels] -= factors * other.map.zero_point
-    return Output(map, tuple(terms), int(low), int(high)), table * 2.0 ** -int(shift), others
-
-
 def requantize(builder: Builder, node: fx.Node) -> None:
     """An epilogue of its own."""
     rows = channels_last(
@@ -156,7 +124,7 @@ def requantize(builder: Builder, node: fx.Node) -> None:
     for one in node.args[0]:
         if builder.shape(one) != builder.shape(node):
             raise LoweringError("sums of tensors of different shapes have no kernel here; lower to onnx-qdq")
-    output, table, others = _output(builder, node, rows, None, None, 0)
+    output, table, others = output_of(builder, node, rows, None, 0)
     maps = tuple(one.map for one in others)
     constants = builder.constant(f"{node.name}_constants", table)
     (made,) = builder.kernel(
