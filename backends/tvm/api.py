@@ -141,6 +141,13 @@ def part(vector: Any, first: int, lanes: int) -> Any:
     return tirx.Shuffle([vector], [tirx.const(first + i, "int32") for i in range(lanes)])
 
 
+def interleave(vectors: Sequence[Any], lanes: int) -> Any:
+    """First elements of vectors of `lanes`, second ones, and so on."""
+    count = len(vectors)
+    order = [tirx.const(i % count * lanes + i // count, "int32") for i in range(count * lanes)]
+    return tirx.Shuffle(list(vectors), order)
+
+
 def indices(first: Any, lanes: int) -> Any:
     """A vector of consecutive numbers."""
     return tirx.Ramp(first, 1, lanes)

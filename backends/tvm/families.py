@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .kernels import amx, bitserial, depthwise, dot, gemv, neon, winograd, x86
+from .kernels import amx, bitserial, depthwise, depthwise_dot, dot, gemv, neon, winograd, x86
 from .kernels.frame import Tile, tasks_of
 from .maps import LANES
 from .packing import pack
@@ -113,6 +113,15 @@ def _depthwise(needs: str, rate: float) -> Family:
     return Family("depthwise", frozenset((needs,)), time, depthwise.depthwise_kernel, depthwise.pack_taps)
 
 
+def _depthwise_dot_time(layer: Layer) -> float | None:
+    """Products and shuffles of all outputs, and an epilogue of each."""
+    if not depthwise_dot.is_possible(layer):
+        return None
+    tile = depthwise_dot.tile_of(layer)
+    each = 0.2 * depthwise_dot.instructions(layer, tile.rows) + 3.0
+    return tile.count(layer) * tile.pixels * tile.rows * layer.blocks * each
+
+
 def _gemv_time(layer: Layer) -> float | None:
     """Products, and an unpacking for every tile of rows; the first one waits for weights from memory."""
     if not gemv.is_possible(layer):
@@ -145,6 +154,13 @@ FAMILIES: tuple[Family, ...] = (
     _dot("sdot", "dotprod", neon.sdot, lambda layer: 16.0),
     _dot("smlal", "neon", neon.smlal, lambda layer: 5.0),
     _bitserial("neon", 8, 40.0),
+    Family(
+        "depthwise",
+        frozenset(("vnni",)),
+        _depthwise_dot_time,
+        depthwise_dot.depthwise_dot_kernel,
+        depthwise.pack_taps,
+    ),
     _depthwise("avx2", 15.0),
     _depthwise("neon", 2.0),
 )
