@@ -28,6 +28,7 @@ from qcompile.timing import best_of
 #: Feature of a family, LLVM's name of a processor that has it, C condition.
 PROCESSORS = {
     "amx": ("sapphirerapids", "has_tiles()"),
+    "bitalg": ("icelake-server", '__builtin_cpu_supports("avx512bitalg")'),
     "vnni": ("cascadelake", '__builtin_cpu_supports("avx512vnni")'),
     "avx512": ("cascadelake", '__builtin_cpu_supports("avx512bw")'),
     "avx2": ("haswell", '__builtin_cpu_supports("avx2")'),

@@ -45,8 +45,8 @@ def lower(
         threads: threads at run time; None leaves the choice to the runtime.
         cpu: compile only for the best kind that this processor belongs to, by LLVM's name ("cortex-a72");
             targets `x86` and `arm`.
-        features: compile for these kinds of processors only; `x86`: "amx", "vnni", "avx2"; `arm`: "dotprod",
-            "neon". Default: for all, the best is chosen at run time.
+        features: compile for these kinds of processors only; `x86`: "amx", "bitalg", "vnni", "avx2"; `arm`:
+            "dotprod", "neon". Default: for all, the best is chosen at run time.
         chunk: take inputs of any batch size and run them `batch` samples at a time.
 
     Returns:

@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 #: Target, kind of processor, the emulated one.
 KINDS = [
     ("x86", "amx", ""),
+    ("x86", "bitalg", ""),
     ("x86", "vnni", ""),
     ("x86", "avx2", ""),
     ("arm", "neon", "cortex-a72"),

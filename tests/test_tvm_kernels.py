@@ -29,6 +29,7 @@ from qcompile.backends.tvm.specs import ACCUMULATOR, Layer, Output, Steps  # noq
 #: What runs a family that needs a feature: architecture, LLVM's attributes, flag of /proc/cpuinfo.
 PROCESSORS: dict[str, tuple[Architecture, dict[str, Any], str]] = {
     "amx": (X86, {"mcpu": "sapphirerapids"}, "amx_int8"),
+    "bitalg": (X86, {"mcpu": "icelake-server"}, "avx512_bitalg"),
     "vnni": (X86, {"mcpu": "cascadelake"}, "avx512_vnni"),
     "avx512": (X86, {"mcpu": "cascadelake"}, "avx512bw"),
     "avx2": (X86, {"mcpu": "haswell"}, "avx2"),
@@ -261,7 +262,11 @@ def test_packed_codes_come_back_by_shifts_and_masks(bits: int, signed: bool, cou
     ("features", "expected"),
     [
         ({"amx", "vnni", "avx512", "avx2"}, {1: "amx", 2: "amx", 4: "amx", 8: "amx"}),
-        ({"vnni", "avx512", "avx2"}, {1: "bit-serial", 2: "vnni", 4: "vnni", 8: "vnni"}),
+        (
+            {"bitalg", "vnni", "avx512", "avx2"},
+            {1: "bit-serial", 2: "winograd", 4: "winograd", 8: "vnni"},
+        ),
+        ({"vnni", "avx512", "avx2"}, {1: "winograd", 2: "winograd", 4: "winograd", 8: "vnni"}),
         ({"avx2"}, {1: "bit-serial", 2: "avx2", 4: "avx2", 8: "avx2"}),
         ({"dotprod", "neon"}, {1: "bit-serial", 2: "sdot", 4: "sdot", 8: "sdot"}),
         ({"neon"}, {1: "bit-serial", 2: "bit-serial", 4: "smlal", 8: "smlal"}),

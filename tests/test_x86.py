@@ -45,16 +45,18 @@ def test_networks_are_exact(name: str) -> None:
     assert report.exact
 
 
-@pytest.mark.parametrize("kind", ["amx", "vnni", "avx2"])
+@pytest.mark.parametrize("kind", ["amx", "bitalg", "vnni", "avx2"])
 def test_every_kind_of_processor_is_exact(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if kind != "avx2" and "avx512_vnni" not in FLAGS:
-        pytest.skip("this processor has no AVX-512 VNNI")
+    needed = {"avx2": "avx2", "bitalg": "avx512_bitalg"}.get(kind, "avx512_vnni")
+    if needed not in FLAGS:
+        pytest.skip(f"this processor has no {needed}")
     emulator = run_amx_kernels(monkeypatch) if kind == "amx" else None
     model = trained(Residual, images())
     before = emulator.amx_instructions() if emulator else 0
     compiled = qcompile.lower(model, "x86", bits=4, batch=len(images()), threads=1, features=(kind,))
     assert verify(model, images(), target=compiled).failures == ()
-    assert any(kind in one["kernel"] for one in compiled.kernels())
+    family = {"bitalg": "vnni"}.get(kind, kind)
+    assert any(family in one["kernel"] for one in compiled.kernels())
     assert emulator is None or emulator.amx_instructions() > before + 1000
 
 

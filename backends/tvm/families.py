@@ -148,6 +148,7 @@ FAMILIES: tuple[Family, ...] = (
     _dot("vnni", "vnni", x86.vnni, lambda layer: 200.0),
     Family("gemv", frozenset(("vnni",)), _gemv_time, gemv.gemv_kernel, _packed),
     Family("winograd", frozenset(("vnni",)), _winograd_time, winograd.winograd_kernel, _packed),
+    _bitserial("bitalg", 32, 900.0),
     _bitserial("avx512", 32, 250.0),
     _dot("avx2", "avx2", x86.avx2, lambda layer: 62.0 if x86.fits(layer) else 26.0),
     _bitserial("avx2", 8, 165.0),

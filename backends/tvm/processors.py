@@ -59,10 +59,24 @@ def _cpu(name: str) -> str:
     return f'__builtin_cpu_supports("{name}")'
 
 
+_ICE_LAKE = (
+    "avx512bitalg",
+    "avx512vpopcntdq",
+    "avx512ifma",
+    "avx512vbmi",
+    "avx512vbmi2",
+    "avx512cd",
+    "gfni",
+    "vpclmulqdq",
+    "pclmul",
+    "aes",
+    "bmi2",
+)
 _AVX2 = f"{_cpu('avx2')} && {_cpu('fma')}"
 _AVX512 = f"{_cpu('avx512f')} && {_cpu('avx512bw')} && {_cpu('avx512dq')} && {_cpu('avx512vl')}"
 _VNNI = f"{_AVX512} && {_cpu('avx512vnni')}"
-_BITALG = f"{_AVX512} && {_cpu('avx512bitalg')}"
+# what the oldest processor with these counts has besides, and LLVM may use
+_BITALG = " && ".join((_VNNI, *(_cpu(one) for one in _ICE_LAKE)))
 
 X86 = Architecture(
     "x86",
@@ -77,14 +91,21 @@ X86 = Architecture(
         Processor(
             "amx",
             {"mcpu": "sapphirerapids"},
-            frozenset(("amx", "vnni", "avx512", "avx2")),
-            f"{_VNNI} && {_BITALG} && has_tiles()",
+            frozenset(("amx", "bitalg", "vnni", "avx512", "avx2")),
+            f"{_BITALG} && has_tiles()",
+        ),
+        Processor(
+            "bitalg",
+            {"mcpu": "icelake-server"},
+            frozenset(("bitalg", "vnni", "avx512", "avx2")),
+            _BITALG,
         ),
         Processor("vnni", {"mcpu": "cascadelake"}, frozenset(("vnni", "avx512", "avx2")), _VNNI),
         Processor("avx2", {"mcpu": "haswell"}, frozenset(("avx2",)), _AVX2),
     ),
     {
         "amx": "amx-int8",
+        "bitalg": "avx512bitalg",
         "vnni": "avx512vnni",
         "avx512": "avx512bw",
         "avx2": "avx2",
