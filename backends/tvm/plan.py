@@ -17,6 +17,9 @@ from .maps import round_up
 #: Alignment of every tensor in memory, in bytes: a cache line, and a whole vector.
 ALIGNMENT = 64
 
+#: Bytes after which addresses look alike to the order of loads and stores, and how far large tensors are apart.
+PAGE, STAGGER = 4096, 21 * ALIGNMENT
+
 
 @dataclass(frozen=True)
 class Place:
@@ -85,7 +88,7 @@ class _Reader:
         self._values: dict[Any, Any] = {}
         self._storages: dict[Any, int] = {}
         self._calls: list[Call] = []
-        self._arena = 0
+        self._arena, self._reserved = 0, 0
         self._constants = bytearray()
         self._known: dict[Any, Place] = {}
         self._outputs: list[Place] = []
@@ -138,8 +141,12 @@ class _Reader:
             self._values[var] = self._value(value)
 
     def _reserve(self, size: int) -> int:
-        offset = self._arena
-        self._arena += round_up(size, ALIGNMENT)
+        # tensors that are read and written together must not lie whole pages apart: processors compare the low
+        # bits of addresses first, and take a load behind such a store for a load of what is stored
+        wanted = self._reserved * STAGGER % PAGE if size >= PAGE else self._arena % PAGE
+        self._reserved += 1
+        offset = self._arena + (wanted - self._arena) % PAGE
+        self._arena = offset + round_up(size, ALIGNMENT)
         return offset
 
     def _value(self, expression: Any) -> Any:
