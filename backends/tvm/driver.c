@@ -5,6 +5,7 @@
 
 #define _GNU_SOURCE
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -90,17 +91,22 @@ typedef struct {
     uint64_t size, used, wanted;
 } stack;
 
+/* Tasks are taken from one word, so that what a thread takes belongs to the round that it saw: the round's number, how
+   many tasks it has, and the next one. A thread that wakes late finds none left, and nobody waits for it. */
+enum { INDEX_BITS = 20 };
+#define INDEX_MASK ((UINT64_C(1) << INDEX_BITS) - 1)
+
 typedef struct {
     pthread_mutex_t lock;
-    pthread_cond_t wake, done;
+    pthread_cond_t wake;
     pthread_t *threads;
     stack *stacks; /* of the calling thread, then of each of the others */
     int count, stopping;
-    atomic_uint round;
     task body;
     void *data;
     group environment;
-    atomic_int next, running, failed;
+    atomic_ullong tickets;
+    atomic_int finished, asleep, failed;
     char message[256];
 } pool;
 
@@ -113,11 +119,14 @@ static inline void pause_a_little(void) {
 #endif
 }
 
+static uint64_t round_of(uint64_t ticket) { return ticket >> 2 * INDEX_BITS; }
+
 static void work(pool *p) {
-    int index;
     uint64_t used = memory->used;
-    while ((index = atomic_fetch_add(&p->next, 1)) < p->environment.tasks) {
-        int failed = p->body(index, &p->environment, p->data);
+    for (;;) {
+        uint64_t ticket = atomic_fetch_add(&p->tickets, 1);
+        if ((ticket & INDEX_MASK) >= (ticket >> INDEX_BITS & INDEX_MASK)) return;
+        int failed = p->body((int)(ticket & INDEX_MASK), &p->environment, p->data);
         memory->used = used;
         if (failed) {
             pthread_mutex_lock(&p->lock);
@@ -125,11 +134,12 @@ static void work(pool *p) {
             pthread_mutex_unlock(&p->lock);
             atomic_store(&p->failed, 1);
         }
+        atomic_fetch_add(&p->finished, 1);
     }
 }
 
-/* Kernels follow each other within microseconds: wait this many looks before sleeping. */
-enum { LOOKS = 2000 };
+/* Kernels follow each other within microseconds: look this often before sleeping, or before letting others run. */
+enum { LOOKS = 4000 };
 
 typedef struct { pool *pool; stack *memory; } worker_start;
 
@@ -137,19 +147,21 @@ static void *worker(void *given) {
     pool *p = ((worker_start *)given)->pool;
     memory = ((worker_start *)given)->memory;
     free(given);
-    unsigned seen = 0;
+    uint64_t seen = 0;
     for (;;) {
-        for (int i = 0; i < LOOKS && atomic_load(&p->round) == seen; i++) pause_a_little();
-        pthread_mutex_lock(&p->lock);
-        while (atomic_load(&p->round) == seen && !p->stopping) pthread_cond_wait(&p->wake, &p->lock);
-        int stopping = p->stopping;
-        seen = atomic_load(&p->round);
-        pthread_mutex_unlock(&p->lock);
-        if (stopping) return NULL;
+        for (int i = 0; i < LOOKS && round_of(atomic_load(&p->tickets)) == seen; i++) pause_a_little();
+        if (round_of(atomic_load(&p->tickets)) == seen) {
+            pthread_mutex_lock(&p->lock);
+            atomic_fetch_add(&p->asleep, 1);
+            while (round_of(atomic_load(&p->tickets)) == seen && !p->stopping)
+                pthread_cond_wait(&p->wake, &p->lock);
+            atomic_fetch_sub(&p->asleep, 1);
+            int stopping = p->stopping;
+            pthread_mutex_unlock(&p->lock);
+            if (stopping) return NULL;
+        }
+        seen = round_of(atomic_load(&p->tickets));
         work(p);
-        pthread_mutex_lock(&p->lock);
-        if (atomic_fetch_sub(&p->running, 1) == 1) pthread_cond_signal(&p->done);
-        pthread_mutex_unlock(&p->lock);
     }
 }
 
@@ -162,27 +174,32 @@ static int start_worker(pool *p) {
     return 0;
 }
 
+/* Tasks per thread, so that a thread that is held up does not hold up the others. */
+enum { SHARES = 4 };
+
 int TVMBackendParallelLaunch(task body, void *data, int tasks) {
     pool *p = current;
     if (p == NULL || p->count == 0) {
         group environment = {NULL, 1};
         return body(0, &environment, data);
     }
-    pthread_mutex_lock(&p->lock);
+    if (tasks <= 0) tasks = SHARES * (p->count + 1);
     p->body = body;
     p->data = data;
-    p->environment.tasks = tasks > 0 ? tasks : p->count + 1;
-    atomic_store(&p->next, 0);
+    p->environment.tasks = tasks;
+    atomic_store(&p->finished, 0);
     atomic_store(&p->failed, 0);
-    atomic_store(&p->running, p->count);
-    atomic_fetch_add(&p->round, 1);
-    pthread_cond_broadcast(&p->wake);
-    pthread_mutex_unlock(&p->lock);
+    uint64_t round = (round_of(atomic_load(&p->tickets)) + 1) & (UINT64_MAX >> 2 * INDEX_BITS);
+    atomic_store(&p->tickets, round << 2 * INDEX_BITS | (uint64_t)tasks << INDEX_BITS);
+    if (atomic_load(&p->asleep)) {
+        pthread_mutex_lock(&p->lock);
+        pthread_cond_broadcast(&p->wake);
+        pthread_mutex_unlock(&p->lock);
+    }
     work(p);
-    for (int i = 0; i < LOOKS && atomic_load(&p->running); i++) pause_a_little();
-    pthread_mutex_lock(&p->lock);
-    while (atomic_load(&p->running)) pthread_cond_wait(&p->done, &p->lock);
-    pthread_mutex_unlock(&p->lock);
+    for (int i = 0; atomic_load(&p->finished) < tasks; i++)
+        if (i < LOOKS) pause_a_little();
+        else sched_yield();
     if (!atomic_load(&p->failed)) return 0;
     memcpy(message, p->message, sizeof message);
     return -1;
@@ -282,7 +299,6 @@ qcompile_model *qcompile_create(int threads) {
     }
     pthread_mutex_init(&model->threads.lock, NULL);
     pthread_cond_init(&model->threads.wake, NULL);
-    pthread_cond_init(&model->threads.done, NULL);
     int wanted = threads > 1 ? threads - 1 : 0;
     model->threads.threads = calloc((size_t)wanted + 1, sizeof(pthread_t));
     model->threads.stacks = calloc((size_t)wanted + 1, sizeof(stack));
