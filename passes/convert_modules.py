@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from qcompile.errors import FoldError
 
+from .aten import arguments_of, is_zero_pad
 from .batchnorm import ModeBatchNorm
 from .bent import Bent, integer_thresholds
 from .convert_emit import Emitter, Value, folded_dtype
@@ -147,8 +148,9 @@ def _accumulate(emitter: Emitter, node: fx.Node, module: QuantizedLayer, value: 
     arguments: tuple[Any, ...] = (term.node, codes, *offset, bound)
     if geometry.kind == "conv":
         target = _OPS.accumulate_conv.default
-        moves = (list(geometry.stride), geometry.flat_padding, list(geometry.dilation), geometry.groups)
-        arguments = (term.node, codes, *offset, *moves, bound)
+        source, padding = _padding(term.node, geometry.flat_padding)
+        moves = (list(geometry.stride), padding, list(geometry.dilation), geometry.groups)
+        arguments = (source, codes, *offset, *moves, bound)
     sums = emitter.call(
         target,
         arguments,
@@ -165,6 +167,22 @@ def _accumulate(emitter: Emitter, node: fx.Node, module: QuantizedLayer, value: 
     bias = np.float64(0.0) if module.bias is None else module.bias.detach().double().cpu().numpy()
     accumulator = Term(sums, np.asarray(scale, np.float64), low, high)
     return Affine((accumulator,), np.asarray(bias, np.float64), rank, axis, layers=(path,))
+
+
+def _padding(codes: fx.Node, own: list[int]) -> tuple[fx.Node, list[int]]:
+    """What a convolution reads, and its padding: operators that pad codes with 0 on their own join it."""
+    padding = list(own)
+    while codes.op == "call_function" and is_zero_pad(codes):
+        amounts = [int(one) for one in arguments_of(codes)["pad"]]
+        if len(amounts) > len(padding) or min(amounts, default=0) < 0:
+            break
+        # amounts go from the last dimension to the first, the convolution's from the first to the last
+        last_first = zip(amounts[::2], amounts[1::2], strict=True)
+        for dimension, (before, after) in enumerate(last_first, start=1):
+            padding[-2 * dimension] += before
+            padding[-2 * dimension + 1] += after
+        codes = codes.args[0]
+    return codes, padding
 
 
 def _accumulator_bounds(
