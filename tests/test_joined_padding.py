@@ -44,7 +44,5 @@ def test_convolutions_take_the_padding_before_them() -> None:
     assert paddings["wide"] == [1, 1, 2, 1]
     assert paddings["deep"] == [1, 2, 0, 1]
     assert paddings["cut"] == [0, 0, 0, 0]
-    for bits in (2, 4):
-        assert qcompile.verify(prepared, x, bits=bits).exact
-        for target in ("onnx-qdq", "x86"):
-            assert qcompile.verify(prepared, x, bits=bits, target=target).exact
+    for target in (None, "onnx-qdq", "x86"):
+        assert qcompile.verify(prepared, x, bits=2, target=target).exact

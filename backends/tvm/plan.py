@@ -17,7 +17,7 @@ from .maps import round_up
 #: Alignment of every tensor in memory, in bytes: a cache line, and a whole vector.
 ALIGNMENT = 64
 
-#: Bytes after which addresses look alike to the order of loads and stores, and how far large tensors are apart.
+#: Bytes after which addresses look alike to the order of loads and stores; how far large tensors are apart.
 PAGE, STAGGER = 4096, 21 * ALIGNMENT
 
 
@@ -141,8 +141,8 @@ class _Reader:
             self._values[var] = self._value(value)
 
     def _reserve(self, size: int) -> int:
-        # tensors that are read and written together must not lie whole pages apart: processors compare the low
-        # bits of addresses first, and take a load behind such a store for a load of what is stored
+        # tensors that are read and written together must not lie whole pages apart: processors compare
+        # low bits of addresses first, and take a load behind such a store for a load of what is stored
         wanted = self._reserved * STAGGER % PAGE if size >= PAGE else self._arena % PAGE
         self._reserved += 1
         offset = self._arena + (wanted - self._arena) % PAGE
