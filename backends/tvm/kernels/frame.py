@@ -156,8 +156,7 @@ class Frame:
         if self._scale != 1:
             total = total * api.constant(self._scale, "int32", lanes)
         if self._sums is not None:
-            window = api.load(self._sums, (n * layer.h + y) * layer.w + x)
-            total = total + api.broadcast(window * api.constant(self._offset, "int32"), lanes)
+            total = total + api.broadcast(api.load(self._sums, (n * layer.h + y) * layer.w + x), lanes)
 
         def place(map: Map) -> Any:
             return map.index(n, y, x)
@@ -166,11 +165,17 @@ class Frame:
             write_output(one, target, constants, self._others, total, place, channel, lanes)
 
     def _window_sums(self) -> Any:
-        """Per output pixel the sum of all codes that it reads, less the bias: what a constant added to all
-        weights adds. First the sum of each pixel of the source, then windows of those."""
+        """Per output pixel what a constant added to all weights adds: the constant times the sum of all codes that
+        it reads, less the bias. First the sum of each pixel of the source, then windows of those."""
         layer, source = self.layer, self.layer.source
         assert not layer.is_grouped
         rows, width, lanes = source.n * source.shape[1], source.shape[2], min(LANES, source.padded)
+        is_pixel = layer.runs.vectors * 4 == source.padded and source.shape[1:3] == (layer.h, layer.w)
+
+        def finished(window: Any) -> Any:
+            less = api.constant(self._bias * layer.runs.vectors * 4, "int32")
+            return (window - less) * api.constant(self._offset, "int32")
+
         pixels = api.scratch(rows * width, "int32")
         with api.parallel(0, rows) as row, api.serial(0, width) as x:
             total = api.registers(1, lanes, "int32")
@@ -180,13 +185,15 @@ class Frame:
                 api.store(total, api.load(total, 0, lanes) + api.cast(codes, "int32", lanes), 0, lanes)
             name = f"llvm.vector.reduce.add.v{lanes}i32"
             reduced = api.intrinsic("int32", name, api.load(total, 0, lanes))
-            api.store(pixels, reduced, row * width + x)
+            api.store(pixels, finished(reduced) if is_pixel else reduced, row * width + x)
+        if is_pixel:
+            return pixels
         sums = api.scratch(source.n * layer.h * layer.w, "int32")
         with api.parallel(0, source.n * layer.h) as row, api.serial(0, layer.w) as x:
-            window = api.constant(-self._bias * layer.runs.vectors * 4, "int32")
+            window = api.constant(0, "int32")
             for start in layer.runs.starts:
                 first = api.floordiv(self.input(row // layer.h, row % layer.h, x, start), source.padded)
                 for position in range(layer.runs.length // source.padded):
                     window = window + api.load(pixels, first + position)
-            api.store(sums, window, row * layer.w + x)
+            api.store(sums, finished(window), row * layer.w + x)
         return sums
