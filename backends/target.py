@@ -46,6 +46,7 @@ class LoweringRequest:
         threads: threads at run time; None leaves the choice to the runtime.
         cpu: a processor whose kind alone is served, by the target's names; None serves all kinds.
         features: the only kinds of processors to serve, by the target's names; None for all.
+        tune: whether to measure for longer which kernels are fastest.
     """
 
     model: IntegerModel
@@ -55,6 +56,7 @@ class LoweringRequest:
     threads: int | None = None
     cpu: str | None = None
     features: tuple[str, ...] | None = None
+    tune: bool = False
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ class Executable:
         """
         return 0.0
 
-    def kernels(self) -> list[dict[str, str]]:
+    def kernels(self) -> list[dict[str, Any]]:
         """What runs, in order: `layer` and `kernel` of each step; empty where a runtime of others decides."""
         return []
 

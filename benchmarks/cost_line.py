@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 import qcompile
-from qcompile.kept_json import machine_name
+from qcompile.backends.kept_json import machine_name
 from qcompile.passes.schemes.vertical import VerticalConfig
 
 #: (size of the image, channels in and out), by work.

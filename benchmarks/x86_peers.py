@@ -31,9 +31,9 @@ from networks import NETWORKS, with_statistics
 from torch import Tensor
 
 import qcompile
+from qcompile.backends.kept_json import machine_name
 from qcompile.backends.target import Executable
 from qcompile.costs import layer_costs
-from qcompile.kept_json import machine_name
 from qcompile.model import QuantModel
 from qcompile.modes import Mode
 from qcompile.passes.schemes.vertical import VerticalConfig

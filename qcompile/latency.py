@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .backends.kept_json import keep, machine_name, place_of, read_kept
 from .backends.target import Executable
 from .errors import InvalidArgument
-from .kept_json import keep, machine_name, place_of, read_kept
 from .lower import lower
 from .model import QuantModel
 from .modes import Mode

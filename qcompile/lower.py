@@ -31,6 +31,7 @@ def lower(
     cpu: str | None = None,
     features: Sequence[str] | None = None,
     chunk: bool = False,
+    tune: bool = False,
 ) -> Executable:
     """Compile one mode for a target.
 
@@ -47,6 +48,8 @@ def lower(
             targets `x86` and `arm`.
         features: compile for these kinds of processors only; `x86`: "amx", "bitalg", "vnni", "avx2"; `arm`:
             "dotprod", "neon". Default: for all, the best is chosen at run time.
+        tune: measure every kind of kernel that could compute a layer, again and for longer, before one is
+            chosen; targets `x86` and `arm`, where this machine is what is compiled for.
         chunk: take inputs of any batch size and run them `batch` samples at a time.
 
     Returns:
@@ -78,6 +81,8 @@ def lower(
         raise InvalidInputType(f"cpu is a name, for example 'cortex-a72', not {cpu!r}")
     if (cpu is not None or features is not None) and not chosen_target.takes_processors:
         raise InvalidArgument(f"the target {target} takes neither cpu nor features: its runtime decides")
+    if tune and not chosen_target.takes_processors:
+        raise InvalidArgument(f"the target {target} takes no tune: its runtime chooses the kernels")
     if isinstance(model, (str, PathLike)):
         from .file.load import load
 
@@ -88,7 +93,7 @@ def lower(
     shapes = _batched_shapes(loaded, batch, input_shapes)
     integer = loaded.integer_model(mode, shapes)
     kinds = None if features is None else tuple(features)
-    request = LoweringRequest(integer, loaded.signature, shapes, batch, threads, cpu, kinds)
+    request = LoweringRequest(integer, loaded.signature, shapes, batch, threads, cpu, kinds, tune)
     compiled = chosen_target().compile(request)
     return ChunkedExecutable(compiled) if chunk else compiled
 

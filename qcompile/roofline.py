@@ -11,9 +11,9 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
+from .backends.kept_json import keep, machine_name, place_of, read_kept
 from .backends.target import Executable, Peak
 from .costs import layer_costs
-from .kept_json import keep, machine_name, place_of, read_kept
 from .version import __version__
 
 

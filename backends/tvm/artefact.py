@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from qcompile.errors import LoweringError
 
 from . import api, kernel_op
 from .build import LIBRARY, Constants, Part, build, check_compiler
-from .families import choose
+from .costs import Choice, Costs
 from .float_weights import with_float_weights
 from .grouped import split_grouped_layers
 from .kernel_graph import Builder, Tap
@@ -32,7 +33,7 @@ class Variant:
         name: of the kind.
         plan: what it executes.
         layers: by kernel of the plan, the layer that it computes and what it is.
-        estimates: by kernel, the seconds that it is expected to take, for those of layers.
+        choices: by kernel, how its family was chosen, for those of layers.
         taps: tensors of the integer graph among the outputs, behind the model's own, in order.
     """
 
@@ -40,7 +41,7 @@ class Variant:
     plan: Plan
     layers: dict[str, tuple[str, str]]
     taps: dict[str, Tap]
-    estimates: dict[str, float]
+    choices: dict[str, Choice]
 
 
 @dataclass(frozen=True)
@@ -83,22 +84,26 @@ def make_artefact(
     check_compiler(architecture)  # before the long work
     variants: dict[str, Variant] = {}
     parts: list[Part] = []
+    # the first kind that this machine is decides for its layers by what it measures
+    measures = platform.machine() in architecture.machine
     for processor in select(architecture, request.cpu, request.features):
-        variant, part = _variant(request, architecture, processor, tapped)
+        costs = Costs(architecture, processor, measures, request.tune)
+        variant, part = _variant(request, architecture, processor, costs, tapped)
+        measures = measures and not costs.has_measured
         variants[variant.name] = variant
         parts.append(part)
     return Artefact(architecture, folder, build(architecture, parts, folder), variants)
 
 
 def _variant(
-    request: LoweringRequest, architecture: Architecture, processor: Processor, tapped: bool
+    request: LoweringRequest, architecture: Architecture, processor: Processor, costs: Costs, tapped: bool
 ) -> tuple[Variant, Part]:
     builder = Builder(
         with_simple_writes(
             split_grouped_layers(with_float_weights(request.model)), request.input_shapes, True
         ),
         request.input_shapes,
-        lambda layer: choose(layer, processor.features),
+        costs.choose,
         RULES,
         tapped,
     )
@@ -111,14 +116,14 @@ def _variant(
             module = optimise(import_graph(graph, request.input_shapes), target)
         built = [kernel_op.find(key) for key in builder.keys]
         layers = {kernel.name: (kernel.layer, kernel.summary) for kernel in built}
-        estimates = {kernel.name: kernel.seconds for kernel in built}
+        choices = {kernel.name: kernel.choice for kernel in built if kernel.choice is not None}
     finally:
         kernel_op.forget(builder.keys)
     try:
         plan, kernels = make_plan(module)
     except LoweringError as cause:
         raise LoweringError(f"{culprits(graph, str(cause).split()[0])}: {cause}") from cause
-    variant = Variant(processor.name, plan, layers, builder.taps, estimates)
+    variant = Variant(processor.name, plan, layers, builder.taps, choices)
     return variant, Part(processor.name, processor.condition, plan, kernels, target)
 
 
@@ -138,10 +143,27 @@ def kernel_artefact(
         architecture, processor: what to compile for.
         folder: for sources and objects.
     """
-    given = tuple(Place("input", i, shape, dtype) for i, (shape, dtype) in enumerate(inputs))
-    written = tuple(Place("output", i, shape, dtype) for i, (shape, dtype) in enumerate(outputs))
-    plan = Plan((Call("kernel", (*given, *written)),), given, written, (), 0, b"")
+    return kernels_artefact([(kernel, inputs, outputs)], architecture, processor, folder)
+
+
+def kernels_artefact(
+    steps: Sequence[tuple[Any, Sequence[api.Tensor], Sequence[api.Tensor]]],
+    architecture: Architecture,
+    processor: Processor,
+    folder: Path,
+) -> Artefact:
+    """Kernels that follow each other, each as `kernel_artefact` has it, with its own inputs and outputs."""
+    given: list[Place] = []
+    written: list[Place] = []
+    calls = []
+    for index, (_, inputs, outputs) in enumerate(steps):
+        read = [Place("input", len(given) + i, *one) for i, one in enumerate(inputs)]
+        made = [Place("output", len(written) + i, *one) for i, one in enumerate(outputs)]
+        given, written = given + read, written + made
+        calls.append(Call(f"kernel_{index}", (*read, *made)))
+    plan = Plan(tuple(calls), tuple(given), tuple(written), (), 0, b"")
     target = api.llvm(architecture.triple, processor.target)
-    part = Part(processor.name, processor.condition, plan, {"kernel": kernel}, target)
+    kernels = {f"kernel_{index}": kernel for index, (kernel, _, _) in enumerate(steps)}
+    part = Part(processor.name, processor.condition, plan, kernels, target)
     variant = Variant(processor.name, plan, {}, {}, {})
     return Artefact(architecture, folder, build(architecture, [part], folder), {processor.name: variant})

@@ -6,6 +6,7 @@ import os
 import platform
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ class CompiledExecutable(Executable):
         self.is_native = platform.machine() in architecture.machine
         self._folder = tempfile.TemporaryDirectory(prefix=f"qcompile-{architecture.name}-")
         self.artefact = make_artefact(request, architecture, Path(self._folder.name) / "model")
+        self.request = replace(request, tune=False)  # what is compiled later takes the same kernels
         self.library = self._open(self.artefact)
         self._tapped: Library | Emulated | None = None
 
@@ -122,13 +124,19 @@ class CompiledExecutable(Executable):
                         found[name] = array.reshape(place.shape)
         return found
 
-    def kernels(self) -> list[dict[str, str]]:
-        """The kernels that this processor (or the best one compiled for) runs, in order: layer and kind."""
+    def kernels(self) -> list[dict[str, Any]]:
+        """The kernels that this processor (or the best one compiled for) runs, in order: layer and kind; of
+        layers, also what the families that were considered take alone, in microseconds, and who says so."""
         variant = self.library.variant()
         rows = []
         for call in variant.plan.calls:
             layer, what = variant.layers.get(call.kernel, (call.kernel, "operator of TVM"))
-            rows.append({"layer": layer, "kernel": what})
+            row: dict[str, Any] = {"layer": layer, "kernel": what}
+            choice = variant.choices.get(call.kernel)
+            if choice is not None:
+                row["considered us"] = {name: 1e6 * one for name, one in choice.seconds.items()}
+                row["considered by"] = "measurement" if choice.is_measured else "estimate"
+            rows.append(row)
         return rows
 
     def kind(self) -> str | None:
@@ -142,7 +150,8 @@ class CompiledExecutable(Executable):
         if isinstance(self.library, Library):
             times = self.library.kernel_seconds([_aligned(one) for one in inputs], runs)
         else:
-            times = [variant.estimates.get(name, 0.0) for name in names]
+            chosen = [variant.choices.get(name) for name in names]
+            times = [one.seconds[one.family.name] if one else 0.0 for one in chosen]
         found: dict[str, float] = {}
         for name, seconds in zip(names, times, strict=True):
             layer, _ = variant.layers.get(name, (name, ""))

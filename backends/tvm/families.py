@@ -7,7 +7,7 @@ billion per second), of AMX from the time of a tile product. They decide only wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,10 +165,3 @@ FAMILIES: tuple[Family, ...] = (
     _depthwise("avx2", 15.0),
     _depthwise("neon", 2.0),
 )
-
-
-def choose(layer: Layer, features: frozenset[str], families: Sequence[Family] = FAMILIES) -> Family:
-    """The cheapest family that a processor with these features can run."""
-    able = [one for one in families if one.needs <= features]
-    costs = {id(one): cost for one in able if (cost := one.time(layer)) is not None}
-    return min((one for one in able if id(one) in costs), key=lambda one: costs[id(one)])

@@ -21,7 +21,7 @@ from qcompile.passes.integer_model import IntegerModel
 from qcompile.passes.static_values import static_values
 
 from . import kernel_op
-from .families import Family
+from .costs import Choice
 from .kernel_op import Kernel
 from .kernels.relayout import from_map_kernel, to_map_kernel
 from .maps import Map
@@ -80,7 +80,7 @@ class Builder:
         self,
         model: IntegerModel,
         shapes: tuple[tuple[int, ...], ...],
-        choose: Callable[[Layer], Family],
+        choose: Callable[[Layer], Choice],
         rules: Mapping[str, Rule],
         tapped: bool,
     ) -> None:
@@ -192,7 +192,7 @@ class Builder:
         inputs: Sequence[fx.Node],
         outputs: Sequence[tuple[tuple[int, ...], str]],
         build: Callable[[str], Any],
-        seconds: float = 0.0,
+        choice: Choice | None = None,
     ) -> list[fx.Node]:
         """Call a kernel; returns a node per output."""
         base = "".join(one if one.isalnum() else "_" for one in f"{layer}_{what}")
@@ -201,7 +201,7 @@ class Builder:
             count += 1
             name = f"{base}_{count}"
         self._names.add(name)
-        key = kernel_op.register(Kernel(name, layer, what, tuple(outputs), build, seconds))
+        key = kernel_op.register(Kernel(name, layer, what, tuple(outputs), build, choice))
         self.keys.append(key)
         made = self.graph.call_function(torch.ops.qcompile_tvm.kernel.default, (list(inputs), key))
         return [self.graph.call_function(operator.getitem, (made, index)) for index in range(len(outputs))]

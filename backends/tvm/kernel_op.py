@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .costs import Choice
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -25,7 +27,7 @@ class Kernel:
         summary: what it is, for people.
         outputs: (shape, dtype) of every output.
         build: makes the PrimFunc of that name.
-        seconds: that it is expected to take; 0 where nobody estimates.
+        choice: of families, for layers.
     """
 
     name: str
@@ -33,7 +35,7 @@ class Kernel:
     summary: str
     outputs: tuple[tuple[tuple[int, ...], str], ...]
     build: Callable[[str], Any]
-    seconds: float = 0.0
+    choice: Choice | None = None
 
 
 _kernels: dict[str, Kernel] = {}

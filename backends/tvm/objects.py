@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from .api import tvm
 
 #: Bytes that the cache may hold; what was used least recently goes first.
 LIMIT = 256 * 2**20
+
+#: Kernels that are compiled at a time, at most.
+MOST_AT_ONCE = 8
 
 
 def compile_kernels(
@@ -37,8 +41,13 @@ def compile_kernels(
     """
     symbols = {name: _symbol(kernel, target) for name, kernel in kernels.items()}
     different = {symbol: kernels[name] for name, symbol in symbols.items()}
-    for symbol, kernel in different.items():
-        _provide(symbol, kernel, target, folder / f"{symbol}.o")
+    with ThreadPoolExecutor(min(MOST_AT_ONCE, len(os.sched_getaffinity(0)))) as pool:
+        made = [
+            pool.submit(_provide, symbol, kernel, target, folder / f"{symbol}.o")
+            for symbol, kernel in different.items()
+        ]
+        for one in made:
+            one.result()
     return symbols, [f"{symbol}.o" for symbol in different]
 
 

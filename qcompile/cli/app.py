@@ -168,14 +168,17 @@ def lower(
     ] = None,
     features: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="Only these kinds of processors: of amx,vnni,avx2 or of dotprod,neon."),
+        typer.Option(help="Only these kinds of processors: of amx,bitalg,vnni,avx2 or of dotprod,neon."),
     ] = None,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="x86 and arm: measure for longer which kernels are fastest here.")
+    ] = False,
 ) -> None:
     """Compile one mode for a target and write what a device needs."""
     from ..lower import lower as lower_model
 
     kinds = None if features is None else features.split(",")
-    for path in lower_model(file, target, bits, batch, cpu=cpu, features=kinds).export(output):
+    for path in lower_model(file, target, bits, batch, cpu=cpu, features=kinds, tune=tune).export(output):
         print(path)
 
 

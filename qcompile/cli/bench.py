@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from ..backends.kept_json import machine_name
 from ..backends.target import Executable, Peak
 from ..errors import InvalidArgument
 from ..file.load import DeployedModel, load
-from ..kept_json import machine_name
 from ..lower import lower
 from ..peers import open_peer, versions
 from ..roofline import least_seconds, machine_peak

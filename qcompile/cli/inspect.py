@@ -33,9 +33,17 @@ def inspect_command(file: Path, target: str | None, as_json: bool) -> None:
     print_table("Layers", description["layers"])
     for one in description.get("compiled", ()):
         memory = "" if one["arena bytes"] is None else f", {one['arena bytes']} bytes of working memory"
-        print_table(f"{target} at {one['mode']}{memory}", one["kernels"])
+        print_table(f"{target} at {one['mode']}{memory}", [_in_words(row) for row in one["kernels"]])
         if one["layers"]:
             print_table(f"{'Times' if one['measured'] else 'Estimates'} at {one['mode']}", one["layers"])
+
+
+def _in_words(kernel: dict[str, Any]) -> dict[str, Any]:
+    """A row of `Executable.kernels` with what was considered in one column."""
+    times = kernel.get("considered us", {})
+    listed = ", ".join(f"{name} {time:.0f}" for name, time in sorted(times.items(), key=lambda one: one[1]))
+    by = "" if kernel.get("considered by") != "estimate" else " (estimated)"
+    return {"layer": kernel["layer"], "kernel": kernel["kernel"], "considered, us": listed + by}
 
 
 def describe(file: Path) -> dict[str, Any]:

@@ -165,8 +165,8 @@ class Frame:
             write_output(one, target, constants, self._others, total, place, channel, lanes)
 
     def _window_sums(self) -> Any:
-        """Per output pixel what a constant added to all weights adds: the constant times the sum of all codes that
-        it reads, less the bias. First the sum of each pixel of the source, then windows of those."""
+        """Per output pixel what a constant added to all weights adds: the constant times the sum of all codes
+        that it reads, less the bias. First the sum of each pixel of the source, then windows of those."""
         layer, source = self.layer, self.layer.source
         assert not layer.is_grouped
         rows, width, lanes = source.n * source.shape[1], source.shape[2], min(LANES, source.padded)

@@ -60,7 +60,8 @@ def accumulate(builder: Builder, node: fx.Node) -> None:
         (),
         (),
     )
-    family = builder.choose(layer)
+    choice = builder.choose(layer)
+    family = choice.family
     effective = vectors.astype(np.int64) * 2**shift + numerator
     bound = np.abs(effective).sum((1, 3)).reshape(-1) * layer.highest
     if int(bound.max(initial=0)) >= 2**31 - 1:
@@ -99,7 +100,7 @@ def accumulate(builder: Builder, node: fx.Node) -> None:
         inputs,
         [(one.map.shape, one.map.dtype) for one in outputs],
         lambda name: family.build(name, layer),
-        1e-9 * (family.time(layer) or 0.0),
+        choice,
     )
     for (owner, map), result in zip(nodes, made, strict=True):
         builder.set_map(owner, Mapped(result, map, not is_conv))

@@ -6,12 +6,12 @@ import hashlib
 import json
 import os
 import platform
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from .backends.cache_folder import cache_folder
-from .file.writer import replacing
+from .cache_folder import cache_folder
 
 
 def machine_name() -> str:
@@ -41,5 +41,7 @@ def keep(path: Path, content: Any) -> None:
     """Write JSON values, whole or not at all."""
     with suppress(OSError):  # a cache that cannot be written is none
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as file:
-            file.write(json.dumps(content, indent=1).encode())
+        with tempfile.TemporaryDirectory(dir=path.parent) as made:
+            written = Path(made) / path.name
+            written.write_text(json.dumps(content, indent=1), encoding="utf-8")
+            os.replace(written, path)
