@@ -101,6 +101,21 @@ def test_a_factor_of_a_sum_behind_a_float_convolution_counts() -> None:
     check(Network(forward, stem=conv(3), a=conv(), head=conv()), torch.randn(2, 3, 8, 8))
 
 
+def test_what_differs_in_scale_along_other_dimensions_than_channels_is_joined_and_added() -> None:
+    class Rows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.a, self.b, self.head = (nn.Linear(12, 12) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Any:
+            x = self.stem(x).relu()
+            y, z = (one.unflatten(-1, (3, 1, 4)) for one in (self.a(x), 3 * self.b(x)))
+            both = torch.cat((y, z), 2)
+            return both, self.head((both + y).flatten(1)[:, :12])
+
+    check(Rows(), torch.randn(2, 12))
+
+
 def test_sums_over_everything() -> None:
     def forward(self: Any, body: Any, x: Tensor) -> Any:
         y = body["a"](body["stem"](x).relu())

@@ -5,17 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import fx
 
 from qcompile.errors import LoweringError
 
-from ..kernel_graph import Builder, Mapped, extents, padding_of
+from ..kernel_graph import Builder, Mapped, Tap, extents, padding_of
 from ..kernels.elementwise import epilogue_kernel
 from ..maps import Map
 from ..packing import arrange, runs_of
 from ..specs import ACCUMULATOR, Layer, Output, Steps
-from .arguments import by_channel, channels_last, layer_of, spatial
+from .arguments import by_channel, channels_last, layer_of, spatial, varies_by_channel
 from .thresholds import steps
 
 
@@ -149,20 +150,39 @@ def _output(
 
 def requantize(builder: Builder, node: fx.Node) -> None:
     """An epilogue of its own."""
-    rows = channels_last(
-        builder, node, node.args[0], [builder.array(one) for one in (*node.args[1], node.args[2])]
-    )
-    for one in node.args[0]:
-        if builder.shape(one) != builder.shape(node):
-            raise LoweringError("sums of tensors of different shapes have no kernel here; lower to onnx-qdq")
+    constants = [builder.array(one) for one in (*node.args[1], node.args[2])]
+    rows = channels_last(builder, node, node.args[0], constants)
+    alike = all(builder.shape(one) == builder.shape(node) for one in node.args[0])
+    if not alike or not all(varies_by_channel(builder, node, one, rows) for one in constants):
+        _by_element(builder, node, constants)
+        return
     output, table, others = _output(builder, node, rows, None, None, 0)
     maps = tuple(one.map for one in others)
-    constants = builder.constant(f"{node.name}_constants", table)
     (made,) = builder.kernel(
         layer_of(node),
         "requantize",
-        [*(one.node for one in others), constants],
+        [*(one.node for one in others), builder.constant(f"{node.name}_constants", table)],
         [(output.map.shape, output.map.dtype)],
         lambda name: epilogue_kernel(name, output, maps),
     )
     builder.set_map(node, Mapped(made, output.map, rows))
+
+
+def _by_element(builder: Builder, node: fx.Node, constants: list[NDArray[np.int64]]) -> None:
+    """An epilogue whose tensors broadcast, in float64 as torch sees them: sums stay below 2^52."""
+    aten, call = torch.ops.aten, builder.graph.call_function
+    *multipliers, total = (
+        builder.constant(
+            f"{node.name}_by_element_{index}", one.astype(np.float64) * 2.0 ** -int(node.args[3])
+        )
+        for index, one in enumerate(constants)
+    )
+    for one, multiplier in zip(node.args[0], multipliers, strict=True):
+        wide = call(aten.to.dtype, (builder.plain(one), torch.float64))
+        total = call(aten.add.Tensor, (call(aten.mul.Tensor, (wide, multiplier)), total))
+    codes = call(
+        aten.clamp.default, (call(aten.floor.default, (total,)), int(node.args[4]), int(node.args[5]))
+    )
+    builder.set_plain(node, call(aten.to.dtype, (codes, getattr(torch, builder.dtype(node)))))
+    if builder.tapped:
+        builder.taps[node.name] = Tap(builder.mapped(node, True), builder.shape(node))
