@@ -157,7 +157,7 @@ def load(buffer: Any, index: Any, lanes: int = 1) -> Any:
 
 
 def prefetch(buffer: Any, index: Any) -> None:
-    """Ask for an element's cache line; it may lie beyond the buffer."""
+    """Ask for an element's cache line."""
     evaluate(
         tirx.call_llvm_intrin("void", "llvm.prefetch.p0", address(buffer, index), *map(_int32, (0, 3, 1)))
     )

@@ -32,6 +32,7 @@ class Family:
         build: (symbol, layer) -> PrimFunc.
         pack: (vectors of codes as `packing.arrange` makes them, layer) -> bytes.
         bias: layer -> what the family subtracts from every stored code before it multiplies.
+        multiplies: whether it knows multipliers of parts of the inputs.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Family:
     build: Callable[[str, Layer], Any]
     pack: Callable[[NDArray[np.integer], Layer], NDArray[np.uint8]]
     bias: Callable[[Layer], int] = lambda layer: 0
+    multiplies: bool = False
 
 
 def _products(layer: Layer) -> int:
@@ -126,7 +128,7 @@ def _gemv_time(layer: Layer) -> float | None:
 FAMILIES: tuple[Family, ...] = (
     Family("amx", frozenset(("amx",)), _amx_time, amx.amx_kernel, _packed),
     _dot("vnni", "vnni", x86.vnni, lambda layer: 200.0),
-    Family("gemv", frozenset(("vnni",)), _gemv_time, gemv.gemv_kernel, _packed),
+    Family("gemv", frozenset(("vnni",)), _gemv_time, gemv.gemv_kernel, _packed, multiplies=True),
     _bitserial("avx512", 32, 250.0),
     _dot("avx2", "avx2", x86.avx2, lambda layer: 62.0 if x86.fits(layer) else 26.0),
     _bitserial("avx2", 8, 165.0),
@@ -140,6 +142,6 @@ FAMILIES: tuple[Family, ...] = (
 
 def choose(layer: Layer, features: frozenset[str], families: Sequence[Family] = FAMILIES) -> Family:
     """The cheapest family that a processor with these features can run."""
-    able = [one for one in families if one.needs <= features]
+    able = [one for one in families if one.needs <= features and (one.multiplies or not layer.multiplied)]
     costs = {id(one): cost for one in able if (cost := one.time(layer)) is not None}
     return min((one for one in able if id(one) in costs), key=lambda one: costs[id(one)])
