@@ -26,6 +26,7 @@ _ELEMENTWISE = (
 
 RULES: dict[str, Rule] = {
     "accumulate_conv": accumulate,
+    "accumulate_groups": accumulate,
     "accumulate_linear": accumulate,
     "accumulate_product": product,
     "requantize": requantize,

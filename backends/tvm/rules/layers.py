@@ -9,12 +9,13 @@ import torch
 from numpy.typing import NDArray
 from torch import fx
 
+from qcompile.backends.group_multipliers import effective_of
 from qcompile.errors import LoweringError
 
 from ..kernel_graph import Builder, Mapped, Tap, extents, padding_of
 from ..kernels.elementwise import epilogue_kernel
 from ..maps import Map
-from ..packing import arrange, runs_of
+from ..packing import arrange, multiplier_bytes, runs_of
 from ..specs import ACCUMULATOR, Layer, Output, Steps
 from .arguments import by_channel, channels_last, layer_of, spatial, varies_by_channel
 from .thresholds import steps
@@ -26,6 +27,9 @@ def accumulate(builder: Builder, node: fx.Node) -> None:
     weight = builder.array(node.args[1]).astype(np.int64)
     numerator, shift = int(node.args[2]), int(node.args[3])
     stride, dilation, groups, padding = (1, 1), (1, 1), 1, (0, 0, 0, 0)
+    multipliers = None
+    if builder.model.operator_name(node) == "accumulate_groups":
+        multipliers = builder.array(node.args[4])
     if is_conv:
         if weight.ndim > 4:
             raise LoweringError("convolutions over volumes have no kernel on this target; lower to onnx-qdq")
@@ -60,9 +64,14 @@ def accumulate(builder: Builder, node: fx.Node) -> None:
         groups == len(weight) == source.map.channels > 1,
         (),
         (),
+        0 if multipliers is None else weight.shape[1] // multipliers.shape[1],
     )
     family = builder.choose(layer)
     effective = vectors.astype(np.int64) * 2**shift + numerator
+    if multipliers is not None:
+        effective = arrange(effective_of(builder.model, node)[:, :, None, None], runs, groups).astype(
+            np.int64
+        )
     if int(np.abs(effective).sum((1, 3)).max(initial=0)) * layer.highest >= 2**31 - 1:
         raise LoweringError("sums of its products may exceed 32 bits; lower to onnx-qdq")
     correction = (source.map.zero_point - family.bias(layer)) * effective.sum((1, 3)).reshape(-1)
@@ -90,7 +99,10 @@ def accumulate(builder: Builder, node: fx.Node) -> None:
         nodes.append((node, map))
     layer = replace(layer, outputs=tuple(outputs), others=tuple(one.map for one in others))
     name = f"{layer_of(node)}_{family.name}_weights"
-    packed = builder.constant(name, family.pack(vectors, layer))
+    packed_weights = family.pack(vectors, layer)
+    if multipliers is not None:
+        packed_weights = np.concatenate([packed_weights, multiplier_bytes(multipliers)])
+    packed = builder.constant(name, packed_weights)
     inputs = [source.node, packed, *(one.node for one in others), *constants]
     made = builder.kernel(
         layer_of(node),

@@ -18,7 +18,7 @@ def _reads_rows(builder: Builder, node: fx.Node) -> bool:
     if len(builder.shape(node)) == 2:
         return True
     kinds = {builder.model.operator_name(user) for user in node.users}
-    return "accumulate_linear" in kinds
+    return not kinds.isdisjoint(("accumulate_linear", "accumulate_groups"))
 
 
 def quantize(builder: Builder, node: fx.Node) -> None:
