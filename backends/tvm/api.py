@@ -91,8 +91,11 @@ def scratch(size: int, dtype: str) -> Any:
 
 
 def registers(count: int, lanes: int, dtype: str) -> Any:
-    """An array of vectors that stays in registers where every index is a constant."""
-    return builder.alloc_buffer((count * lanes,), dtype, scope="local")
+    """An array of vectors that stays in registers where every index is a constant.
+
+    TVM puts arrays of this scope on the stack if they have less than 1 KB, and asks for memory for others.
+    """
+    return builder.alloc_buffer((count * lanes,), dtype, scope="global")
 
 
 def constant(value: float, dtype: str, lanes: int = 1) -> Any:
