@@ -31,11 +31,13 @@ from resnet20 import processor
 MODES = ("w2a8", "w3a8", "w4a8", "w8a8")
 
 
-def compiled_modes(network: Llama, path: Path, threads: int) -> dict[str, Callable[..., Any]]:
-    """All modes of one file, compiled for this machine."""
+def compiled_modes(
+    network: Llama, path: Path, threads: int, kinds: tuple[str, ...], group: int
+) -> dict[str, Callable[..., Any]]:
+    """All modes of one file, compiled for kinds of processors."""
     caches = Caches(network.shape)
     example = torch.tensor([[1]]), torch.tensor([0]), caches.keys, caches.values
-    config = VerticalConfig(weight_step="channel", first_last=8)
+    config = VerticalConfig(weight_step=group or "channel", first_last=8)
     started = time.perf_counter()
     prepared = qcompile.prepare(network, example, modes=MODES, config=config)
     words = torch.randint(network.shape.words, (8, 1))
@@ -47,7 +49,8 @@ def compiled_modes(network: Llama, path: Path, threads: int) -> dict[str, Callab
     found: dict[str, Callable[..., Any]] = {}
     for mode in reversed(MODES):
         started = time.perf_counter()
-        found[mode] = qcompile.lower(qcompile.load(path, bits=mode), "x86", batch=1, threads=threads)
+        model = qcompile.load(path, bits=mode)
+        found[mode] = qcompile.lower(model, "x86", batch=1, threads=threads, features=kinds)
         print(f"{mode} loaded and lowered in {time.perf_counter() - started:.0f} s", flush=True)
     return found
 
@@ -84,6 +87,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=200, help="that each alternative decodes")
     parser.add_argument("--turn", type=int, default=10, help="tokens in a turn")
+    parser.add_argument("--group", type=int, default=0, help="inputs that share a step; 0: all of a channel")
+    parser.add_argument("--features", default="vnni", help="kinds of processors to compile for")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -94,7 +99,8 @@ def main() -> None:
     print(f"threads {options.threads}")
     print(f"{parameters / 1e6:.0f} M parameters, {shape}")
     with tempfile.TemporaryDirectory() as folder:
-        lowered = compiled_modes(network, Path(folder) / "llama.qcm", options.threads)
+        path, kinds = Path(folder) / "llama.qcm", tuple(options.features.split(","))
+        lowered = compiled_modes(network, path, options.threads, kinds, options.group)
     half = Llama(shape).eval().to(torch.bfloat16)
     half.load_state_dict(network.state_dict())
     texts = {

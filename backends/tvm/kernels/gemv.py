@@ -54,7 +54,9 @@ class _Gemv:
         # with multipliers, what stored codes are raised by is taken off group by group
         stored = (1, 0) if parts else stored_form(layer)
         self._frame = Frame(name, layer, packed + layer.blocks * parts * LANES, self._tile, stored)
-        self._chains = max(1, CHAINS // self._tile.pixels)
+        # a bit that is left where it is in its byte is a weight times a power of two: no shifts, but 8 sums
+        self._in_place = layer.bits == 1 and self._tile.pixels == 1 and layer.runs.length <= 2**19
+        self._chains = GROUP if self._in_place else max(1, CHAINS // self._tile.pixels)
 
     def build(self) -> Any:
         """The PrimFunc."""
@@ -119,9 +121,20 @@ class _Gemv:
         for p in range(pixels):
             total = api.load(sums, p * chains * LANES, LANES)
             for i in range(1, chains):
-                total = total + api.load(sums, (p * chains + i) * LANES, LANES)
+                value = api.load(sums, (p * chains + i) * LANES, LANES)
+                if self._in_place:
+                    value = value >> api.constant(i, "int32", LANES)
+                    value = -value if i == GROUP - 1 else value  # the highest bit of a byte is its sign
+                total = total + value
             found.append(total)
         return found
+
+    def _weights(self, packed: Any, vector: int) -> Any:
+        """One of the eight vectors of the group that begins at an index, int8."""
+        if not self._in_place:
+            return load_codes(self._layer, self._frame.weights, packed, vector)
+        line = api.reinterpret(api.load(self._frame.weights, packed, 64), "uint32x16")
+        return api.reinterpret(line & api.constant((1 << vector) * 0x01010101, "uint32", LANES), "int8x64")
 
     def _add_group(self, sums: Any, group: Any, inputs: Any, count: int) -> None:
         frame, layer, chains = self._frame, self._layer, self._chains
@@ -130,7 +143,7 @@ class _Gemv:
             for line in range(layer.bits):
                 api.prefetch(frame.weights, packed + line * 64)
         for vector in range(count):
-            weights = load_codes(layer, frame.weights, packed, vector)
+            weights = self._weights(packed, vector)
             for p in range(self._tile.pixels):
                 at = inputs + p * layer.stride[1] * layer.source.padded + vector * 4
                 word = api.reinterpret(api.load(frame.codes, at, 4), "int32")
