@@ -78,7 +78,8 @@ const char *qcompile_error(void) { return message; }
 
 /* ---- constants ---------------------------------------------------------------------------------------------- */
 
-/* Where kernels read them: large ones in huge pages, which take a fifth of the time off reading them once. */
+/* Where kernels read them: large ones in huge pages, which take a fifth of the time off reading them once. They
+   stay for as long as the process does: threads may still run when it ends. */
 static const unsigned char *constants = qcompile_constants;
 
 static void place_constants(void) {
@@ -94,12 +95,16 @@ static void place_constants(void) {
         munmap(aligned, bytes);
         return;
     }
-    memcpy(aligned, qcompile_constants, size);
+    for (size_t done = 0; done < size; done += huge) {
+        const unsigned char *source = qcompile_constants + done;
+        size_t count = size - done < huge ? size - done : huge;
+        memcpy(aligned + done, source, count);
+        /* what was read from the file needs no memory any more */
+        uintptr_t first = ((uintptr_t)source + page - 1) / page * page;
+        uintptr_t last = ((uintptr_t)source + count) / page * page;
+        madvise((void *)first, last - first, MADV_DONTNEED);
+    }
     mprotect(aligned, bytes, PROT_READ);
-    /* those in the file need no memory any more */
-    uintptr_t first = ((uintptr_t)qcompile_constants + page - 1) / page * page;
-    uintptr_t last = ((uintptr_t)qcompile_constants + size) / page * page;
-    madvise((void *)first, last - first, MADV_DONTNEED);
     constants = aligned;
 }
 
