@@ -181,10 +181,10 @@ def effective_weights(weight: Tensor, numerator: int, shift: int, multipliers: T
 
 @accumulate_groups.register_fake
 def _(codes: Tensor, weight: Tensor, numerator: int, shift: int, multipliers: Tensor, bound: int) -> Tensor:
-    torch._check(multipliers.dim() == 2 and weight.dim() == 2)
-    torch._check(multipliers.shape[0] == weight.shape[0])
-    torch._check(multipliers.shape[1] > 0 and weight.shape[1] % multipliers.shape[1] == 0)
-    torch._check(codes.shape[-1] == weight.shape[1])
+    shape, groups = tuple(weight.shape), tuple(multipliers.shape)
+    fits = len(shape) == len(groups) == 2 and shape[0] == groups[0] and groups[1] > 0
+    if not fits or shape[1] % groups[1] or codes.shape[-1] != shape[1]:
+        raise RuntimeError(f"multipliers of shape {groups} do not fit weight codes of shape {shape}")
     return codes.new_empty((*codes.shape[:-1], weight.shape[0]), dtype=torch.int32)
 
 

@@ -15,9 +15,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import qcompile
+from qcompile.errors import InvalidArgument
 from qcompile.model import QuantModel
+from qcompile.passes.integer_model import IntegerModel
 from qcompile.passes.integer_ops import accumulate_groups
 from qcompile.passes.schemes.vertical import VerticalConfig
+from qcompile.passes.static_values import static_values
 from qcompile.passes.vertical_weights import MOST_MULTIPLES, VerticalWeightQuantizer
 from qcompile.verify import reference
 
@@ -128,6 +131,17 @@ def test_a_file_keeps_multipliers_once_and_is_a_prefix(
     (node,) = [one for one in graph.graph.nodes if one.name == "a_accumulate"]
     multipliers = graph.constant(node.args[4]).numpy().tobytes()
     assert (tmp_path / "model.qcm").read_bytes().count(multipliers) == 1
+
+
+@pytest.mark.parametrize("shape", [(96, 5), (95, 4), (96, 0), (96,)])
+def test_multipliers_that_do_not_fit_are_refused(
+    prepared: tuple[QuantModel, Tensor], shape: tuple[int, ...]
+) -> None:
+    graph = prepared[0].integer_model(prepared[0].find("w4a8"), ((3, 20),))
+    constants = {**graph.constants(), "a.weight_multipliers": torch.ones(shape, dtype=torch.uint8)}
+    spoilt = IntegerModel(constants, graph.graph, graph.mode)
+    with pytest.raises(InvalidArgument, match=r"multipliers of shape .* do not fit"):
+        static_values(spoilt, ((3, 20),))
 
 
 def test_modes_for_weights_only_may_share_the_groups() -> None:
