@@ -66,14 +66,16 @@ def layer_of(shape: tuple[int, int, int, int, int, int], bits: int) -> tuple[Lay
 
 
 def library(
-    family: Family, layer: Layer, vectors: np.ndarray, folder: Path
+    family: Family, layer: Layer, vectors: np.ndarray, folder: Path, multipliers: np.ndarray | None = None
 ) -> tuple[Library, list[torch.Tensor]]:
-    """A model of one layer, and its inputs."""
+    """A model of one layer, and its inputs: codes, packed weights with bytes of multipliers, constants."""
     cpu, condition = PROCESSORS[min(family.needs)]
     output = layer.outputs[0]
     codes = torch.randint(0, layer.highest + 1, layer.source.shape, dtype=torch.uint8)
     constants = torch.full(output.constants, 2.0**-8, dtype=torch.float64)
-    given = [codes, torch.from_numpy(family.pack(vectors, layer)).clone(), constants]
+    packed = family.pack(vectors, layer)
+    packed = packed if multipliers is None else np.concatenate([packed, multipliers])
+    given = [codes, torch.from_numpy(packed).clone(), constants]
     tensors = [(tuple(one.shape), str(one.dtype).removeprefix("torch.")) for one in given]
     processor = Processor("here", {"mcpu": cpu}, family.needs, condition)
     kernel = family.build("layer", layer)

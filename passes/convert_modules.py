@@ -146,6 +146,10 @@ def _accumulate(emitter: Emitter, node: fx.Node, module: QuantizedLayer, value: 
     offset = (weight.offset_numerator, weight.offset_shift)
     target: Any = _OPS.accumulate_linear.default
     arguments: tuple[Any, ...] = (term.node, codes, *offset, bound)
+    if weight.multipliers is not None:
+        target = _OPS.accumulate_groups.default
+        multipliers = emitter.constant(f"{path}.weight_multipliers", weight.multipliers, torch.uint8)
+        arguments = (term.node, codes, *offset, multipliers, bound)
     if geometry.kind == "conv":
         target = _OPS.accumulate_conv.default
         source, padding = _padding(term.node, geometry.flat_padding)
@@ -191,9 +195,12 @@ def _accumulator_bounds(
     """Exact bounds of each output channel's accumulator, and of sums of products without the offset."""
     low, high = min(low, 0), max(high, 0)  # the border holds code 0
     found = []
-    for channel in weight.codes.flatten(1).cpu():  # one at a time: float64 is many times the codes
+    for index, channel in enumerate(weight.codes.flatten(1).cpu()):  # float64 of all is many times the codes
         codes = channel.double().numpy()
         effective = codes * 2.0**weight.offset_shift + weight.offset_numerator
+        if weight.multipliers is not None:
+            times = weight.multipliers[index].cpu().double().numpy()
+            codes = effective = (effective.reshape(len(times), -1) * times[:, None]).reshape(-1)
         above, below = np.maximum(effective, 0).sum(), np.minimum(effective, 0).sum()
         found.append((above * low + below * high, above * high + below * low, np.abs(codes).sum()))
     smallest, largest, magnitudes = (np.array(one) for one in zip(*found, strict=True))
@@ -226,6 +233,8 @@ def _rounded_tensor(emitter: Emitter, path: str, module: QuantizedTensor) -> fx.
 def _real_weight(emitter: Emitter, path: str, weight: WeightCodes) -> fx.Node:
     """The float tensor that codes stand for."""
     scale = np.asarray(weight.scale.double().cpu().numpy())
+    if weight.multipliers is not None:
+        scale = scale[:, None] * weight.multipliers.double().cpu().numpy()
     offset = scale * weight.offset_numerator * 2.0**-weight.offset_shift
     if weight.centre is not None:
         offset = offset + np.asarray(weight.centre.double().cpu().numpy())

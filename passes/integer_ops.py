@@ -4,6 +4,7 @@ Everything between two quantised layers is exact integer arithmetic, so these de
 a lowered model on every target:
 
     accumulate_conv, accumulate_linear   2^shift * (conv of codes) + numerator * (sum of codes in the window)
+    accumulate_groups                    accumulate_linear of groups of inputs, times multipliers
     accumulate_product                   products of codes with codes, see `product_op`
     requantize                           clip((sum_i m_i * a_i + c) >> e, low, high)
     threshold                            low + sum_k [sign * x >= thresholds[k]], see `threshold_op`
@@ -30,6 +31,7 @@ from .threshold_op import threshold
 
 __all__ = [
     "accumulate_conv",
+    "accumulate_groups",
     "accumulate_linear",
     "accumulate_product",
     "code_dtype",
@@ -147,6 +149,42 @@ def accumulate_linear(codes: Tensor, weight: Tensor, numerator: int, shift: int,
 
 @accumulate_linear.register_fake
 def _(codes: Tensor, weight: Tensor, numerator: int, shift: int, bound: int) -> Tensor:
+    return codes.new_empty((*codes.shape[:-1], weight.shape[0]), dtype=torch.int32)
+
+
+@torch.library.custom_op("qcompile::accumulate_groups", mutates_args=())
+def accumulate_groups(
+    codes: Tensor, weight: Tensor, numerator: int, shift: int, multipliers: Tensor, bound: int
+) -> Tensor:
+    """Accumulators of a linear layer whose groups of inputs have multipliers.
+
+    Args:
+        codes: (..., I) uint8 or int8 activation codes.
+        weight: (O, I) weight codes.
+        numerator, shift: the weight offset, as in `accumulate_conv`.
+        multipliers: (O, G) positive integers; group g are inputs g * I / G and following.
+        bound: no sum exceeds this magnitude.
+
+    Returns:
+        (..., O) int32: the sum over g of multipliers[:, g] * accumulate_linear of group g.
+    """
+    weights = effective_weights(weight.double(), numerator, shift, multipliers)
+    with torch.autocast(codes.device.type, enabled=False):
+        return _exact(Geometry("linear"), codes, weights, bound).to(torch.int32)
+
+
+def effective_weights(weight: Tensor, numerator: int, shift: int, multipliers: Tensor) -> Tensor:
+    """multipliers * (2^shift * weight + numerator): (O, I), for I / G inputs in a row the same multiplier."""
+    grouped = weight.reshape(*multipliers.shape, -1) * 2**shift + numerator
+    return (grouped * multipliers.unsqueeze(2).to(weight.dtype)).reshape(weight.shape)
+
+
+@accumulate_groups.register_fake
+def _(codes: Tensor, weight: Tensor, numerator: int, shift: int, multipliers: Tensor, bound: int) -> Tensor:
+    shape, groups = tuple(weight.shape), tuple(multipliers.shape)
+    fits = len(shape) == len(groups) == 2 and shape[0] == groups[0] and groups[1] > 0
+    if not fits or shape[1] % groups[1] or codes.shape[-1] != shape[1]:
+        raise RuntimeError(f"multipliers of shape {groups} do not fit weight codes of shape {shape}")
     return codes.new_empty((*codes.shape[:-1], weight.shape[0]), dtype=torch.int32)
 
 

@@ -31,6 +31,8 @@ class WeightCodes:
         scale: float64 tensor, a scalar, one value per output channel, or in modes for weights only
             (channels, groups), the groups being equal parts of a channel's weights in order.
         offset_numerator, offset_shift: the offset `numerator / 2**shift` that is added to every code.
+        multipliers: (channels, groups) int16 from 1 on: what a channel's scale is multiplied with for each
+            group, the groups being equal parts of a channel's weights in order; None for 1.
         centre: float64, the shape of `scale`: the value that all codes lie around; None for 0. In modes for
             weights only.
     """
@@ -42,6 +44,7 @@ class WeightCodes:
     offset_numerator: int = 0
     offset_shift: int = 0
     centre: Tensor | None = None
+    multipliers: Tensor | None = None
 
 
 @dataclass(frozen=True)

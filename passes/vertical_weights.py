@@ -21,6 +21,10 @@ from .rounding import Bound, save_operands, saved_operands
 if TYPE_CHECKING:
     from .schemes.vertical import VerticalConfig
 
+#: In modes that multiply codes, the steps of a channel's groups are at most so many times one unit: with
+#: codes of up to 4 bits, what is multiplied is a byte.
+MOST_MULTIPLES = 15
+
 #: Steps that a search tries, as parts of the one that covers all weights.
 PARTS = tuple(2.0 ** (-index / 4) for index in range(20))
 
@@ -90,13 +94,16 @@ class _VerticalWeight(torch.autograd.Function):
         return torch.where(inside, gradient, 0.0), d_step * scale, None, None, None, None, None
 
 
-def _scale_shape(weight_step: str | int, shape: Sequence[int]) -> tuple[int, ...]:
+def _scale_shape(weight_step: str | int, shape: Sequence[int], is_multiplied: bool) -> tuple[int, ...]:
     """() for one step, (channels,) or (channels, groups)."""
     if weight_step == "layer":
         return ()
     length = math.prod(shape[1:])
-    grouped = isinstance(weight_step, int) and length % weight_step == 0
-    return (shape[0], length // int(weight_step)) if grouped else (shape[0],)
+    if not isinstance(weight_step, int) or length % weight_step:
+        return (shape[0],)
+    if is_multiplied and (len(shape) > 2 or length == weight_step):
+        return (shape[0],)
+    return (shape[0], length // int(weight_step))
 
 
 class VerticalWeightQuantizer(WeightQuantizer):
@@ -107,12 +114,14 @@ class VerticalWeightQuantizer(WeightQuantizer):
         config: options of the scheme.
         shape: of the weight; dimension 0 are the output channels.
         covering: whether the first step is to cover every weight, which is good enough without calibration.
+        is_multiplied: whether steps of groups are rounded to multiples of a channel's unit, as linear layers
+            that multiply codes with codes need them; other layers have a step for each channel then.
 
     Attributes:
         step: (steps,) float parameter, step sizes s of the highest mode; (1,) for one, as fully_shard takes
             no scalars.
         centres: (steps,) float buffer, the value that each group's codes lie around, 0 until a search; only
-            for steps of groups.
+            for steps of groups that are not rounded.
         powers, offsets: (rows,) 2^d and z, for the rows of policies.
     """
 
@@ -121,16 +130,24 @@ class VerticalWeightQuantizer(WeightQuantizer):
     centres: Tensor | None
 
     def __init__(
-        self, bits: Sequence[int], config: VerticalConfig, shape: Sequence[int] = (), covering: bool = False
+        self,
+        bits: Sequence[int],
+        config: VerticalConfig,
+        shape: Sequence[int] = (),
+        covering: bool = False,
+        is_multiplied: bool = False,
     ) -> None:
         super().__init__()
         self.covering = covering
         self.bits, self.highest_bits = tuple(bits), max(bits)
         self.compensation = config.compensation
         self.printed = config.step_gradient == "printed"
-        self.scale_shape = _scale_shape(config.weight_step, shape)
+        self.scale_shape = _scale_shape(config.weight_step, shape, is_multiplied)
         self.step = nn.Parameter(torch.ones(math.prod(self.scale_shape)))
-        self.register_buffer("centres", torch.zeros(len(self.step)) if len(self.scale_shape) > 1 else None)
+        is_grouped = len(self.scale_shape) > 1
+        self.is_multiplied = is_multiplied and is_grouped
+        centred = is_grouped and not is_multiplied
+        self.register_buffer("centres", torch.zeros(len(self.step)) if centred else None)
         numbers = torch.tensor([self._numbers(row) for row in range(len(bits))])
         self.register_buffer("powers", numbers[:, 0].clone(), persistent=False)
         self.register_buffer("offsets", numbers[:, 1].clone(), persistent=False)
@@ -237,10 +254,20 @@ class VerticalWeightQuantizer(WeightQuantizer):
         centre = None if self.centres is None else self.centres.unsqueeze(1)
         rows = rows if centre is None else rows - centre
         step = hold_positive(self.step.squeeze(0) if one else self.step.unsqueeze(1))
+        if self.is_multiplied:
+            unit, multiples = self._multiples()
+            rounded = (unit.unsqueeze(1) * multiples).reshape(-1, 1)
+            step = step + (rounded.to(step.dtype) - step).detach()
         highest = self.once_per_step(self._highest, rows, step.detach())
         top = 2 ** (self.highest_bits - 1) - 1
         output: Tensor = _VerticalWeight.apply(rows, step, highest, power, z, self.printed, top)
         return (output if centre is None else output + centre).reshape(weight.shape)
+
+    def _multiples(self) -> tuple[Tensor, Tensor]:
+        """(channels,) unit and (channels, groups) multiples of it that steps are rounded to, float64."""
+        steps = hold_positive(self.step.detach()).double().reshape(self.scale_shape)
+        unit = steps.amax(1) / MOST_MULTIPLES
+        return unit, (steps / unit.unsqueeze(1)).round_().clamp_(1, MOST_MULTIPLES)
 
     def _highest(self, weight: Tensor, step: Tensor) -> Tensor:
         return highest_code(weight, step, self.highest_bits).to(torch.int8)
@@ -249,6 +276,10 @@ class VerticalWeightQuantizer(WeightQuantizer):
         """The mode's integer codes, from W and s in float64."""
         dropped = self.highest_bits - self.bits[row]
         step = hold_positive(self.step.detach()).double()
+        scale, multipliers = step.reshape(self.scale_shape), None
+        if self.is_multiplied:
+            scale, multiples = self._multiples()
+            step, multipliers = (scale.unsqueeze(1) * multiples).reshape(-1), multiples.to(torch.int16)
         rows = self._rows_of(weight.detach())
         code = torch.empty(rows.shape, dtype=torch.int16, device=rows.device)
         count = max(1, PIECE // rows.shape[1])  # float64 temporaries would be many times the weight
@@ -265,9 +296,10 @@ class VerticalWeightQuantizer(WeightQuantizer):
             code.reshape(weight.shape),
             self.bits[row],
             True,
-            step.reshape(self.scale_shape) * 2.0**dropped,
+            scale * 2.0**dropped,
             *self._offset(row),
             None if centre is None else centre.reshape(self.scale_shape),
+            multipliers,
         )
 
     def extra_repr(self) -> str:

@@ -13,7 +13,7 @@ from .pack import plane_bytes
 from .passes.integer_model import IntegerModel
 from .passes.static_values import static_values
 
-_LAYERS = ("accumulate_conv", "accumulate_linear")
+_LAYERS = ("accumulate_conv", "accumulate_linear", "accumulate_groups")
 _FLOAT_LAYERS = ("aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.linear")
 
 

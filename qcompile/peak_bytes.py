@@ -13,7 +13,7 @@ from .passes.integer_model import IntegerModel
 from .passes.static_values import static_values
 
 #: Operators whose sums a layer's epilogue takes before they are stored.
-_SUMS = ("accumulate_conv", "accumulate_linear", "accumulate_product")
+_SUMS = ("accumulate_conv", "accumulate_linear", "accumulate_groups", "accumulate_product")
 _EPILOGUES = ("requantize", "threshold")
 
 #: Operators whose result lies where their input does.

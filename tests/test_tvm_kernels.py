@@ -23,7 +23,7 @@ from qcompile.backends.tvm.emulated import Emulated  # noqa: E402
 from qcompile.backends.tvm.families import FAMILIES, Family  # noqa: E402
 from qcompile.backends.tvm.library import Library  # noqa: E402
 from qcompile.backends.tvm.maps import Map, from_memory, to_memory  # noqa: E402
-from qcompile.backends.tvm.packing import arrange, pack, parts_of, runs_of  # noqa: E402
+from qcompile.backends.tvm.packing import arrange, multiplier_bytes, pack, parts_of, runs_of  # noqa: E402
 from qcompile.backends.tvm.processors import ARM, X86, Architecture, Processor  # noqa: E402
 from qcompile.backends.tvm.specs import ACCUMULATOR, Layer, Output, Steps  # noqa: E402
 
@@ -95,8 +95,14 @@ def convolution(
     return total
 
 
+#: Later cases of each kind.
+LATE = frozenset((9, 10, 11, 15, 16, 17, 18, 19, 25, 26, 27, 30, 31, 36, 37))
+SEEDS = [pytest.param(seed, marks=pytest.mark.slow if seed in LATE else ()) for seed in range(38)]
+
+
 def random_case(seed: int) -> dict[str, Any]:
-    """A convolution; from seed 12 on a linear layer of few rows, from 20 on 3x3 of few bits, then images."""
+    """A convolution; from seed 12 on a linear layer of few rows, from 20 on 3x3 of few bits, from 28 on an
+    image, from 32 on a linear layer with multipliers."""
     rng = np.random.default_rng(seed)
 
     def draw(low: int, high: int) -> int:
@@ -106,13 +112,14 @@ def random_case(seed: int) -> dict[str, Any]:
     groups = draw(1, 3) if seed % 4 == 0 else draw(2, 40) if seed % 4 == 1 else 1
     per_group = (1, 1) if seed % 4 == 1 else (draw(1, 24), draw(1, 40))
     shift, numerator = [(0, 0), (1, 1), (2, -1), (3, 3)][draw(0, 3)] if bits < 8 and groups == 1 else (0, 0)
-    if seed >= 20:
+    if 20 <= seed < 32:
         is_image = seed >= 28
         bits = draw(1, 8) if is_image else 1 + seed % 4
         return {
             "rng": rng,
             "n": draw(1, 2),
             "inputs": draw(1, 4) if is_image else draw(1, 70),
+            "multiplied": 0,
             "multiple": 4 if is_image else 16,
             "outputs": draw(1, 70),
             "size": (draw(3, 12), draw(3, 20)),
@@ -129,10 +136,12 @@ def random_case(seed: int) -> dict[str, Any]:
             "highest": 255 if is_image else [3, 15, 63][draw(0, 2)],
         }
     if seed >= 12:
+        multiplied = 32 * draw(1, 4) if seed >= 32 else 0
         return {
             "rng": rng,
             "n": 1,
-            "inputs": draw(1, 300),
+            "multiplied": multiplied,
+            "inputs": multiplied * draw(1, 5) if multiplied else draw(1, 300),
             "outputs": draw(1, 50),
             "size": (1, draw(1, 9)),
             "kernel": (1, 1),
@@ -150,6 +159,7 @@ def random_case(seed: int) -> dict[str, Any]:
     return {
         "rng": rng,
         "n": draw(1, 2),
+        "multiplied": 0,
         "inputs": groups * per_group[0],
         "outputs": groups * per_group[1],
         "size": (draw(6, 12), draw(6, 20)),
@@ -168,10 +178,12 @@ def random_case(seed: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("family", [runnable(one) for one in FAMILIES])
-@pytest.mark.parametrize("seed", range(32))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_layers_with_epilogues_are_exact(seed: int, family: Family, tmp_path: Path) -> None:
     case = random_case(seed)
-    rng, n, groups, bits = case["rng"], case["n"], case["groups"], case["bits"]
+    rng, n, groups, bits, multiplied = (case[key] for key in ("rng", "n", "groups", "bits", "multiplied"))
+    if multiplied and not family.multiplies:
+        pytest.skip("the family has no such layers")
     (h, w), (top, left) = case["size"], case["padding"]
     edge, multiple = (top, top, left, left), case.get("multiple", 16)
     source = Map(n, h, w, case["inputs"], "uint8", case["zero_point"], edge, multiple)
@@ -181,7 +193,11 @@ def test_layers_with_epilogues_are_exact(seed: int, family: Family, tmp_path: Pa
     codes = rng.integers(
         -source.zero_point, case["highest"] - source.zero_point + 1, (n, case["inputs"], h, w)
     )
-    effective = weight * 2 ** case["shift"] + case["numerator"]
+    multipliers = rng.integers(0, 256, (case["outputs"], case["inputs"] // (multiplied or case["inputs"])))
+    multipliers = multipliers if multiplied else np.ones_like(multipliers)
+    times = multipliers.repeat(multiplied or case["inputs"], 1).reshape(len(weight), -1, 1, 1)
+    times = times if groups == 1 else 1
+    effective = (weight * 2 ** case["shift"] + case["numerator"]) * times
     sums = convolution(codes, effective, case["stride"], (top, left), case["dilation"], groups)
     out = Map(n, *sums.shape[2:], case["outputs"], "uint8", 3, (1, 0, 2, 1))
     plain = Map(n, *sums.shape[2:], case["outputs"], "int32")
@@ -196,7 +212,7 @@ def test_layers_with_epilogues_are_exact(seed: int, family: Family, tmp_path: Pa
     layer = Layer(
         source, runs, case["stride"], case["dilation"], (top, left), *sums.shape[2:], case["highest"],
         bits, case["signed"], case["numerator"], case["shift"], groups == len(weight) == case["inputs"] > 1,
-        outputs, (plain,),
+        outputs, (plain,), multiplied,
     )  # fmt: skip
     stream = rng.integers(-(2**20), 2**20, sums.shape)
     factors = rng.integers(-(2**20), 2**20, (2, case["outputs"]))
@@ -204,7 +220,8 @@ def test_layers_with_epilogues_are_exact(seed: int, family: Family, tmp_path: Pa
     per_channel = (slice(None), None, None)
     total = sums * factors[0][per_channel] + stream * factors[1][per_channel] + constant[per_channel]
     vectors = arrange(weight, runs, groups)
-    stored = vectors.astype(np.int64) * 2 ** case["shift"] + case["numerator"]
+    stored = arrange(effective, runs, groups).astype(np.int64) if multiplied else vectors.astype(np.int64)
+    stored = stored if multiplied else stored * 2 ** case["shift"] + case["numerator"]
     correction = (source.zero_point - family.bias(layer)) * stored.sum((1, 3)).reshape(-1)[: case["outputs"]]
     epilogue, raw = np.zeros(outputs[0].constants), np.zeros(outputs[1].constants)
     zero = 0 if seed % 2 else 3 << 20  # the zero point, added after rounding or before
@@ -226,7 +243,9 @@ def test_layers_with_epilogues_are_exact(seed: int, family: Family, tmp_path: Pa
         np.zeros(plain.shape, np.int32),
         np.zeros(counted.shape, np.uint8),
     ]
-    arrays = [to_memory(codes, source), family.pack(vectors, layer)]
+    packed = family.pack(vectors, layer)
+    packed = np.concatenate([packed, multiplier_bytes(multipliers)]) if multiplied else packed
+    arrays = [to_memory(codes, source), packed]
     arrays += [to_memory(stream, plain), epilogue, raw, steps.astype(np.int32), *results]
     coded, summed, stepped = run_kernel(family.build("layer", layer), arrays, 3, family, tmp_path)
     np.testing.assert_array_equal(from_memory(summed, plain), sums)

@@ -101,6 +101,37 @@ def test_a_factor_of_a_sum_behind_a_float_convolution_counts() -> None:
     check(Network(forward, stem=conv(3), a=conv(), head=conv()), torch.randn(2, 3, 8, 8))
 
 
+def test_what_differs_in_scale_along_other_dimensions_than_channels_is_joined_and_added() -> None:
+    class Rows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.a, self.b, self.head = (nn.Linear(12, 12) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Any:
+            x = self.stem(x).relu()
+            y, z = (one.unflatten(-1, (3, 1, 4)) for one in (self.a(x), 3 * self.b(x)))
+            both = torch.cat((y, z), 2)
+            return both, self.head((both + y).flatten(1)[:, :12])
+
+    check(Rows(), torch.randn(2, 12))
+
+
+def test_large_constants_are_where_kernels_read_them() -> None:
+    """More than two huge pages, the last one not full."""
+
+    def forward(self: Any, body: Any, x: Tensor) -> Tensor:
+        return body["head"](body["a"](body["stem"](x).relu()).relu())
+
+    layers = {"stem": nn.Linear(4, 1024), "a": nn.Linear(1024, 4700), "head": nn.Linear(4700, 2)}
+    x = torch.randn(1, 4)
+    model = prepared(Network(forward, **layers), x, bits=(8,))
+    run = qcompile.lower(model, "x86", bits=8, batch=1, features=("avx2",))
+    content = (run.artefact.folder / "constants.bin").read_bytes()
+    assert len(content) > 2**22
+    assert run.library.constants() == content
+    torch.testing.assert_close(run(x), model(x), rtol=0, atol=1e-5 * float(model(x).detach().abs().max()))
+
+
 def test_sums_over_everything() -> None:
     def forward(self: Any, body: Any, x: Tensor) -> Any:
         y = body["a"](body["stem"](x).relu())

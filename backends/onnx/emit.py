@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx
 
+from qcompile.backends.group_multipliers import without_multipliers
 from qcompile.backends.simple_writes import with_simple_writes
 from qcompile.errors import LoweringError
 from qcompile.passes.integer_model import IntegerModel
@@ -98,7 +99,8 @@ class Emitter:
         rules: Mapping[str, Rule],
         packed: bool = False,
     ) -> None:
-        self.model, self._rules, self.packed = with_simple_writes(model, shapes, False), rules, packed
+        plain = without_multipliers(model, lambda node: False)
+        self.model, self._rules, self.packed = with_simple_writes(plain, shapes, False), rules, packed
         bits = [node.meta["weight_bits"] for node in model.graph.nodes if "weight_bits" in node.meta]
         narrowest = min(bits, default=8) if packed else 8
         self.builder = GraphBuilder(25 if narrowest <= 2 else 21 if narrowest <= 4 else OPSET)

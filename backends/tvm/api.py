@@ -91,8 +91,11 @@ def scratch(size: int, dtype: str) -> Any:
 
 
 def registers(count: int, lanes: int, dtype: str) -> Any:
-    """An array of vectors that stays in registers where every index is a constant."""
-    return builder.alloc_buffer((count * lanes,), dtype, scope="local")
+    """An array of vectors that stays in registers where every index is a constant.
+
+    TVM puts arrays of this scope on the stack if they have less than 1 KB, and asks for memory for others.
+    """
+    return builder.alloc_buffer((count * lanes,), dtype, scope="global")
 
 
 def constant(value: float, dtype: str, lanes: int = 1) -> Any:
@@ -169,7 +172,7 @@ def load(buffer: Any, index: Any, lanes: int = 1) -> Any:
 
 
 def prefetch(buffer: Any, index: Any) -> None:
-    """Ask for an element's cache line; it may lie beyond the buffer."""
+    """Ask for an element's cache line."""
     evaluate(
         tirx.call_llvm_intrin("void", "llvm.prefetch.p0", address(buffer, index), *map(_int32, (0, 3, 1)))
     )

@@ -17,7 +17,7 @@ from . import api, kernel_op
 from .build import LIBRARY, Constants, Part, build, check_compiler
 from .costs import Choice, Costs
 from .float_weights import with_float_weights
-from .grouped import split_grouped_layers
+from .grouped import split_grouped_layers, with_multipliers_of_kernels
 from .kernel_graph import Builder, Tap
 from .lowering import culprits, import_graph, optimise
 from .plan import Call, Place, Plan, make_plan
@@ -98,10 +98,9 @@ def make_artefact(
 def _variant(
     request: LoweringRequest, architecture: Architecture, processor: Processor, costs: Costs, tapped: bool
 ) -> tuple[Variant, Part]:
+    model = with_multipliers_of_kernels(request.model, request.input_shapes, processor.features)
     builder = Builder(
-        with_simple_writes(
-            split_grouped_layers(with_float_weights(request.model)), request.input_shapes, True
-        ),
+        with_simple_writes(split_grouped_layers(with_float_weights(model)), request.input_shapes, True),
         request.input_shapes,
         costs.choose,
         RULES,

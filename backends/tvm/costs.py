@@ -23,6 +23,7 @@ from qcompile.errors import LoweringError
 
 from .families import FAMILIES, Family
 from .maps import FOUR, LANES, Map
+from .packing import multiplier_bytes
 from .processors import Architecture, Processor
 from .specs import ACCUMULATOR, Layer, Output
 
@@ -81,7 +82,9 @@ class Costs:
 
     def _choose(self, layer: Layer) -> Choice:
         estimates = {
-            name: 1e-9 * time for name, one in self._able.items() if (time := one.time(layer)) is not None
+            name: 1e-9 * time
+            for name, one in self._able.items()
+            if (one.multiplies or not layer.multiplied) and (time := one.time(layer)) is not None
         }
         limit = float("inf") if self._tune else WORTHWHILE * min(estimates.values())
         tried = [name for name, time in estimates.items() if time <= limit]
@@ -169,7 +172,11 @@ def measure(
     constants = torch.full(probe.outputs[0].constants, 2.0**-8, dtype=torch.float64)
     steps, given = [], []
     for family in families.values():
-        inputs = [codes, torch.from_numpy(family.pack(vectors, probe)).clone(), constants]
+        packed = family.pack(vectors, probe)
+        if layer.multiplied:
+            multipliers = np.zeros((layer.blocks * LANES, layer.source.channels // layer.multiplied))
+            packed = np.concatenate([packed, multiplier_bytes(multipliers)])
+        inputs = [codes, torch.from_numpy(packed).clone(), constants]
         tensors = [(tuple(one.shape), str(one.dtype).removeprefix("torch.")) for one in inputs]
         steps.append((family.build("layer", probe), tensors, [(target.shape, target.dtype)]))
         given += inputs

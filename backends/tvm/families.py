@@ -32,6 +32,7 @@ class Family:
         build: (symbol, layer) -> PrimFunc.
         pack: (vectors of codes as `packing.arrange` makes them, layer) -> bytes.
         bias: layer -> what the family subtracts from every stored code before it multiplies.
+        multiplies: whether it knows multipliers of parts of the inputs.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Family:
     build: Callable[[str, Layer], Any]
     pack: Callable[[NDArray[np.integer], Layer], NDArray[np.uint8]]
     bias: Callable[[Layer], int] = lambda layer: 0
+    multiplies: bool = False
 
 
 def _products(layer: Layer) -> int:
@@ -146,7 +148,7 @@ def _winograd_time(layer: Layer) -> float | None:
 FAMILIES: tuple[Family, ...] = (
     Family("amx", frozenset(("amx",)), _amx_time, amx.amx_kernel, _packed),
     _dot("vnni", "vnni", x86.vnni, lambda layer: 200.0),
-    Family("gemv", frozenset(("vnni",)), _gemv_time, gemv.gemv_kernel, _packed),
+    Family("gemv", frozenset(("vnni",)), _gemv_time, gemv.gemv_kernel, _packed, multiplies=True),
     Family("winograd", frozenset(("vnni",)), _winograd_time, winograd.winograd_kernel, _packed),
     _bitserial("bitalg", 32, 900.0),
     _bitserial("avx512", 32, 250.0),

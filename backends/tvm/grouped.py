@@ -1,4 +1,6 @@
-"""Grouped layers whose effective weights need more than 8 bits, as sums of layers with int8 weights.
+"""Layers that have no kernel of their own, as layers that have.
+
+Grouped layers whose effective weights need more than 8 bits are sums of layers with int8 weights.
 
 Kernels of grouped layers multiply zeros between groups, so the weights of the whole layer are stored as they
 are, without the factor and the summand that turn codes into them elsewhere.
@@ -12,8 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from qcompile.backends.group_multipliers import without_multipliers
 from qcompile.backends.int8_parts import MOST_PARTS, count_parts, int8_parts
 from qcompile.passes.integer_model import IntegerModel
+from qcompile.passes.static_values import static_values
+
+from .kernels import gemv
+from .packing import GROUP
 
 _OPS = torch.ops.qcompile
 
@@ -31,6 +38,21 @@ def split_grouped_layers(model: IntegerModel) -> IntegerModel:
             _split(model, node)
     model.recompile()
     return model
+
+
+def with_multipliers_of_kernels(
+    model: IntegerModel, shapes: tuple[tuple[int, ...], ...], features: frozenset[str]
+) -> IntegerModel:
+    """The same integers, with multipliers of groups of inputs only in layers that have a kernel: few rows."""
+    values = static_values(model, shapes) if "vnni" in features else {}
+
+    def keeps(node: fx.Node) -> bool:
+        outputs, groups = model.constant(node.args[4]).shape
+        size = model.constant(node.args[1]).shape[1] // groups
+        few = "vnni" in features and values[node].numel() <= gemv.MOST_ROWS * outputs
+        return few and size % (GROUP * 4) == 0
+
+    return without_multipliers(model, keeps)
 
 
 def _effective(model: IntegerModel, node: fx.Node) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:

@@ -135,3 +135,15 @@ def pack(vectors: NDArray[np.integer], bits: int, signed: bool) -> NDArray[np.ui
         shifts = (np.arange(GROUP // width) * width).astype(np.uint8)
         stored.append(np.bitwise_or.reduce(shared << shifts[:, None], axis=3))
     return np.ascontiguousarray(np.concatenate(stored, axis=2).reshape(blocks, -1, 64))
+
+
+def multiplier_bytes(multipliers: NDArray[np.integer]) -> NDArray[np.uint8]:
+    """(blocks * parts * 16,) multipliers as kernels read them behind the packed weights.
+
+    Args:
+        multipliers: (outputs, parts of the inputs), 0 to 255.
+    """
+    outputs, parts = multipliers.shape
+    padded = np.zeros((round_up(outputs, LANES), parts), np.uint8)
+    padded[:outputs] = multipliers
+    return np.ascontiguousarray(padded.reshape(-1, LANES, parts).transpose(0, 2, 1)).reshape(-1)

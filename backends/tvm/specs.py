@@ -131,6 +131,8 @@ class Layer:
         is_depthwise: whether output i reads channel i alone.
         outputs: what it writes.
         others: further tensors that its outputs add.
+        multiplied: inputs that share a multiplier per output, whose bytes follow the packed weights as
+            (blocks, parts, 16); 0 where there are none.
     """
 
     source: Map
@@ -148,6 +150,7 @@ class Layer:
     is_depthwise: bool
     outputs: tuple[Output | Steps | Scaled, ...]
     others: tuple[Map, ...]
+    multiplied: int = 0
 
     @property
     def code_range(self) -> tuple[int, int]:

@@ -40,9 +40,10 @@ class VerticalConfig(SchemeConfig):
         distillation: how a mode learns from the next higher one (Sec. 4.2.3): `cosine`, `kl`, or None.
         step_gradient: `compensated` differentiates the compensated weight; `printed` leaves z out, as
             Eq. 8 is printed.
-        weight_step: one step s for a layer's weight, as in the paper, one for each output `channel`, or, in
-            modes for weights only, one for each group of so many weights of a channel. A layer whose channels
-            are not so many groups has one for each channel.
+        weight_step: one step s for a layer's weight, as in the paper, one for each output `channel`, or one
+            for each group of so many weights of a channel. A layer whose channels are not so many groups has
+            one for each channel. In modes that multiply codes, linear layers alone have groups, and the steps
+            of a channel's groups are 1 to 15 times one unit.
         first_last: what becomes of the first and the last layers: `float`, as in the paper; 8 for 8 bits of
             weights and inputs in every mode, and of the rows of embeddings, at learned steps; or `int8`, see
             `SchemeConfig`.
@@ -88,17 +89,7 @@ class VerticalScheme(Scheme):
     takes_weight_only: ClassVar[bool] = True
 
     def passes(self, skip: Collection[str]) -> list[Pass]:
-        """Quantise the layers between the first and the last, then split batch normalisation.
-
-        Raises:
-            InvalidArgument: for steps of groups in a mode that multiplies codes with codes.
-        """
-        rounded = [mode.label for mode in self.modes if not mode.is_weight_only]
-        if isinstance(self.config.weight_step, int) and rounded:
-            raise InvalidArgument(
-                f"weight_step={self.config.weight_step} is for modes that quantise weights only, such as "
-                f"'w4', and mode {rounded[0]} quantises activations; pass weight_step='channel'"
-            )
+        """Quantise the layers between the first and the last, then split batch normalisation."""
         activation_bits = [mode.activation_bits for mode in self.modes]
         weight_bits = [mode.weight_bits for mode in self.modes]
 
@@ -122,7 +113,9 @@ class VerticalScheme(Scheme):
         covering = all(mode.is_weight_only for mode in self.modes)  # nothing that has to see data
 
         def weight(layer: Any) -> VerticalWeightQuantizer:
-            return VerticalWeightQuantizer(weight_bits, self.config, layer.weight.shape, covering)
+            return VerticalWeightQuantizer(
+                weight_bits, self.config, layer.weight.shape, covering, not covering
+            )
 
         return LayerQuantizers(weight, lambda signed: LsqActivationQuantizer(activation_bits, signed))
 

@@ -255,7 +255,7 @@ def _read_mode(
 
 
 #: Which argument of an operator may be a weight that is stored as bit-planes.
-_WEIGHT_ARGUMENT = {"accumulate_conv": 1, "accumulate_linear": 1, "dequantize": 0}
+_WEIGHT_ARGUMENT = {"accumulate_conv": 1, "accumulate_linear": 1, "accumulate_groups": 1, "dequantize": 0}
 
 
 def _check_bits(graph: IntegerModel, metadata: Metadata, sections: Sequence[str]) -> None:

@@ -27,8 +27,8 @@ Values = Mapping[str, Any]
 Kind = Literal["input", "constant", "integer", "moved", "float", "size", "output"]
 
 INTEGER_OPERATORS = frozenset(
-    ("accumulate_conv", "accumulate_linear", "accumulate_product", "requantize", "threshold", "quantize")
-    + ("sum_pool", "max_pool")
+    ("accumulate_conv", "accumulate_linear", "accumulate_groups", "accumulate_product", "requantize")
+    + ("threshold", "quantize", "sum_pool", "max_pool")
 )
 
 #: Operators whose results are codes, or integers at high precision.
@@ -228,6 +228,10 @@ def _accumulate_linear(*arguments: Any) -> Array:
     return reference.accumulate_linear(*arguments[:-1])
 
 
+def _accumulate_groups(*arguments: Any) -> Array:
+    return reference.accumulate_groups(*arguments[:-1])
+
+
 def _accumulate_product(*arguments: Any) -> Array:
     return reference.accumulate_product(*arguments[:-1])
 
@@ -239,6 +243,7 @@ def _dequantize(x: Array, scale: Array, bias: Array) -> Tensor:
 _REFERENCE: dict[str, Callable[..., Any]] = {
     "accumulate_conv": _accumulate_conv,
     "accumulate_linear": _accumulate_linear,
+    "accumulate_groups": _accumulate_groups,
     "accumulate_product": _accumulate_product,
     "requantize": _requantize,
     "threshold": reference.threshold,

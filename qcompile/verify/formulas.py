@@ -71,23 +71,31 @@ class VerticalFormulas:
     smallest_step = 1e-8
 
     def weight(self, model: QuantModel, layer: Weighted, mode: Mode) -> ReferenceWeight:
-        """c_b = floor(clip(round(W / s), -2^(K-1), 2^(K-1) - 1) / 2^d), s_b = 2^d s, z_b = (1 - 2^-d) / 2."""
+        """c_b = floor(clip(round(W / s), -2^(K-1), 2^(K-1) - 1) / 2^d), s_b = 2^d s, z_b = (1 - 2^-d) / 2.
+
+        Steps s of the groups of a channel, where codes are multiplied with codes, are 1 to 15 units.
+        """
         quantizer: Any = layer.weight_quantizer
         highest = max(quantizer.bits)
         dropped = highest - quantizer.bits[model.row(mode)]
         steps = np.maximum(as_array(quantizer.step).astype(np.float64), np.float32(self.smallest_step))
+        multipliers, units = None, None
+        if quantizer.is_multiplied:
+            per_channel = steps.reshape(len(layer.weight), -1)
+            units = per_channel.max(1) / 15
+            multipliers = np.clip(np.rint(per_channel / units[:, None]), 1, 15).astype(np.int64)
+            steps = (units[:, None] * multipliers).reshape(-1)
         latent = as_array(layer.weight).astype(np.float64)
         centres = np.zeros((1, 1)) if quantizer.centres is None else as_array(quantizer.centres)[:, None]
         ratio = ((latent.reshape(len(steps), -1) - centres) / steps[:, None]).reshape(latent.shape)
         groups = len(steps) // len(latent)
         shape = () if len(steps) == 1 else (-1, groups) if groups > 1 else (-1,)
-        step = steps.reshape(shape)
+        step = steps.reshape(shape) if units is None else units
         code = np.clip(np.rint(ratio), -(2 ** (highest - 1)), 2 ** (highest - 1) - 1).astype(np.int64)
         numerator, shift = (2**dropped - 1, dropped + 1) if dropped and quantizer.compensation else (0, 0)
-        centre = (
-            centres.astype(np.float64) if centres.ndim == 0 else centres.astype(np.float64).reshape(shape)
-        )
-        return ReferenceWeight(code >> dropped, np.asarray(step * 2.0**dropped), numerator, shift, centre)
+        centre = 0.0 if quantizer.centres is None else centres.astype(np.float64).reshape(shape)
+        scale = np.asarray(step * 2.0**dropped)
+        return ReferenceWeight(code >> dropped, scale, numerator, shift, centre, multipliers)
 
     def activation(
         self, model: QuantModel, quantizer: ActivationQuantizer, mode: Mode

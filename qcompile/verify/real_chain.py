@@ -108,12 +108,23 @@ class RealChain:
                     f"layer {path!r}: weight offset is {node.args[2]} / 2^{node.args[3]}, "
                     f"expected {weight.numerator} / 2^{weight.shift} by the scheme's formula"
                 )
+            elif not self._has_multipliers(node, weight):
+                lines.append(f"layer {path!r}: multipliers differ from the scheme's formula")
         return lines
+
+    def _has_multipliers(self, node: fx.Node, weight: ReferenceWeight) -> bool:
+        is_grouped = self.expected.operator_name(node) == "accumulate_groups"
+        if weight.multipliers is None or not is_grouped:
+            return weight.multipliers is None and not is_grouped
+        return np.array_equal(as_array(self.expected.constant(node.args[4])), weight.multipliers)
 
     def _scale_differences(self, path: str, node: fx.Node, weight: ReferenceWeight) -> list[str]:
         """Of a weight that is multiplied in float."""
         _, scale, offset = (as_array(self.expected.constant(one)) for one in node.args)
-        wanted = weight.scale, weight.scale * weight.numerator * 2.0**-weight.shift + weight.centre
+        exact_scale = (
+            weight.scale if weight.multipliers is None else weight.scale[:, None] * weight.multipliers
+        )
+        wanted = exact_scale, exact_scale * weight.numerator * 2.0**-weight.shift + weight.centre
         return [
             f"layer {path!r}: weight {what} differs from the scheme's formula"
             for what, found, exact in zip(("scale", "offset"), (scale, offset), wanted, strict=True)

@@ -150,6 +150,18 @@ def accumulate_linear(codes: Array, weight: Array, numerator: int, shift: int) -
     return sums * 2**shift + numerator * codes.sum(-1, keepdims=True)
 
 
+def accumulate_groups(
+    codes: Array, weight: Array, numerator: int, shift: int, multipliers: Array
+) -> Integers:
+    """Sum over g of multipliers[:, g] * accumulate_linear of the g-th of equal parts of the inputs."""
+    count = multipliers.shape[1]
+    parts = zip(
+        np.split(codes, count, -1), np.split(weight, count, -1), as_integers(multipliers).T, strict=True
+    )
+    sums = [times * accumulate_linear(one, other, numerator, shift) for one, other, times in parts]
+    return np.asarray(np.sum(sums, 0, np.int64))
+
+
 def accumulate_product(left: Array, right: Array) -> Integers:
     """left @ right: (..., M, K) and (..., K, N) give (..., M, N)."""
     left, right = as_integers(left), as_integers(right)

@@ -17,6 +17,7 @@ class ReferenceWeight:
         scale: float64, a scalar, one value per output channel, or per group of equal size (channels, groups).
         numerator, shift: the offset.
         centre: float64, the shape of `scale`, or 0.
+        multipliers: (channels, groups) int64, what `scale`, one value per channel, is multiplied with; or 1.
     """
 
     codes: NDArray[np.int64]
@@ -24,18 +25,24 @@ class ReferenceWeight:
     numerator: int
     shift: int
     centre: NDArray[np.float64] | float = 0.0
+    multipliers: NDArray[np.int64] | None = None
 
     @property
     def real(self) -> NDArray[np.float64]:
         """The dequantised weight."""
-        codes = self.codes.reshape(max(1, self.scale.size), -1) + self.numerator * 2.0**-self.shift
+        scale = self.scale if self.multipliers is None else self.scale[:, None] * self.multipliers
+        codes = self.codes.reshape(max(1, scale.size), -1) + self.numerator * 2.0**-self.shift
         centre = np.asarray(self.centre).reshape(-1, 1)
-        return np.asarray(self.scale.reshape(-1, 1) * codes + centre).reshape(self.codes.shape)
+        return np.asarray(scale.reshape(-1, 1) * codes + centre).reshape(self.codes.shape)
 
     @property
     def integers(self) -> NDArray[np.float64]:
         """Multiples of `unit`."""
-        return np.asarray(self.codes * 2.0**self.shift + self.numerator)
+        found = np.asarray(self.codes * 2.0**self.shift + self.numerator)
+        if self.multipliers is None:
+            return found
+        grouped = found.reshape(*self.multipliers.shape, -1) * self.multipliers[..., None]
+        return np.asarray(grouped.reshape(found.shape))
 
     @property
     def unit(self) -> NDArray[np.float64]:

@@ -7,7 +7,7 @@ from .floats import elementwise, float_conv, float_linear, other, scaled_sum
 from .layers import accumulate, requantize
 from .norms import group_norm, instance_norm, layer_norm
 from .pools import float_max_pool, integer_sum, pool
-from .products import product
+from .products import float_product, product
 from .quantisers import dequantize, quantize
 from .thresholds import threshold
 
@@ -26,6 +26,7 @@ _ELEMENTWISE = (
 
 RULES: dict[str, Rule] = {
     "accumulate_conv": accumulate,
+    "accumulate_groups": accumulate,
     "accumulate_linear": accumulate,
     "accumulate_product": product,
     "requantize": requantize,
@@ -35,6 +36,7 @@ RULES: dict[str, Rule] = {
     "max_pool": pool(True),
     "sum_pool": pool(False),
     "aten.sum": integer_sum,
+    "aten.matmul": float_product,
     "aten.conv2d": float_conv,
     "aten.linear": float_linear,
     "aten.max_pool2d": float_max_pool,

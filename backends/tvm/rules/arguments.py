@@ -42,12 +42,17 @@ def spread(
     array = constant.astype(np.float64)
     if array.size == 1:
         return np.full(count, float(array.reshape(())))
-    rank = len(builder.shape(node))
-    axis = rank - 1 if rows or rank == 2 else 1
-    shape = (1,) * (rank - array.ndim) + array.shape
-    if shape[axis] != array.size or array.size != count:
+    if not varies_by_channel(builder, node, constant, rows) or array.size != count:
         raise LoweringError("its constants vary along another dimension than the channels; lower to onnx-qdq")
     return array.reshape(-1)
+
+
+def varies_by_channel(builder: Builder, node: fx.Node, constant: NDArray[Any], rows: bool) -> bool:
+    """Whether a constant is a number, or varies along the channels of a node's tensor alone."""
+    rank = len(builder.shape(node))
+    axis = rank - 1 if rows or rank == 2 else 1
+    shape = (1,) * (rank - constant.ndim) + constant.shape
+    return constant.size == 1 or bool(shape[axis] == constant.size == builder.shape(node)[axis])
 
 
 def along_last(constants: Sequence[NDArray[Any]]) -> bool | None:

@@ -5,16 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import fx
 
+from qcompile.backends.group_multipliers import effective_of
 from qcompile.errors import LoweringError
 
-from ..kernel_graph import Builder, Mapped, extents, padding_of
+from ..kernel_graph import Builder, Mapped, Tap, extents, padding_of
 from ..kernels.elementwise import epilogue_kernel
 from ..maps import Map
-from ..packing import arrange, runs_of
+from ..packing import arrange, multiplier_bytes, runs_of
 from ..specs import ACCUMULATOR, Layer, Output, Scaled, Steps
-from .arguments import channels_last, layer_of, spatial
+from .arguments import channels_last, layer_of, spatial, varies_by_channel
 from .outputs import Sums, output_of
 from .thresholds import steps
 
@@ -25,6 +28,9 @@ def accumulate(builder: Builder, node: fx.Node) -> None:
     weight = builder.array(node.args[1]).astype(np.int64)
     numerator, shift = int(node.args[2]), int(node.args[3])
     stride, dilation, groups, padding = (1, 1), (1, 1), 1, (0, 0, 0, 0)
+    multipliers = None
+    if builder.model.operator_name(node) == "accumulate_groups":
+        multipliers = builder.array(node.args[4])
     if is_conv:
         if weight.ndim > 4:
             raise LoweringError("convolutions over volumes have no kernel on this target; lower to onnx-qdq")
@@ -59,10 +65,14 @@ def accumulate(builder: Builder, node: fx.Node) -> None:
         groups == len(weight) == source.map.channels > 1,
         (),
         (),
+        0 if multipliers is None else weight.shape[1] // multipliers.shape[1],
     )
     choice = builder.choose(layer)
     family = choice.family
     effective = vectors.astype(np.int64) * 2**shift + numerator
+    if multipliers is not None:
+        whole = effective_of(builder.model, node)[:, :, None, None]
+        effective = arrange(whole, runs, groups).astype(np.int64)
     bound = np.abs(effective).sum((1, 3)).reshape(-1) * layer.highest
     if int(bound.max(initial=0)) >= 2**31 - 1:
         raise LoweringError("sums of its products may exceed 32 bits; lower to onnx-qdq")
@@ -92,7 +102,10 @@ def accumulate(builder: Builder, node: fx.Node) -> None:
         nodes.append((node, map))
     layer = replace(layer, outputs=tuple(outputs), others=tuple(one.map for one in others))
     name = f"{layer_of(node)}_{family.name}_weights"
-    packed = builder.constant(name, family.pack(vectors, layer))
+    packed_weights = family.pack(vectors, layer)
+    if multipliers is not None:
+        packed_weights = np.concatenate([packed_weights, multiplier_bytes(multipliers)])
+    packed = builder.constant(name, packed_weights)
     inputs = [source.node, packed, *(one.node for one in others), *constants]
     made = builder.kernel(
         layer_of(node),
@@ -119,20 +132,39 @@ def _fuses(builder: Builder, node: fx.Node, user: fx.Node) -> bool:
 
 def requantize(builder: Builder, node: fx.Node) -> None:
     """An epilogue of its own."""
-    rows = channels_last(
-        builder, node, node.args[0], [builder.array(one) for one in (*node.args[1], node.args[2])]
-    )
-    for one in node.args[0]:
-        if builder.shape(one) != builder.shape(node):
-            raise LoweringError("sums of tensors of different shapes have no kernel here; lower to onnx-qdq")
+    constants = [builder.array(one) for one in (*node.args[1], node.args[2])]
+    rows = channels_last(builder, node, node.args[0], constants)
+    alike = all(builder.shape(one) == builder.shape(node) for one in node.args[0])
+    if not alike or not all(varies_by_channel(builder, node, one, rows) for one in constants):
+        _by_element(builder, node, constants)
+        return
     output, table, others = output_of(builder, node, rows, None, 0)
     maps = tuple(one.map for one in others)
-    constants = builder.constant(f"{node.name}_constants", table)
     (made,) = builder.kernel(
         layer_of(node),
         "requantize",
-        [*(one.node for one in others), constants],
+        [*(one.node for one in others), builder.constant(f"{node.name}_constants", table)],
         [(output.map.shape, output.map.dtype)],
         lambda name: epilogue_kernel(name, output, maps),
     )
     builder.set_map(node, Mapped(made, output.map, rows))
+
+
+def _by_element(builder: Builder, node: fx.Node, constants: list[NDArray[np.int64]]) -> None:
+    """An epilogue whose tensors broadcast, in float64 as torch sees them: sums stay below 2^52."""
+    aten, call = torch.ops.aten, builder.graph.call_function
+    *multipliers, total = (
+        builder.constant(
+            f"{node.name}_by_element_{index}", one.astype(np.float64) * 2.0 ** -int(node.args[3])
+        )
+        for index, one in enumerate(constants)
+    )
+    for one, multiplier in zip(node.args[0], multipliers, strict=True):
+        wide = call(aten.to.dtype, (builder.plain(one), torch.float64))
+        total = call(aten.add.Tensor, (call(aten.mul.Tensor, (wide, multiplier)), total))
+    codes = call(
+        aten.clamp.default, (call(aten.floor.default, (total,)), int(node.args[4]), int(node.args[5]))
+    )
+    builder.set_plain(node, call(aten.to.dtype, (codes, getattr(torch, builder.dtype(node)))))
+    if builder.tapped:
+        builder.taps[node.name] = Tap(builder.mapped(node, True), builder.shape(node))

@@ -5,13 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import torch
 from torch import fx
 
 from ..kernel_graph import Builder, Mapped
 from ..kernels.elementwise import dequantize_kernel, quantize_kernel
 from ..kernels.image import quantize_image_kernel
 from ..maps import FOUR
-from .arguments import along_last, by_channel, layer_of
+from .arguments import along_last, by_channel, layer_of, varies_by_channel
+
+_ATEN = torch.ops.aten
 
 
 def _reads_rows(builder: Builder, node: fx.Node) -> bool:
@@ -19,7 +22,7 @@ def _reads_rows(builder: Builder, node: fx.Node) -> bool:
     if len(builder.shape(node)) == 2:
         return True
     kinds = {builder.model.operator_name(user) for user in node.users}
-    return "accumulate_linear" in kinds
+    return not kinds.isdisjoint(("accumulate_linear", "accumulate_groups"))
 
 
 def _is_image(builder: Builder, node: fx.Node) -> bool:
@@ -72,8 +75,15 @@ def dequantize(builder: Builder, node: fx.Node) -> None:
     """Floats of integers."""
     source, scale, bias = node.args
     have = builder.maps.get(source)
-    last = along_last([builder.array(one) for one in (scale, bias)])
+    arrays = [builder.array(one) for one in (scale, bias)]
+    last = along_last(arrays)
     rows = last if last is not None else have.rows if have is not None else len(builder.shape(node)) != 4
+    if not all(varies_by_channel(builder, node, one, rows) for one in arrays):
+        real = builder.graph.call_function(_ATEN.to.dtype, (builder.plain(source), torch.float32))
+        for operator, one in ((_ATEN.mul.Tensor, scale), (_ATEN.add.Tensor, bias)):
+            real = builder.graph.call_function(operator, (real, builder.plain(one)))
+        builder.set_plain(node, real)
+        return
     given = builder.mapped(source, rows)
     map = builder.map_of(node, rows, "float32")
     table = np.zeros((2, map.padded), np.float32)
