@@ -174,7 +174,8 @@ def measure(
     for family in families.values():
         packed = family.pack(vectors, probe)
         if layer.multiplied:
-            multipliers = np.zeros((layer.blocks * LANES, layer.source.channels // layer.multiplied))
+            parts = layer.source.channels // layer.multiplied
+            multipliers = np.zeros((layer.blocks * LANES, parts), np.uint8)
             packed = np.concatenate([packed, multiplier_bytes(multipliers)])
         inputs = [codes, torch.from_numpy(packed).clone(), constants]
         tensors = [(tuple(one.shape), str(one.dtype).removeprefix("torch.")) for one in inputs]
