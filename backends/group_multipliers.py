@@ -26,7 +26,8 @@ _OPS = torch.ops.qcompile
 def without_multipliers(model: IntegerModel, keeps: Callable[[fx.Node], bool]) -> IntegerModel:
     """The same integers without `accumulate_groups`, but for nodes that are kept.
 
-    A layer that becomes two keeps its name: it is the sum of both, int32 as before.
+    A layer that becomes two keeps its name: it is the sum of both, int32 as before. The two say that they are
+    parts (`meta["is_part"]`): nothing of the original graph is known by their names.
 
     Args:
         model: the integer graph; it is left as it is.
@@ -72,7 +73,7 @@ def _replace(model: IntegerModel, node: fx.Node) -> None:
         for name, part in (("low", low), ("high", high)):
             arguments = _arguments(model, node, name, part)
             parts.append(model.graph.call_function(_OPS.accumulate_linear.default, arguments))
-            parts[-1].meta = {**node.meta, "weight_bits": 8, "weight_signed": True}
+            parts[-1].meta = {**node.meta, "weight_bits": 8, "weight_signed": True, "is_part": True}
         factors = [_constant(model, f"{node.name}_factor_{one}", torch.tensor(one)) for one in (1, 256)]
         zero = _constant(model, f"{node.name}_zero", torch.tensor(0))
     node.target, node.args = _OPS.requantize.default, (parts, factors, zero, 0, -(2**31), 2**31 - 1)

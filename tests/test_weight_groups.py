@@ -191,3 +191,20 @@ def test_machine_code_is_exact(prepared: tuple[QuantModel, Tensor], mode: str, k
     assert report.exact, report
     names: list[Any] = [one["kernel"] for one in compiled.kernels() if one["layer"] == "a"]
     assert any("gemv" in one for one in names) == (kind == "vnni")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("avx2" not in FLAGS or shutil.which("gcc") is None, reason="needs AVX2, and gcc")
+@pytest.mark.parametrize("target", ["x86", "arm"])
+def test_kinds_of_processors_with_and_without_a_kernel_share_an_object(
+    prepared: tuple[QuantModel, Tensor], target: str
+) -> None:
+    pytest.importorskip("tvm")
+    if target == "arm" and shutil.which("qemu-aarch64") is None:
+        pytest.skip("needs qemu-aarch64")
+    model, x = prepared
+    compiled = qcompile.lower(model, target, bits="w8a8", batch=1, threads=1)
+    report = qcompile.verify(model, x[:1], bits="w8a8", target=compiled)
+    assert report.exact, report
+    taps = [list(one.taps) for one in compiled._tapped.artefact.variants.values()]
+    assert taps[1:] == taps[:-1]

@@ -108,6 +108,9 @@ class Builder:
                 continue
             elif node.op == "output":
                 outputs = [self.plain(one) for one in torch.utils._pytree.tree_leaves(node.args[0])]
+                # kinds of processors build nodes in orders of their own, and share one list of outputs
+                places = {one.name: place for place, one in enumerate(self.model.graph.nodes)}
+                self.taps = dict(sorted(self.taps.items(), key=lambda one: places[one[0]]))
                 self.graph.output((*outputs, *(one.mapped.node for one in self.taps.values())))
             elif not self._is_built(node):
                 self._build(node)
@@ -273,7 +276,7 @@ class Builder:
     def set_map(self, node: fx.Node, mapped: Mapped) -> None:
         """Record a tensor in a map."""
         self.maps[node] = mapped
-        if self.tapped and self.is_integer_node(node):
+        if self.tapped and self.is_integer_node(node) and not node.meta.get("is_part"):
             self.taps[node.name] = Tap(mapped, self.shape(node))
 
 
