@@ -25,7 +25,8 @@ from qcompile.backends.tvm.library import Library  # noqa: E402
 from qcompile.backends.tvm.maps import Map, from_memory, to_memory  # noqa: E402
 from qcompile.backends.tvm.packing import arrange, multiplier_bytes, pack, parts_of, runs_of  # noqa: E402
 from qcompile.backends.tvm.processors import ARM, X86, Architecture, Processor  # noqa: E402
-from qcompile.backends.tvm.specs import ACCUMULATOR, Layer, Output, Steps  # noqa: E402
+from qcompile.backends.tvm.scaled import in_float32  # noqa: E402
+from qcompile.backends.tvm.specs import ACCUMULATOR, Layer, Output, Scaled, Steps  # noqa: E402
 
 #: What runs a family that needs a feature: architecture, LLVM's attributes, flag of /proc/cpuinfo.
 PROCESSORS: dict[str, tuple[Architecture, dict[str, Any], str]] = {
@@ -203,11 +204,13 @@ def test_layers_with_epilogues_are_exact(seed: int, family: Family, tmp_path: Pa
     plain = Map(n, *sums.shape[2:], case["outputs"], "int32")
     levels, low_code = [(1, 0), (3, 2), (15, -8), (40, 0)][seed % 4]
     counted = Map(n, *sums.shape[2:], case["outputs"], "uint8", max(0, -low_code), (0, 1, 1, 0))
+    scaled = Map(n, *sums.shape[2:], case["outputs"], "uint8", 2)
     runs = runs_of(shape, source.padded, case["dilation"], groups)
     outputs = (
-        Output(out, (ACCUMULATOR, 0), *((-3, 15, 3) if seed % 2 else (0, 18))),
+        Output(out, (ACCUMULATOR, 0), *((-3, 15, 3) if seed % 2 else (0, 18, 0, seed % 4 == 0))),
         Output(plain, (ACCUMULATOR,), -(2**31), 2**31 - 1),
         Steps(counted, ACCUMULATOR, levels, low_code),
+        Scaled(scaled, ACCUMULATOR, 0, 15),
     )
     layer = Layer(
         source, runs, case["stride"], case["dilation"], (top, left), *sums.shape[2:], case["highest"],
@@ -236,21 +239,34 @@ def test_layers_with_epilogues_are_exact(seed: int, family: Family, tmp_path: Pa
     steps[0], steps[1 : 1 - low_code] = 1, -(2**31)
     steps[:, : case["outputs"]] = np.concatenate([sign, thresholds + sign * correction])
     reached = (sums * sign[0][per_channel] >= thresholds[:, None, :, None, None]).sum(0)
+    summands = np.full(scaled.padded, 2 << 26)  # channels that pad get the zero point
+    summands[: case["outputs"]] += constant - factors[0] * correction
+    slopes = np.zeros(scaled.padded, np.int64)
+    slopes[: case["outputs"]] = factors[0]
+    single = in_float32(slopes, summands, 26, 0, 15)
+    is_exact = single is not None  # it is not where a kernel's sums are far from the layer's, as in two cases
+    single = np.zeros(outputs[3].constants, np.float32) if single is None else single
     if family.time(layer) is None:
         pytest.skip("the family has no such layers")
     results = [
         np.zeros(out.shape, np.uint8),
         np.zeros(plain.shape, np.int32),
         np.zeros(counted.shape, np.uint8),
+        np.zeros(scaled.shape, np.uint8),
     ]
     packed = family.pack(vectors, layer)
     packed = np.concatenate([packed, multiplier_bytes(multipliers)]) if multiplied else packed
     arrays = [to_memory(codes, source), packed]
-    arrays += [to_memory(stream, plain), epilogue, raw, steps.astype(np.int32), *results]
-    coded, summed, stepped = run_kernel(family.build("layer", layer), arrays, 3, family, tmp_path)
+    arrays += [to_memory(stream, plain), epilogue, raw, steps.astype(np.int32), single, *results]
+    kernel = family.build("layer", layer)
+    coded, summed, stepped, rounded = run_kernel(kernel, arrays, len(results), family, tmp_path)
     np.testing.assert_array_equal(from_memory(summed, plain), sums)
     np.testing.assert_array_equal(from_memory(coded, out), np.clip(total >> 20, -3, 15))
     np.testing.assert_array_equal(from_memory(stepped, counted), low_code + reached)
+    alone = (sums * factors[0][per_channel] + constant[per_channel]) >> 26
+    if is_exact:
+        np.testing.assert_array_equal(from_memory(rounded, scaled), np.clip(alone, -2, 13))
+        assert (rounded[..., case["outputs"] :] == 2).all()
     assert (stepped[:, :, 0] == counted.zero_point).all()
     assert (stepped[..., case["outputs"] :] == counted.zero_point).all()  # channels that pad hold code 0
     inside = np.zeros(out.shape, bool)
