@@ -186,9 +186,10 @@ def test_what_follows_the_first_layer_stays_on_codes(pads: bool) -> None:
     _, values = graph.run_with_values((x,))
     names = {node.name: graph.operator_name(node) for node in graph.graph.nodes}
     inside = [name for name, kind in names.items() if "pool" in kind or "pad" in kind]
-    assert names[inside[0]] == ("aten.pad" if pads else "max_pool")
-    assert values[inside[0]].dtype == torch.uint8
-    assert int(values[inside[0]].max()) <= 3
+    assert [names[one] for one in inside] == ([] if pads else ["max_pool"])  # the convolution pads
+    for one in inside:
+        assert values[one].dtype == torch.uint8
+        assert int(values[one].max()) <= 3
     real = [name for name, value in values.items() if isinstance(value, Tensor) and value.is_floating_point()]
     assert {names[name] for name in real if names[name]} == {"dequantize"}  # of the logits
 

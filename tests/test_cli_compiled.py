@@ -100,7 +100,10 @@ def test_inspect_shows_kernels_and_working_memory(folder: Path, monkeypatch: Any
             ["lower", "m.qcm", "--target", "onnx-qdq", "--cpu", "znver4", "-o", "b"],
             "neither cpu nor features",
         ),
-        (["lower", "m.qcm", "--target", "x86", "--features", "sve", "-o", "b"], "knows amx, vnni, avx2"),
+        (
+            ["lower", "m.qcm", "--target", "x86", "--features", "sve", "-o", "b"],
+            "knows amx, bitalg, vnni, avx2",
+        ),
         (["lower", "m.qcm", "--target", "x86", "--cpu", "pentium", "-o", "b"], "lacks avx2"),
         (["lower", "m.qcm", "--target", "x86", "--cpu", "nonsense", "-o", "b"], "LLVM knows"),
         (["bench", "m.qcm", "--runs", "0"], "--runs must be at least 1"),

@@ -11,7 +11,7 @@ from verify_networks import LARGE_ONES_SLOW, NETWORKS, trained
 tvm = pytest.importorskip("tvm")
 
 from qcompile.backends.tvm import api  # noqa: E402
-from qcompile.backends.tvm.families import choose  # noqa: E402
+from qcompile.backends.tvm.costs import Costs  # noqa: E402
 from qcompile.backends.tvm.kernel_graph import Builder  # noqa: E402
 from qcompile.backends.tvm.lowering import import_graph, optimise  # noqa: E402
 from qcompile.backends.tvm.maps import from_memory  # noqa: E402
@@ -31,7 +31,7 @@ def test_kernels_compute_the_integer_graph(name: str) -> None:
     mode = model.prepared_modes[len(name) % 3]
     shapes = (tuple(x.shape),)
     integer = model.integer_model(mode, shapes)
-    builder = Builder(integer, shapes, lambda layer: choose(layer, processor.features), RULES, tapped=True)
+    builder = Builder(integer, shapes, Costs(X86, processor, False).choose, RULES, tapped=True)
     module = optimise(import_graph(builder.run(), shapes), target)
     machine = tvm.relax.VirtualMachine(tvm.compile(module, target=target), tvm.cpu())
     found = [one.numpy() for one in machine["main"](tvm.runtime.tensor(x.numpy()))]
