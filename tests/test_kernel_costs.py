@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Mapping
@@ -21,9 +22,10 @@ from qcompile.backends.tvm.costs import Costs  # noqa: E402
 from qcompile.backends.tvm.families import Family  # noqa: E402
 from qcompile.backends.tvm.maps import Map  # noqa: E402
 from qcompile.backends.tvm.packing import runs_of  # noqa: E402
-from qcompile.backends.tvm.processors import X86, Processor  # noqa: E402
+from qcompile.backends.tvm.present import present  # noqa: E402
+from qcompile.backends.tvm.processors import ARM, X86, Processor  # noqa: E402
 from qcompile.backends.tvm.specs import Layer  # noqa: E402
-from qcompile.errors import InvalidArgument, LoweringError  # noqa: E402
+from qcompile.errors import InvalidArgument  # noqa: E402
 from qcompile.verify import verify  # noqa: E402
 
 PROCESSOR = Processor("any", {}, frozenset(("bitalg", "vnni", "avx512", "avx2")), "1")
@@ -66,7 +68,6 @@ def test_the_fastest_that_was_measured_is_chosen_once(cache: Path, monkeypatch: 
     clock.seconds = {"vnni": 3e-6, "winograd": 1e-6}
     again = Costs(X86, PROCESSOR, True)
     assert again.choose(layer(2)).family.name == "vnni"
-    assert again.has_measured
     assert clock.calls == 1
     # what decides is the table of this layer alone
     assert again.choose(layer(4)).family.name == "winograd"
@@ -94,19 +95,29 @@ def test_tables_that_are_no_tables_are_measured_again(
     assert json.loads(table.read_text()) == good
 
 
-def test_estimates_decide_where_nothing_can_be_measured(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def absent(*_: Any) -> dict[str, float]:
-        raise LoweringError("compiled for any, which this processor lacks")
+def test_estimates_decide_where_nothing_is_measured(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*_: Any) -> dict[str, float]:
+        raise AssertionError("measured")
 
-    monkeypatch.setattr(costs, "measure", absent)
-    found = Costs(X86, PROCESSOR, True)
-    assert not found.choose(layer(2)).is_measured
-    assert not found.has_measured
-    monkeypatch.setattr(costs, "measure", Clock({}))  # not asked: the machine is known not to be one
-    assert not Costs(X86, PROCESSOR, True).choose(layer(2)).is_measured
+    monkeypatch.setattr(costs, "measure", forbidden)
+    assert not Costs(X86, PROCESSOR, False).choose(layer(2)).is_measured
     monkeypatch.setenv("QCOMPILE_COSTS", "estimate")
-    other = Processor("other", {}, PROCESSOR.features, "1")
-    assert not Costs(X86, other, True).choose(layer(2)).is_measured
+    assert not Costs(X86, PROCESSOR, True).choose(layer(2)).is_measured
+
+
+def test_this_machine_is_the_first_kind_whose_condition_holds() -> None:
+    flags = Path("/proc/cpuinfo").read_text()
+    kinds = X86.processors
+    here = present(X86, kinds)
+    assert (here is None) == ("avx2" not in flags.split())
+    if here is not None:
+        # every kind behind it is there, too, and none in front of it
+        index = kinds.index(here)
+        assert [present(X86, [one]) for one in kinds] == [None] * index + list(kinds[index:])
+        assert (index == 0) <= ("amx_int8" in flags.split())
+        assert ("avx512_vnni" in flags.split()) >= ("vnni" in here.features)
+    foreign = dataclasses.replace(ARM, machine=("no such machine",))
+    assert present(foreign, foreign.processors) is None
 
 
 def test_measured_models_are_exact_and_say_what_was_considered(cache: Path) -> None:

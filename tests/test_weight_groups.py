@@ -197,14 +197,22 @@ def test_machine_code_is_exact(prepared: tuple[QuantModel, Tensor], mode: str, k
 @pytest.mark.skipif("avx2" not in FLAGS or shutil.which("gcc") is None, reason="needs AVX2, and gcc")
 @pytest.mark.parametrize("target", ["x86", "arm"])
 def test_kinds_of_processors_with_and_without_a_kernel_share_an_object(
-    prepared: tuple[QuantModel, Tensor], target: str
+    prepared: tuple[QuantModel, Tensor], target: str, tmp_path: Path
 ) -> None:
     pytest.importorskip("tvm")
+    from qcompile.backends.tvm.artefact import make_artefact
+    from qcompile.backends.tvm.processors import ARM, X86
+
     if target == "arm" and shutil.which("qemu-aarch64") is None:
         pytest.skip("needs qemu-aarch64")
     model, x = prepared
     compiled = qcompile.lower(model, target, bits="w8a8", batch=1, threads=1)
     report = qcompile.verify(model, x[:1], bits="w8a8", target=compiled)
     assert report.exact, report
-    taps = [list(one.taps) for one in compiled._tapped.artefact.variants.values()]
+    architecture = {"x86": X86, "arm": ARM}[target]
+    every = make_artefact(
+        compiled.request, architecture, architecture.processors, None, tmp_path / "every", tapped=True
+    )
+    assert list(every.variants) == [one.name for one in architecture.processors]
+    taps = [list(one.taps) for one in every.variants.values()]
     assert taps[1:] == taps[:-1]

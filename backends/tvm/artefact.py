@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from .grouped import split_grouped_layers, with_multipliers_of_kernels
 from .kernel_graph import Builder, Tap
 from .lowering import culprits, import_graph, optimise
 from .plan import Call, Place, Plan, make_plan
-from .processors import Architecture, Processor, select
+from .processors import Architecture, Processor
 from .rules import RULES
 
 
@@ -72,24 +71,33 @@ class Artefact:
 
 
 def make_artefact(
-    request: LoweringRequest, architecture: Architecture, folder: Path, tapped: bool = False
+    request: LoweringRequest,
+    architecture: Architecture,
+    processors: Sequence[Processor],
+    measured: Processor | None,
+    folder: Path,
+    tapped: bool = False,
 ) -> Artefact:
     """Lower and link one mode.
 
+    Args:
+        request: what to lower.
+        architecture: of the device.
+        processors: kinds to compile for, the fastest first.
+        measured: the kind that this machine is: it decides for its layers by what it measures.
+        folder: for sources and objects.
+        tapped: whether every tensor of the integer graph is an output, too.
+
     Raises:
-        InvalidArgument: for an unknown cpu or feature.
         LoweringError: if an operator has no kernel, or the C compiler fails.
         MissingExtra: if the C compiler is not installed.
     """
     check_compiler(architecture)  # before the long work
     variants: dict[str, Variant] = {}
     parts: list[Part] = []
-    # the first kind that this machine is decides for its layers by what it measures
-    measures = platform.machine() in architecture.machine
-    for processor in select(architecture, request.cpu, request.features):
-        costs = Costs(architecture, processor, measures, request.tune)
+    for processor in processors:
+        costs = Costs(architecture, processor, processor is measured, request.tune)
         variant, part = _variant(request, architecture, processor, costs, tapped)
-        measures = measures and not costs.has_measured
         variants[variant.name] = variant
         parts.append(part)
     return Artefact(architecture, folder, build(architecture, parts, folder), variants)

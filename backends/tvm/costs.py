@@ -19,7 +19,6 @@ import numpy as np
 import torch
 
 from qcompile.backends.kept_json import keep, machine_name, place_of, read_kept
-from qcompile.errors import LoweringError
 
 from .families import FAMILIES, Family
 from .maps import FOUR, LANES, Map
@@ -54,12 +53,8 @@ class Costs:
 
     Args:
         architecture, processor: what is compiled for.
-        measures: whether layers are measured; False where a faster kind runs on this machine, or another
-            machine's code is compiled.
+        measures: whether layers are measured: this machine is such a processor.
         tune: whether every family is measured, for longer, and what the table has is measured again.
-
-    Attributes:
-        has_measured: whether this machine is such a processor, as far as was tried.
     """
 
     def __init__(
@@ -69,7 +64,6 @@ class Costs:
         # of families of one name the first is the one for the newest instructions
         self._able = {one.name: one for one in reversed(FAMILIES) if one.needs <= processor.features}
         self._measures = measures and os.environ.get("QCOMPILE_COSTS") != "estimate"
-        self.has_measured = False
         self._tune = tune
         self._known: dict[Layer, Choice] = {}
 
@@ -90,43 +84,26 @@ class Costs:
         tried = [name for name, time in estimates.items() if time <= limit]
         if self._measures and (len(tried) > 1 or self._tune):
             measured = self._measured(layer, tried)
-            if measured is not None:
-                return Choice(self._able[min(measured, key=measured.__getitem__)], measured, True)
+            return Choice(self._able[min(measured, key=measured.__getitem__)], measured, True)
         return Choice(self._able[min(estimates, key=estimates.__getitem__)], estimates, False)
 
-    def _measured(self, layer: Layer, names: list[str]) -> dict[str, float] | None:
-        """Seconds by family, from the table or measured now; None if this machine is no such processor."""
-        machine = [machine_name(), self._processor.name]
-        place, absent = (
-            place_of("kernels", [*machine, repr(layer), source_hash()]),
-            place_of("absent", machine),
-        )
-        if read_kept(absent) is not None:
-            return None
+    def _measured(self, layer: Layer, names: list[str]) -> dict[str, float]:
+        """Seconds by family, from the table or measured now."""
+        place = place_of("kernels", [machine_name(), self._processor.name, repr(layer), source_hash()])
         kept = _kept.get(place, read_kept(place))
-        found: dict[str, float] = {}
         if isinstance(kept, dict) and not self._tune:
             found = {
                 name: float(kept[name])
                 for name in names
                 if isinstance(kept.get(name), (int, float)) and kept[name] > 0
             }
-        if len(found) < len(names):
-            try:
-                found = measure(
-                    layer,
-                    {name: self._able[name] for name in names},
-                    self._architecture,
-                    self._processor,
-                    SECONDS * (LONGER if self._tune else 1),
-                )
-            except LoweringError:
-                self._measures = False  # not one of these processors
-                keep(absent, machine)
-                return None
-            _kept[place] = found
-            keep(place, found)
-        self.has_measured = True
+            if len(found) == len(names):
+                return found
+        families = {name: self._able[name] for name in names}
+        seconds = SECONDS * (LONGER if self._tune else 1)
+        found = measure(layer, families, self._architecture, self._processor, seconds)
+        _kept[place] = found
+        keep(place, found)
         return found
 
 

@@ -19,13 +19,15 @@ from qcompile.backends.target import Executable, LoweringRequest, Peak, Trace
 from qcompile.errors import InvalidArgument, LoweringError
 
 from .artefact import Artefact, make_artefact
+from .build import check_compiler
 from .emulated import Emulated
 from .export import export
 from .library import Library
 from .maps import from_memory
 from .peak import measure_peak
 from .plan import ALIGNMENT
-from .processors import Architecture
+from .present import present
+from .processors import Architecture, Processor, select
 
 
 class CompiledExecutable(Executable):
@@ -36,7 +38,8 @@ class CompiledExecutable(Executable):
         architecture: for which devices.
 
     Attributes:
-        artefact: what was compiled.
+        artefact: what was compiled, for the kind of processor that this machine is, or if it is none, that
+            emulators are. `export` compiles for the others.
     """
 
     def __init__(self, request: LoweringRequest, architecture: Architecture) -> None:
@@ -48,10 +51,18 @@ class CompiledExecutable(Executable):
             )
         self.is_native = platform.machine() in architecture.machine
         self._folder = tempfile.TemporaryDirectory(prefix=f"qcompile-{architecture.name}-")
-        self.artefact = make_artefact(request, architecture, Path(self._folder.name) / "model")
+        self._processors = select(architecture, request.cpu, request.features)
+        check_compiler(architecture)
+        self._present = present(architecture, self._processors)
+        self._processor = self._present or self._processors[0]
+        self.artefact = self._make("model", [self._processor])
         self.request = replace(request, tune=False)  # what is compiled later takes the same kernels
         self.library = self._open(self.artefact)
         self._tapped: Library | Emulated | None = None
+
+    def _make(self, name: str, processors: Sequence[Processor], tapped: bool = False) -> Artefact:
+        folder = Path(self._folder.name) / name
+        return make_artefact(self.request, self._architecture, processors, self._present, folder, tapped)
 
     def _open(self, artefact: Artefact) -> Library | Emulated:
         threads = self.request.threads or len(os.sched_getaffinity(0))
@@ -90,14 +101,16 @@ class CompiledExecutable(Executable):
 
         Raises:
             FileAccessError: if the folder cannot be written; nothing half-written is left.
+            LoweringError: if an operator has no kernel for another kind of processor.
         """
-        return export(self.artefact, self.request, folder)
+        if len(self._processors) == 1:
+            return export(self.artefact, self.request, folder)
+        return export(self._make("every", self._processors), self.request, folder)
 
     def trace(self, inputs: Sequence[NDArray[Any]]) -> Trace:
         """Run kernels that write every accumulator and code of the integer graph too."""
         if self._tapped is None:
-            folder = Path(self._folder.name) / "tapped"
-            self._tapped = self._open(make_artefact(self.request, self._architecture, folder, tapped=True))
+            self._tapped = self._open(self._make("tapped", [self._processor], tapped=True))
         results = self._run(
             self._tapped, [torch.from_numpy(np.require(one, requirements="C")) for one in inputs]
         )
@@ -112,16 +125,15 @@ class CompiledExecutable(Executable):
 
     def constants(self) -> Mapping[str, NDArray[Any]]:
         """Every array in the shared object, by the layer and the kernel's argument that it is."""
-        block, found = self.library.constants(), {}
-        for variant in self.artefact.variants.values():
-            for step, call in enumerate(variant.plan.calls):
-                layer, what = variant.layers.get(call.kernel, (call.kernel, "operator"))
-                for index, place in enumerate(call.arguments):
-                    if place.kind == "constant":
-                        start = self.artefact.constants.position(variant.plan, place)
-                        array = np.frombuffer(block[start : start + place.bytes], place.dtype)
-                        name = f"{layer}/{variant.name}_{step}_{what.replace(' ', '_')}_{index}"
-                        found[name] = array.reshape(place.shape)
+        block, found, variant = self.library.constants(), {}, self.artefact.first
+        for step, call in enumerate(variant.plan.calls):
+            layer, what = variant.layers.get(call.kernel, (call.kernel, "operator"))
+            for index, place in enumerate(call.arguments):
+                if place.kind == "constant":
+                    start = self.artefact.constants.position(variant.plan, place)
+                    array = np.frombuffer(block[start : start + place.bytes], place.dtype)
+                    name = f"{layer}/{variant.name}_{step}_{what.replace(' ', '_')}_{index}"
+                    found[name] = array.reshape(place.shape)
         return found
 
     def kernels(self) -> list[dict[str, Any]]:
@@ -162,14 +174,12 @@ class CompiledExecutable(Executable):
         """By the best instruction of the kind of processor that runs; None under emulation."""
         if not isinstance(self.library, Library):
             return None
-        kind = self.library.variant().name
-        processor = next(one for one in self._architecture.processors if one.name == kind)
         with tempfile.TemporaryDirectory(prefix="qcompile-peak-") as folder:
-            return measure_peak(self._architecture, processor, self.library.threads, Path(folder))
+            return measure_peak(self._architecture, self._processor, self.library.threads, Path(folder))
 
     def arena_bytes(self) -> int:
-        """Working memory of one model, the most that any kind of processor needs."""
-        return max(variant.plan.arena for variant in self.artefact.variants.values())
+        """Working memory of one model."""
+        return self.artefact.first.plan.arena
 
 
 def _aligned(value: Tensor) -> Tensor:

@@ -28,9 +28,9 @@ class Processor:
     condition: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Architecture:
-    """What a target of this backend compiles for.
+    """What a target of this backend compiles for; there is one object of each.
 
     Attributes:
         name: the target's.
@@ -39,7 +39,7 @@ class Architecture:
         compiler, package: the C compiler, and the Debian package that holds it.
         emulator, emulator_package: the same for user-mode emulation; empty if there is none.
         sysroot: where the emulator finds libraries of the platform.
-        processors: kinds, the fastest first.
+        processors: kinds, the fastest first; each has the features of the next.
         features: LLVM's names of the features that families need.
     """
 
