@@ -25,8 +25,8 @@ from qcompile.backends.tvm.library import Library  # noqa: E402
 from qcompile.backends.tvm.maps import Map, from_memory, to_memory  # noqa: E402
 from qcompile.backends.tvm.packing import arrange, multiplier_bytes, pack, parts_of, runs_of  # noqa: E402
 from qcompile.backends.tvm.processors import ARM, X86, Architecture, Processor  # noqa: E402
-from qcompile.backends.tvm.scaled import in_float32  # noqa: E402
-from qcompile.backends.tvm.specs import ACCUMULATOR, Layer, Output, Scaled, Steps  # noqa: E402
+from qcompile.backends.tvm.scaled import guarded, in_float32  # noqa: E402
+from qcompile.backends.tvm.specs import ACCUMULATOR, Guarded, Layer, Output, Scaled, Steps, Sums  # noqa: E402
 
 #: What runs a family that needs a feature: architecture, LLVM's attributes, flag of /proc/cpuinfo.
 PROCESSORS: dict[str, tuple[Architecture, dict[str, Any], str]] = {
@@ -205,12 +205,15 @@ def test_layers_with_epilogues_are_exact(seed: int, family: Family, tmp_path: Pa
     levels, low_code = [(1, 0), (3, 2), (15, -8), (40, 0)][seed % 4]
     counted = Map(n, *sums.shape[2:], case["outputs"], "uint8", max(0, -low_code), (0, 1, 1, 0))
     scaled = Map(n, *sums.shape[2:], case["outputs"], "uint8", 2)
+    guard = Map(n, *sums.shape[2:], case["outputs"], "uint8", 1)
     runs = runs_of(shape, source.padded, case["dilation"], groups)
     outputs = (
         Output(out, (ACCUMULATOR, 0), *((-3, 15, 3) if seed % 2 else (0, 18, 0, seed % 4 == 0))),
         Output(plain, (ACCUMULATOR,), -(2**31), 2**31 - 1),
         Steps(counted, ACCUMULATOR, levels, low_code),
         Scaled(scaled, ACCUMULATOR, 0, 15),
+        Guarded(guard, (ACCUMULATOR, 0), 0, 30),
+        Sums(plain),
     )
     layer = Layer(
         source, runs, case["stride"], case["dilation"], (top, left), *sums.shape[2:], case["highest"],
@@ -244,6 +247,22 @@ def test_layers_with_epilogues_are_exact(seed: int, family: Family, tmp_path: Pa
     slopes = np.zeros(scaled.padded, np.int64)
     slopes[: case["outputs"]] = factors[0]
     single = in_float32(slopes, summands, 26, 0, 15)
+    # values of at most 2^8 with 40 bits below the point, every second channel on boundaries between codes
+    reach = np.array([abs(sums).max() + abs(correction).max(initial=0), 2**20], np.int64)
+    units = 2 ** (46 - np.array([int(one).bit_length() for one in reach]))[:, None]
+    steep = rng.integers(-units, units + 1, (2, case["outputs"]))
+    steep[:, ::2] = units * rng.choice([-1, 1], steep[:, ::2].shape)
+    summed_up = rng.integers(-8, 40, case["outputs"]) << 40
+    exact = sums * steep[0][per_channel] + stream * steep[1][per_channel] + summed_up[per_channel]
+    bounded = np.zeros((3, guard.padded))
+    bounded[0] = 1 << 40
+    bounded[0, : case["outputs"]] += summed_up - steep[0] * correction
+    bounded[1:, : case["outputs"]] = steep
+    bounded *= 2.0**-40
+    both = guarded(bounded[1:], bounded[0], [reach[0], reach[1]])
+    assert both is not None
+    negative = np.zeros((1, plain.padded), np.int32)
+    negative[0, : case["outputs"]] = -correction
     is_exact = single is not None  # it is not where a kernel's sums are far from the layer's, as in two cases
     single = np.zeros(outputs[3].constants, np.float32) if single is None else single
     if family.time(layer) is None:
@@ -253,14 +272,20 @@ def test_layers_with_epilogues_are_exact(seed: int, family: Family, tmp_path: Pa
         np.zeros(plain.shape, np.int32),
         np.zeros(counted.shape, np.uint8),
         np.zeros(scaled.shape, np.uint8),
+        np.zeros(guard.shape, np.uint8),
+        np.zeros(plain.shape, np.int32),
     ]
     packed = family.pack(vectors, layer)
     packed = np.concatenate([packed, multiplier_bytes(multipliers)]) if multiplied else packed
     arrays = [to_memory(codes, source), packed]
-    arrays += [to_memory(stream, plain), epilogue, raw, steps.astype(np.int32), single, *results]
+    arrays += [to_memory(stream, plain), epilogue, raw, steps.astype(np.int32), single, both, negative]
+    arrays += results
     kernel = family.build("layer", layer)
-    coded, summed, stepped, rounded = run_kernel(kernel, arrays, len(results), family, tmp_path)
+    coded, summed, stepped, rounded, safe, added = run_kernel(kernel, arrays, len(results), family, tmp_path)
     np.testing.assert_array_equal(from_memory(summed, plain), sums)
+    np.testing.assert_array_equal(from_memory(added, plain), sums)
+    np.testing.assert_array_equal(from_memory(safe, guard), np.clip(exact >> 40, -1, 29))
+    assert (safe[..., case["outputs"] :] == 1).all()
     np.testing.assert_array_equal(from_memory(coded, out), np.clip(total >> 20, -3, 15))
     np.testing.assert_array_equal(from_memory(stepped, counted), low_code + reached)
     alone = (sums * factors[0][per_channel] + constant[per_channel]) >> 26

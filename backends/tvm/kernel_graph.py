@@ -97,6 +97,7 @@ class Builder:
         self._names: set[str] = set()
         self._open: set[fx.Node] = set()
         self._absorbed: set[fx.Node] = set()
+        self._largest: dict[fx.Node, int] = {}
 
     def run(self) -> fx.GraphModule:
         """Build every node."""
@@ -166,6 +167,19 @@ class Builder:
     def dtype(self, node: fx.Node) -> str:
         """Element type of a node's tensor."""
         return str(self.values[node].dtype).removeprefix("torch.")
+
+    def largest(self, node: fx.Node) -> int:
+        """A bound on the magnitude of a node's integers, as it is known."""
+        name = self.model.operator_name(node)
+        if name == "requantize":
+            return max(abs(int(one)) for one in node.args[4:6])
+        if name == "max_pool":
+            return self.largest(node.args[0])
+        return self._largest.get(node, 2 ** {"uint8": 8, "int8": 7}.get(self.dtype(node), 63))
+
+    def set_largest(self, node: fx.Node, bound: int) -> None:
+        """Record a bound on the magnitude of a node's integers."""
+        self._largest[node] = bound
 
     def array(self, node: fx.Node) -> NDArray[Any]:
         """Content of a constant."""

@@ -116,6 +116,77 @@ class Scaled:
 
 
 @dataclass(frozen=True)
+class Guarded:
+    """Codes that an epilogue writes: clip(floor(constant + sum of multiplier * term), low, high).
+
+    In float32, with a margin on both sides that covers all its roundings: where both ends get one code, it is
+    the right one. Where they do not, which is seldom, the vector is computed again as `Output` is.
+
+    The constants are int32, the bits of (2 + terms, channels) float32, first the constant less the margin,
+    then the multipliers, then twice the margin; behind them those of the float64 of `Output`. They are made
+    by `scaled.guarded`.
+
+    Attributes:
+        map: where it goes.
+        terms: as in `Output`.
+        low, high: as stored, zero point included; not below 0.
+    """
+
+    map: Map
+    terms: tuple[int, ...]
+    low: int
+    high: int
+
+    @property
+    def stored(self) -> tuple[int, int]:
+        """Least and largest value in memory."""
+        return self.low, self.high
+
+    #: Element type of the constants.
+    dtype: ClassVar[str] = "int32"
+
+    @property
+    def exact(self) -> Output:
+        """The same in float64."""
+        return Output(self.map, self.terms, self.low, self.high)
+
+    @property
+    def constants(self) -> tuple[int, int]:
+        """Shape of the array of constants."""
+        return 2 + len(self.terms) + 2 * (1 + len(self.terms)), self.map.padded
+
+
+@dataclass(frozen=True)
+class Sums:
+    """The accumulators of a layer, for others to read: accumulator + constant.
+
+    The constants are int32: (1, channels).
+
+    Attributes:
+        map: where it goes.
+    """
+
+    map: Map
+
+    #: Element type of the constants.
+    dtype: ClassVar[str] = "int32"
+
+    @property
+    def stored(self) -> tuple[int, int]:
+        """Least and largest value in memory."""
+        return -(2**31), 2**31 - 1
+
+    @property
+    def constants(self) -> tuple[int, int]:
+        """Shape of the array of constants."""
+        return 1, self.map.padded
+
+
+#: What an epilogue writes.
+Written = Output | Steps | Scaled | Guarded | Sums
+
+
+@dataclass(frozen=True)
 class Layer:
     """A quantised convolution or linear layer with everything behind it.
 
@@ -148,7 +219,7 @@ class Layer:
     numerator: int
     shift: int
     is_depthwise: bool
-    outputs: tuple[Output | Steps | Scaled, ...]
+    outputs: tuple[Written, ...]
     others: tuple[Map, ...]
     multiplied: int = 0
 

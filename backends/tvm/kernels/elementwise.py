@@ -6,11 +6,11 @@ from typing import Any
 
 from .. import api
 from ..maps import LANES, Map
-from ..specs import Output, Scaled, Steps
+from ..specs import Written
 from .epilogue import clear_border, write_output
 
 
-def epilogue_kernel(name: str, output: Output | Steps | Scaled, others: tuple[Map, ...]) -> Any:
+def epilogue_kernel(name: str, output: Written, others: tuple[Map, ...]) -> Any:
     """An epilogue that no layer takes in."""
     map = output.map
     buffers: list[api.Argument] = [(f"other_{i}", one.shape, one.dtype) for i, one in enumerate(others)]

@@ -1,7 +1,7 @@
 """Epilogues: from accumulators and other integers to the next codes.
 
-Requantisations are computed in float64, which is exact here, or in float32 where that was found to be exact;
-thresholds are compared in integers.
+Requantisations are computed in float64, which is exact here, or in float32 where that was found to be exact,
+or where a margin shows that it is; thresholds are compared in integers.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from typing import Any
 
 from .. import api
 from ..maps import LANES, Map
-from ..specs import ACCUMULATOR, Output, Scaled, Steps
+from ..specs import ACCUMULATOR, Guarded, Output, Scaled, Steps, Sums, Written
 
 #: Comparisons with thresholds that are written out; more are a loop.
 MOST_COMPARISONS = 16
 
 
 def write_output(
-    output: Output | Steps | Scaled,
+    output: Written,
     target: Any,
     constants: Any,
     others: Sequence[tuple[Map, Any]],
@@ -49,8 +49,16 @@ def write_output(
         integer = _scaled(output, constants, value(output.term)[0], channel, lanes)
     elif isinstance(output, Steps):
         integer = _counted(output, constants, *value(output.term), channel, lanes)
+    elif isinstance(output, Sums):
+        integer = accumulator + api.load(constants, channel, lanes)
+    elif isinstance(output, Guarded):
+        integer = _guarded(output, constants, [value(one)[0] for one in output.terms], channel, lanes)
     else:
-        integer = _requantised(output, constants, [value(one)[0] for one in output.terms], channel, lanes)
+
+        def row(index: int) -> Any:
+            return api.load(constants, index * output.map.padded + channel, lanes)
+
+        integer = _requantised(output, row, [value(one)[0] for one in output.terms], lanes)
     least, largest = output.stored
     if output.map.channels < output.map.padded and not least <= output.map.zero_point <= largest:
         # the clip moved the channels that pad away from code 0, which readers count on
@@ -61,21 +69,49 @@ def write_output(
     api.store(target, stored, place(output.map) + channel, lanes)
 
 
-def _requantised(output: Output, constants: Any, values: Sequence[Any], channel: Any, lanes: int) -> Any:
-    """clip(floor(constant + sum of multiplier * value), low, high) + offset, int32."""
-    channels = output.map.padded
-    total = api.load(constants, channel, lanes)
-    for row, value in enumerate(values, start=1):
-        multiplier = api.load(constants, row * channels + channel, lanes)
-        total = total + api.cast(value, "float64", lanes) * multiplier
+def _requantised(output: Output, row: Callable[[int], Any], values: Sequence[Any], lanes: int) -> Any:
+    """clip(floor(row 0 + sum of row i * value i), low, high) + offset, int32."""
+    total = row(0)
+    for index, value in enumerate(values, start=1):
+        total = total + api.cast(value, "float64", lanes) * row(index)
     if output.is_bounded and output.low >= 0:  # what lies below 0 is clipped, wherever it is truncated to
-        low, high = (api.constant(one, "int32", lanes) for one in (output.low, output.high))
-        integer = api.maximum(api.minimum(api.cast(total, "int32", lanes), high), low)
+        integer = _clipped(api.cast(total, "int32", lanes), output.low, output.high, lanes)
     else:
         real = total if output.low >= 0 else api.floor(total)
         low, high = (api.constant(float(one), "float64", lanes) for one in (output.low, output.high))
         integer = api.cast(api.maximum(api.minimum(real, high), low), "int32", lanes)
     return integer + api.constant(output.offset, "int32", lanes) if output.offset else integer
+
+
+def _clipped(integer: Any, low: int, high: int, lanes: int) -> Any:
+    least, largest = (api.constant(one, "int32", lanes) for one in (low, high))
+    return api.maximum(api.minimum(integer, largest), least)
+
+
+def _guarded(output: Guarded, constants: Any, values: Sequence[Any], channel: Any, lanes: int) -> Any:
+    """The code of both ends of the margin; if they differ anywhere, all in float64. Floors truncate, as in
+    `_scaled`."""
+    channels, rows = output.map.padded, 2 + len(values)
+
+    def single(index: int) -> Any:
+        return api.reinterpret(api.load(constants, index * channels + channel, lanes), f"float32x{lanes}")
+
+    def double(index: int) -> Any:
+        start = (rows + 2 * index) * channels + 2 * channel
+        return api.reinterpret(api.load(constants, start, 2 * lanes), f"float64x{lanes}")
+
+    total = single(0)
+    for index, value in enumerate(values, start=1):
+        total = api.fused(api.cast(value, "float32", lanes), single(index), total, lanes)
+    # in registers, because an expression is evaluated again wherever it stands
+    real, codes = api.registers(1, lanes, "float32"), api.registers(1, lanes, "int32")
+    api.store(real, total, 0, lanes)
+    api.store(codes, api.cast(api.load(real, 0, lanes), "int32", lanes), 0, lanes)
+    other = api.cast(api.load(real, 0, lanes) + single(rows - 1), "int32", lanes)
+    either = api.intrinsic("int32", f"llvm.vector.reduce.or.v{lanes}i32", api.load(codes, 0, lanes) - other)
+    with api.when(api.differs(either, 0)):
+        api.store(codes, _requantised(output.exact, double, values, lanes), 0, lanes)
+    return _clipped(api.load(codes, 0, lanes), output.low, output.high, lanes)
 
 
 def _scaled(output: Scaled, constants: Any, value: Any, channel: Any, lanes: int) -> Any:

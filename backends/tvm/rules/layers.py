@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +17,9 @@ from ..kernel_graph import Builder, Mapped, Tap, extents, padding_of
 from ..kernels.elementwise import epilogue_kernel
 from ..maps import Map
 from ..packing import arrange, multiplier_bytes, runs_of
-from ..specs import ACCUMULATOR, Layer, Output, Scaled, Steps
+from ..specs import ACCUMULATOR, Layer, Sums, Written
 from .arguments import channels_last, layer_of, spatial, varies_by_channel
-from .outputs import Sums, output_of
+from .outputs import Accumulators, output_of
 from .thresholds import steps
 
 
@@ -77,27 +78,27 @@ def accumulate(builder: Builder, node: fx.Node) -> None:
     if int(bound.max(initial=0)) >= 2**31 - 1:
         raise LoweringError("sums of its products may exceed 32 bits; lower to onnx-qdq")
     correction = (source.map.zero_point - family.bias(layer)) * effective.sum((1, 3)).reshape(-1)
-    sums = Sums(node, correction, bound)
-    outputs: list[Output | Steps | Scaled] = []
+    builder.set_largest(node, int(bound.max(initial=0)))
+    sums = Accumulators(node, correction, bound)
+    outputs: list[Written] = []
     constants: list[fx.Node] = []
     others: list[Mapped] = []
     nodes: list[tuple[fx.Node, Map]] = []
+    output: Written
+    table: NDArray[Any]
     for user in fused:
         if builder.model.operator_name(user) == "threshold":
-            counted, levels = steps(builder, user, not is_conv, ACCUMULATOR, correction)
-            outputs.append(counted)
-            constants.append(builder.constant(f"{user.name}_constants", levels))
+            output, table = steps(builder, user, not is_conv, ACCUMULATOR, correction)
         else:
-            output, table, more = output_of(builder, user, not is_conv, sums, len(others))
-            others += more
-            outputs.append(output)
-            constants.append(builder.constant(f"{user.name}_constants", table))
-        nodes.append((user, outputs[-1].map))
+            output, table = output_of(builder, user, not is_conv, sums, others)
+        outputs.append(output)
+        constants.append(builder.constant(f"{user.name}_constants", table))
+        nodes.append((user, output.map))
     if raw:
         map = builder.map_of(node, not is_conv, "int32")
-        outputs.append(Output(map, (ACCUMULATOR,), -(2**31), 2**31 - 1))
-        table = np.zeros((2, map.padded))
-        table[0, : len(correction)], table[1] = -correction[: map.padded], 1.0
+        outputs.append(Sums(map))
+        table = np.zeros((1, map.padded), np.int32)
+        table[0, : map.channels] = -correction[: map.channels]
         constants.append(builder.constant(f"{node.name}_sums", table))
         nodes.append((node, map))
     layer = replace(layer, outputs=tuple(outputs), others=tuple(one.map for one in others))
@@ -138,7 +139,8 @@ def requantize(builder: Builder, node: fx.Node) -> None:
     if not alike or not all(varies_by_channel(builder, node, one, rows) for one in constants):
         _by_element(builder, node, constants)
         return
-    output, table, others = output_of(builder, node, rows, None, 0)
+    others: list[Mapped] = []
+    output, table = output_of(builder, node, rows, None, others)
     maps = tuple(one.map for one in others)
     (made,) = builder.kernel(
         layer_of(node),

@@ -9,16 +9,16 @@ from numpy.typing import NDArray
 from torch import fx
 
 from ..kernel_graph import Builder, Mapped
-from ..scaled import LIMIT, in_float32
-from ..specs import ACCUMULATOR, Output, Scaled
+from ..scaled import LIMIT, guarded, in_float32
+from ..specs import ACCUMULATOR, Guarded, Output, Scaled
 from .arguments import by_channel
 
 #: Bits below the point of a sum to which 128 can be added without leaving 53 bits.
 _MOST_SHIFT = 44
 
 
-class Sums(NamedTuple):
-    """Accumulators of a layer, as its kernel holds them.
+class Accumulators(NamedTuple):
+    """Sums of a layer, as its kernel holds them.
 
     Attributes:
         node: of the integer graph.
@@ -32,16 +32,16 @@ class Sums(NamedTuple):
 
 
 def output_of(
-    builder: Builder, node: fx.Node, rows: bool, sums: Sums | None, offset: int
-) -> tuple[Output | Scaled, NDArray[np.floating[Any]], list[Mapped]]:
-    """A requantisation: what it writes, its constants, the maps it reads besides a layer's sums.
+    builder: Builder, node: fx.Node, rows: bool, sums: Accumulators | None, others: list[Mapped]
+) -> tuple[Output | Scaled | Guarded, NDArray[Any]]:
+    """A requantisation: what it writes, and its constants.
 
     Args:
         builder: the graph under construction.
         node: the `requantize`.
         rows: whether channels are the last dimension.
         sums: of the layer that computes it, or None.
-        offset: further inputs that the kernel has already.
+        others: further inputs of the kernel; what it lacks is appended.
     """
     inputs, multipliers, constant = node.args[:3]
     shift, low, high = (int(one) for one in node.args[3:])
@@ -53,28 +53,33 @@ def output_of(
     table = np.zeros((1 + len(inputs), map.padded), np.int64)
     table[0, real] = by_channel(builder, node, constant, rows, map.channels)
     terms: list[int] = []
-    others: list[Mapped] = []
+    bounds: list[NDArray[np.float64]] = []
     for index, (one, multiplier) in enumerate(zip(inputs, multipliers, strict=True), start=1):
         factors = by_channel(builder, node, multiplier, rows, map.channels).astype(np.int64)
         table[index, real] = factors
         if sums is not None and one is sums.node:
             terms.append(ACCUMULATOR)
             table[0, real] -= factors * sums.correction[real]
+            bounds.append(np.pad(sums.bound[real], (0, map.padded - map.channels)).astype(np.float64))
             continue
         other = builder.mapped(one, rows)
-        terms.append(offset + len(others))
-        others.append(other)
+        if other not in others:
+            others.append(other)
+        terms.append(others.index(other))
         table[0, real] -= factors * other.map.zero_point
+        bounds.append(np.array(builder.largest(one) + other.map.zero_point, np.float64))
     table[0] += zero << shift
     low, high = low + zero, high + zero
     added = map.zero_point - zero
-    is_bounded = False
-    if sums is not None and terms == [ACCUMULATOR]:
-        if is_code and not added:
+    reals = table * 2.0**-shift
+    if is_code and not added:
+        if terms == [ACCUMULATOR]:
             found = in_float32(table[1], table[0], shift, low, high)
             if found is not None:
-                return Scaled(map, ACCUMULATOR, low, high), found, others
-        most = abs(table[1, real]) * sums.bound[real].astype(np.float64) + abs(table[0, real])
-        is_bounded = float(most.max(initial=0)) * 2.0**-shift < LIMIT - 1
-    output = Output(map, tuple(terms), low, high, added, is_bounded)
-    return output, table * 2.0**-shift, others
+                return Scaled(map, ACCUMULATOR, low, high), found
+        bits = guarded(reals[1:], reals[0], bounds)
+        if bits is not None:
+            return Guarded(map, tuple(terms), low, high), bits
+    largest = abs(reals[0]) + sum(abs(m) * bound for m, bound in zip(reals[1:], bounds, strict=True))
+    is_bounded = float(largest.max(initial=0)) < LIMIT - 1
+    return Output(map, tuple(terms), low, high, added, is_bounded), reals
