@@ -67,6 +67,7 @@ def test_the_processor_is_chosen_when_the_model_starts(
     assert (tmp_path / "cortex-a72.bin").read_bytes() == (tmp_path / "cortex-a76.bin").read_bytes()
 
 
+@pytest.mark.slow
 def test_bit_serial_kernels_are_picked_where_they_are_cheaper_and_are_exact(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -14,9 +14,8 @@ from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 import qcompile
 
 NETWORKS = [
-    "residual",
     "signal",
-    *(pytest.param(name, marks=pytest.mark.slow) for name in ("plain", "mobile", "dense")),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("residual", "plain", "mobile", "dense")),
 ]
 
 
@@ -50,7 +49,9 @@ def test_each_uniform_mode_is_one_graph_and_policies_share_one(name):
     assert counter.frame_count == len(qcompile.modes(model)) + 1
 
 
-@pytest.mark.parametrize("form", ["backward", "per mode", "whole"])
+@pytest.mark.parametrize(
+    "form", ["backward", *(pytest.param(one, marks=pytest.mark.slow) for one in ("per mode", "whole"))]
+)
 def test_joint_losses_compile_once(form):
     model, x = trained("residual")
     model.train()
@@ -150,6 +151,7 @@ def test_eval_mode_is_one_graph_for_all_modes_and_exact(name):
     torch.testing.assert_close(compiled(x), model(x), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_models_do_not_use_up_each_others_graphs():
     counter = CompileCounter()
     for _ in range(3):

@@ -154,6 +154,7 @@ def test_a_file_holds_their_codes(tmp_path) -> None:
     assert torch.equal(loaded(X), qcompile.at(ready, 2)(X))
 
 
+@pytest.mark.slow
 def test_they_compile() -> None:
     _, ready = prepared(Turned)
     ready.train()

@@ -11,14 +11,22 @@ import torch
 import qcompile
 
 RECIPES = ("model", "per mode", "joint")
+
+#: Recipes, and how many micro-batches a step has; the others are left to the slow suite.
+FAST = (("model", 2), ("per mode", 1), ("joint", 1))
+SLOW = tuple((recipe, micro) for recipe in RECIPES for micro in (1, 2) if (recipe, micro) not in FAST)
 DOUBLE = {"dtype": torch.float64}
 
-_JOBS: dict[str, tuple[Any, dict[str, Any]]] = {
-    **{
+
+def _steps(kinds: tuple[tuple[str, int], ...]) -> dict[str, tuple[Any, dict[str, Any]]]:
+    return {
         f"{recipe}, {micro}": (rank_jobs.train, {"recipe": recipe, "micro": micro, **DOUBLE})
-        for recipe in RECIPES
-        for micro in (1, 2)
-    },
+        for recipe, micro in kinds
+    }
+
+
+_JOBS: dict[str, tuple[Any, dict[str, Any]]] = {
+    **_steps(FAST),
     **{
         f"{recipe}, float32": (rank_jobs.train, {"recipe": recipe, "dtype": torch.float32, "steps": 1})
         for recipe in RECIPES
@@ -57,13 +65,27 @@ def on_two() -> dict[str, list[Any]]:
 
 
 @pytest.fixture(scope="module")
+def others_on_two() -> dict[str, list[Any]]:
+    return _run(_steps(SLOW))
+
+
+@pytest.fixture(scope="module")
 def schemes_on_two() -> dict[str, list[Any]]:
     return _run(_JOBS_OF_SCHEMES)
 
 
-@pytest.mark.parametrize("micro", [1, 2])
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(("recipe", "micro"), FAST)
 def test_twenty_steps_give_the_losses_of_one_rank(on_two, recipe, micro):
+    _check_steps(on_two, recipe, micro)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("recipe", "micro"), SLOW)
+def test_twenty_steps_of_the_others_do(others_on_two, recipe, micro):
+    _check_steps(others_on_two, recipe, micro)
+
+
+def _check_steps(on_two, recipe, micro):
     expected, gradients, state = rank_jobs.train(0, 1, "alone", torch.float64, micro=micro)
     assert abs(float(expected[0]) - float(expected[-1])) > 1e-2  # it trains
     for losses, found, end in on_two[f"{recipe}, {micro}"]:

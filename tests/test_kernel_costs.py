@@ -120,6 +120,7 @@ def test_this_machine_is_the_first_kind_whose_condition_holds() -> None:
     assert present(foreign, foreign.processors) is None
 
 
+@pytest.mark.slow
 def test_measured_models_are_exact_and_say_what_was_considered(cache: Path) -> None:
     torch.manual_seed(0)
     model = trained(Residual, images())

@@ -75,7 +75,9 @@ def test_statistics_are_the_mean_over_batches_of_what_the_policy_gives(name):
     assert measured.statistics.keys() == _norms(model).keys()
 
 
-@pytest.mark.parametrize("scheme", ["vertical", "quantizable", "n2uq"])
+@pytest.mark.parametrize(
+    "scheme", ["vertical", *(pytest.param(one, marks=pytest.mark.slow) for one in ("quantizable", "n2uq"))]
+)
 def test_every_use_of_a_policy_normalises_with_them(scheme):
     net, x = example("residual")
     config = N2UQConfig(activation_scale="data") if scheme == "n2uq" else None

@@ -54,7 +54,7 @@ def _gradients(model: nn.Module) -> dict[str, Tensor | None]:
 
 @pytest.mark.parametrize(
     "scheme",
-    [pytest.param(one, marks=[] if one == "n2uq" else pytest.mark.slow) for one in qcompile.schemes()],
+    [pytest.param(one, marks=[] if one == "vertical" else pytest.mark.slow) for one in qcompile.schemes()],
 )
 def test_each_mode_compiles_once_without_breaks(scheme):
     model, x, _ = _of(scheme)

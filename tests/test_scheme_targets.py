@@ -77,11 +77,11 @@ def test_onnx_models_of_loaded_files_are_exact(name: str, target: str, tmp_path:
 @pytest.mark.parametrize(
     ("name", "target", "bits"),
     [
-        ("quantizable", "x86", 8),
+        pytest.param("quantizable", "x86", 8, marks=pytest.mark.slow),
         ("n2uq", "x86", 2),
-        ("n2uq", "arm", 3),
+        pytest.param("n2uq", "arm", 3, marks=pytest.mark.slow),
         ("multibranch", "x86", 4),
-        ("multibranch with a half branch", "x86", 3),
+        pytest.param("multibranch with a half branch", "x86", 3, marks=pytest.mark.slow),
     ],
 )
 def test_compiled_models_are_exact(name: str, target: str, bits: int, tmp_path: Path) -> None:

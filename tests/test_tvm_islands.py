@@ -52,7 +52,13 @@ def lowered(island: Callable[[], nn.Module]) -> tuple[Any, Any, Any]:
     return model, x, qcompile.lower(model, "x86", bits=2, batch=len(x[0]), threads=1, features=("avx2",))
 
 
-@pytest.mark.parametrize("name", EQUAL)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(one, marks=pytest.mark.slow) if one in ("group norm", "instance norm") else one
+        for one in EQUAL
+    ],
+)
 def test_islands_equal_torch(name: str) -> None:
     model, x, compiled = lowered(lambda: Function(EQUAL[name]))
     with torch.no_grad():

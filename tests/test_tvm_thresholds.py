@@ -87,7 +87,7 @@ def test_a_changed_threshold_of_the_shared_object_names_the_layer(
     assert any("layer 'expand': constant" in one for one in report.failures)
 
 
-@pytest.mark.parametrize("levels", [3, 20])
+@pytest.mark.parametrize("levels", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_thresholds_of_all_kinds_of_integers_are_exact(levels: int) -> None:
     request, x = request_of_corners(levels)
     compiled = X86Target().compile(replace(request, features=("avx2",)))

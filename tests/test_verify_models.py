@@ -146,7 +146,9 @@ class NormalisedSum(nn.Module):
         return torch.relu(self.conv_norm(self.conv(x)) + self.norm(x))
 
 
-@pytest.mark.parametrize(("scheme", "modes"), [("vertical", (2, 8)), ("n2uq", (2, 4))])
+@pytest.mark.parametrize(
+    ("scheme", "modes"), [("vertical", (2, 8)), pytest.param("n2uq", (2, 4), marks=pytest.mark.slow)]
+)
 def test_sums_whose_bounds_grow_with_the_depth(scheme: str, modes: tuple[int, ...]) -> None:
     blocks = [NormalisedSum(4) for _ in range(16)]
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), *blocks, nn.Flatten(), nn.LazyLinear(3))

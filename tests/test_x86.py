@@ -37,7 +37,7 @@ NETWORKS: dict[str, tuple[type[nn.Module], torch.Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", ["residual", pytest.param("gate", marks=pytest.mark.slow)])
 def test_networks_are_exact(name: str) -> None:
     kind, x = NETWORKS[name]
     report = verify(trained(kind, x), x, bits=2, target="x86")
@@ -45,7 +45,9 @@ def test_networks_are_exact(name: str) -> None:
     assert report.exact
 
 
-@pytest.mark.parametrize("kind", ["amx", "bitalg", "vnni", "avx2"])
+@pytest.mark.parametrize(
+    "kind", ["amx", "avx2", *(pytest.param(one, marks=pytest.mark.slow) for one in ("bitalg", "vnni"))]
+)
 def test_every_kind_of_processor_is_exact(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     needed = {"avx2": "avx2", "bitalg": "avx512_bitalg"}.get(kind, "avx512_vnni")
     if needed not in FLAGS:

@@ -101,6 +101,7 @@ def test_a_factor_of_a_sum_behind_a_float_convolution_counts() -> None:
     check(Network(forward, stem=conv(3), a=conv(), head=conv()), torch.randn(2, 3, 8, 8))
 
 
+@pytest.mark.slow
 def test_what_differs_in_scale_along_other_dimensions_than_channels_is_joined_and_added() -> None:
     class Rows(nn.Module):
         def __init__(self) -> None:

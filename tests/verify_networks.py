@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -237,8 +237,27 @@ class Norms(nn.Module):
         return self.head(self.last(x.mean((2, 3))))
 
 
+#: Models that were trained before, with the state of the random numbers behind them and what names them.
+_TRAINED: dict[tuple[Any, ...], tuple[QuantModel, Tensor, Any]] = {}
+
+
 def trained(network: Callable[[], nn.Module], x: Tensor, steps: int = 3, **options: Any) -> QuantModel:
-    """Build and prepare a network and train it for a few steps, so that every mode has its own parameters."""
+    """Build and prepare a network and train it for a few steps, so that every mode has its own parameters.
+
+    Every caller gets a copy of its own.
+    """
+    key = (network, tuple(x.shape), str(x.dtype), x.numpy().tobytes(), steps, repr(sorted(options.items())))
+    if key not in _TRAINED:
+        model = _trained(network, x, steps, options)
+        _TRAINED[key] = (model, torch.get_rng_state(), options)
+    model, state, _ = _TRAINED[key]
+    torch.set_rng_state(state)
+    return deepcopy(model)
+
+
+def _trained(
+    network: Callable[[], nn.Module], x: Tensor, steps: int, options: Mapping[str, Any]
+) -> QuantModel:
     torch.manual_seed(0)
     prepared = qcompile.prepare(network(), x, **options)
     prepared.train()
