@@ -24,13 +24,13 @@ from .families import FAMILIES, Family
 from .maps import FOUR, LANES, Map
 from .packing import multiplier_bytes
 from .processors import Architecture, Processor
-from .specs import ACCUMULATOR, Layer, Output
+from .specs import ACCUMULATOR, Layer, Scaled
 
 #: Families are tried whose estimate is at most so many times the least one.
 WORTHWHILE = 2.5
 
 #: Seconds that a family is run for, and how many times as long for `tune`.
-SECONDS, LONGER = 0.004, 10
+SECONDS, LONGER = 0.01, 10
 
 
 @dataclass(frozen=True)
@@ -143,10 +143,10 @@ def measure(
     from .library import Library
 
     target = Map(layer.source.n, layer.h, layer.w, layer.blocks * LANES, "uint8")
-    probe = replace(layer, outputs=(Output(target, (ACCUMULATOR,), 0, 255, is_bounded=True),))
+    probe = replace(layer, outputs=(Scaled(target, ACCUMULATOR, 0, 255),))
     vectors = np.zeros((layer.blocks, layer.runs.vectors, LANES, FOUR), np.int16)
     codes = torch.randint(0, layer.highest + 1, layer.source.shape, dtype=torch.uint8)
-    constants = torch.full(probe.outputs[0].constants, 2.0**-8, dtype=torch.float64)
+    constants = torch.full(probe.outputs[0].constants, 2.0**-8)
     steps, given = [], []
     for family in families.values():
         packed = family.pack(vectors, probe)

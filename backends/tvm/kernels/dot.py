@@ -9,6 +9,7 @@ for every tile of pixels
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -63,7 +64,7 @@ def dot_kernel(name: str, layer: Layer, dot: Dot) -> Any:
     tile, groups, lanes = tile_of(layer, dot), groups_of(layer.runs), dot.lanes
     frame = Frame(name, layer, layer.blocks * groups * layer.bits * 64, tile, unpacked_form(layer), dot.bias)
     parts = LANES // lanes
-    vectors = tile.pixels * tile.blocks * parts
+    per_pixel = tile.blocks * parts
     size = groups * GROUP * 64
 
     def task(group: Any, first: Any, last: Any) -> None:
@@ -72,17 +73,19 @@ def dot_kernel(name: str, layer: Layer, dot: Dot) -> Any:
             unpack_block(layer, frame.weights, group * tile.blocks + q, groups, unpacked, q * size)
         with api.serial(first, last) as t:
             n, y, x = frame.pixel(t)
-            registers = api.registers(vectors * dot.sums, lanes, "int32")
-            for i in range(vectors * dot.sums):
-                api.store(registers, api.constant(0, "int32", lanes), i * lanes, lanes)
+            # an array per vector of outputs, which is small enough for the stack
+            registers = [api.registers(tile.pixels * dot.sums, lanes, "int32") for _ in range(per_pixel)]
+            for one, i in itertools.product(registers, range(tile.pixels * dot.sums)):
+                api.store(one, api.constant(0, "int32", lanes), i * lanes, lanes)
             for run, start in enumerate(layer.runs.starts):
                 add_run(unpacked, registers, run, frame.input(n, y, x, start) + frame.first_channel(group))
-            for p in range(tile.pixels):
-                for i in range(tile.blocks * parts):
-                    total = dot.finish(sums(registers, p * tile.blocks * parts + i))
+            # a loop, which LLVM writes out late: else it mixes epilogues into the products of short sums
+            with api.serial(0, tile.pixels) as p:
+                for i, one in enumerate(registers):
+                    total = dot.finish(sums(one, p))
                     frame.write(total, group * tile.blocks * LANES + i * lanes, n, y, x + p, lanes)
 
-    def add_run(unpacked: Any, registers: Any, run: int, base: Any) -> None:
+    def add_run(unpacked: Any, registers: list[Any], run: int, base: Any) -> None:
         fours = layer.runs.length // 4
         with api.serial(0, fours) as k:
             weights = [
@@ -94,12 +97,11 @@ def dot_kernel(name: str, layer: Layer, dot: Dot) -> Any:
                 four = api.load(frame.codes, base + p * layer.stride[1] * layer.source.padded + 4 * k, 4)
                 word = api.broadcast(api.reinterpret(four, "int32"), lanes)
                 codes = api.reinterpret(word, f"uint8x{4 * lanes}")
-                for i, weight in enumerate(weights):
-                    vector = p * len(weights) + i
-                    for j, total in enumerate(dot.multiply(sums(registers, vector), codes, weight)):
-                        api.store(registers, total, (vector * dot.sums + j) * lanes, lanes)
+                for one, weight in zip(registers, weights, strict=True):
+                    for j, total in enumerate(dot.multiply(sums(one, p), codes, weight)):
+                        api.store(one, total, (p * dot.sums + j) * lanes, lanes)
 
-    def sums(registers: Any, vector: int) -> list[Any]:
-        return [api.load(registers, (vector * dot.sums + j) * lanes, lanes) for j in range(dot.sums)]
+    def sums(one: Any, p: Any) -> list[Any]:
+        return [api.load(one, (p * dot.sums + j) * lanes, lanes) for j in range(dot.sums)]
 
     return frame.build(task)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -79,7 +80,8 @@ def accumulate(builder: Builder, node: fx.Node) -> None:
         raise LoweringError("sums of its products may exceed 32 bits; lower to onnx-qdq")
     correction = (source.map.zero_point - family.bias(layer)) * effective.sum((1, 3)).reshape(-1)
     builder.set_largest(node, int(bound.max(initial=0)))
-    sums = Accumulators(node, correction, bound)
+    products = math.inf if layer.is_depthwise else 4.0 * runs.vectors
+    sums = Accumulators(node, correction, bound, products)
     outputs: list[Written] = []
     constants: list[fx.Node] = []
     others: list[Mapped] = []

@@ -16,6 +16,10 @@ from .arguments import by_channel
 #: Bits below the point of a sum to which 128 can be added without leaving 53 bits.
 _MOST_SHIFT = 44
 
+#: Products of a sum up to which LLVM writes the products of a tile out. It then moves some behind the branch
+#: of a guarded epilogue, and spills registers, which takes more time than float64 does.
+SHORT = 40
+
 
 class Accumulators(NamedTuple):
     """Sums of a layer, as its kernel holds them.
@@ -24,11 +28,13 @@ class Accumulators(NamedTuple):
         node: of the integer graph.
         correction: (channels,) what they exceed the node's values by.
         bound: (channels,) their largest magnitude.
+        products: in each of them; of a depthwise layer, whose kernels are other ones, infinity.
     """
 
     node: fx.Node
     correction: NDArray[np.int64]
     bound: NDArray[np.int64]
+    products: float
 
 
 def output_of(
@@ -77,7 +83,8 @@ def output_of(
             found = in_float32(table[1], table[0], shift, low, high)
             if found is not None:
                 return Scaled(map, ACCUMULATOR, low, high), found
-        bits = guarded(reals[1:], reals[0], bounds)
+        is_short = sums is not None and sums.products <= SHORT
+        bits = None if is_short else guarded(reals[1:], reals[0], bounds)
         if bits is not None:
             return Guarded(map, tuple(terms), low, high), bits
     largest = abs(reals[0]) + sum(abs(m) * bound for m, bound in zip(reals[1:], bounds, strict=True))
