@@ -7,12 +7,15 @@ from collections.abc import Callable, Mapping
 
 
 def in_turns(runs: int, functions: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
-    """Seconds of every run of each function, the functions taking turns after one run each to warm up."""
-    for function in functions.values():
-        function()
+    """Seconds of each function's runs, the functions taking turns.
+
+    A turn is two runs, of which the second one counts: the first one finds the caches as another function left
+    them, and perhaps that one's threads, which still wait for work.
+    """
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(runs):
         for name, function in functions.items():
+            function()
             started = time.perf_counter()
             function()
             times[name].append(time.perf_counter() - started)
