@@ -103,9 +103,10 @@ def compare(
         known[mode] = {
             "lowered in s": lowered,
             "arena MB": 1e-6 * (run.arena_bytes() or 0),
-            "shared object MB": 1e-6 * shared_object_bytes(run),
             "least ms": None if peak is None else 1e3 * least_seconds(run, peak),
         }
+        if options.sizes:
+            known[mode]["shared object MB"] = 1e-6 * shared_object_bytes(run)
         if options.layers:
             known[mode]["layers"] = slowest_layers(run, x, options.layers)
         calls[mode] = lambda run=run: run(x)
@@ -164,6 +165,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=40)
     parser.add_argument("--first-last", default="8", help="of the scheme vertical")
     parser.add_argument("--layers", type=int, default=0, help="how many of the slowest layers to print")
+    parser.add_argument("--sizes", action="store_true", help="of the shared objects: compiles for all kinds")
     parser.add_argument("--no-amx", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

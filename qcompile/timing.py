@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 def in_turns(runs: int, functions: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
     """Seconds of each function's runs, the functions taking turns.
 
-    A turn is two runs, of which the second one counts: the first one finds the caches as another function left
-    them, and perhaps that one's threads, which still wait for work.
+    A turn is two runs, of which the second one counts: the first one finds the caches as another function
+    left them, and perhaps that one's threads, which still wait for work.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(runs):
