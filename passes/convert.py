@@ -75,8 +75,6 @@ def convert_graph(
 
 
 def _convert_node(emitter: Emitter, node: fx.Node, values: dict[fx.Node, Value]) -> Value:
-    if node in emitter.ahead:
-        return emitter.ahead[node]
     if node.op == "get_attr":
         return emitter.float_attribute(node)
     if node.op == "call_module":

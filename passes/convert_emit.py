@@ -47,7 +47,6 @@ class Emitter:
         keeps_integers: whether a node's value is integer where its inputs are.
         constants: buffers of the result by name.
         bent: what else is known of tensors that a PReLU made: their affine map before it.
-        ahead: values of nodes that were converted before their turn.
     """
 
     def __init__(
@@ -65,7 +64,6 @@ class Emitter:
         self.constants: dict[str, Tensor] = {}
         self._attributes: dict[str, fx.Node] = {}
         self.bent: dict[fx.Node, Bent] = {}
-        self.ahead: dict[fx.Node, Affine] = {}
         self._plain: dict[int, tuple[Affine, Affine]] = {}
         self._float: dict[int, tuple[Affine, fx.Node]] = {}
 

@@ -37,7 +37,7 @@ def convert_module(emitter: Emitter, node: fx.Node, module: nn.Module, values: d
     """Convert one module call."""
     inputs = [values[one] for one in node.args if isinstance(one, fx.Node) and not one.meta.get(MODE_INPUT)]
     if isinstance(module, ActivationQuantizer):
-        return quantize(emitter, node, module, inputs[0])
+        return _quantize(emitter, node, module, inputs[0])
     if isinstance(module, QuantizedLayer):
         return _accumulate(emitter, node, module, inputs[0])
     if isinstance(module, QuantizedTensor):
@@ -54,8 +54,7 @@ def convert_module(emitter: Emitter, node: fx.Node, module: nn.Module, values: d
 # ---- quantisers -------------------------------------------------------------------------------------------
 
 
-def quantize(emitter: Emitter, source: fx.Node, module: ActivationQuantizer, value: Value) -> Value:
-    """The codes of a quantiser that the training graph calls, or its value where it only clips."""
+def _quantize(emitter: Emitter, source: fx.Node, module: ActivationQuantizer, value: Value) -> Value:
     path = str(source.target)
     grid = module.grid(emitter.row_of(module))
     if isinstance(grid, FloatRange):

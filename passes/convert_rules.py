@@ -16,9 +16,7 @@ from torch import fx
 
 from .aten import LAYOUT, PRODUCTS, arguments_of, is_zero_pad
 from .convert_emit import Emitter, Value
-from .convert_modules import quantize
 from .fold import Affine, Term, stream_epilogue
-from .quantizers import ActivationQuantizer, FloatRange
 
 Rule = Callable[[Emitter, fx.Node, "dict[fx.Node, Value]"], "Value | None"]
 
@@ -147,35 +145,11 @@ def _max_pool(emitter: Emitter, node: fx.Node, values: dict[fx.Node, Value]) -> 
         return None
     kernel = _each(given["kernel_size"], dims)
     stride = _each(given["stride"] or kernel, dims)
-    quantized = _quantized_first(emitter, node, values)
-    plain = quantized or emitter.plain(_input(node, values))
+    plain = emitter.plain(_input(node, values))
     padding, dilation = _each(given["padding"], dims), _each(given["dilation"], dims)
     pool = (plain.terms[0].node, kernel, stride, padding, dilation, bool(given["ceil_mode"]))
     pooled = emitter.call(_OPS.max_pool.default, pool, f"{node.name}", layer=node.name)
-    result = emitter.moved(plain, pooled)
-    if quantized:
-        emitter.ahead[next(iter(node.users))] = result
-    return result
-
-
-def _quantized_first(emitter: Emitter, pool: fx.Node, values: dict[fx.Node, Value]) -> Affine | None:
-    """The codes of what a maximum reads, if a quantiser alone reads the maximum.
-
-    Codes rise with what they stand for, so the maximum of codes is the code of the maximum. It spares a
-    tensor of wide integers.
-    """
-    source, users = pool.all_input_nodes[0], list(pool.users)
-    if len(users) != 1 or users[0].op != "call_module" or source in emitter.bent:
-        return None
-    module = emitter.model.get_submodule(str(users[0].target))
-    value = _input(pool, values)
-    if not isinstance(module, ActivationQuantizer) or value.is_plain:
-        return None
-    if isinstance(module.grid(emitter.row_of(module)), FloatRange):
-        return None
-    codes = quantize(emitter, users[0], module, value)
-    assert isinstance(codes, Affine)
-    return codes
+    return emitter.moved(plain, pooled)
 
 
 def _each(value: Any, dims: int) -> list[int]:
