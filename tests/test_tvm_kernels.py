@@ -211,7 +211,7 @@ def test_layers_with_epilogues_are_exact(seed: int, family: Family, tmp_path: Pa
         Output(out, (ACCUMULATOR, 0), *((-3, 15, 3) if seed % 2 else (0, 18, 0, seed % 4 == 0))),
         Output(plain, (ACCUMULATOR,), -(2**31), 2**31 - 1),
         Steps(counted, ACCUMULATOR, levels, low_code),
-        Scaled(scaled, ACCUMULATOR, 0, 15),
+        Scaled(scaled, (ACCUMULATOR,), 0, 15),
         Guarded(guard, (ACCUMULATOR, 0), 0, 30),
         Sums(plain),
     )
@@ -259,7 +259,7 @@ def test_layers_with_epilogues_are_exact(seed: int, family: Family, tmp_path: Pa
     bounded[0, : case["outputs"]] += summed_up - steep[0] * correction
     bounded[1:, : case["outputs"]] = steep
     bounded *= 2.0**-40
-    both = guarded(bounded[1:], bounded[0], [reach[0], reach[1]])
+    both = guarded(bounded[1:], bounded[0], abs(bounded[0]) + reach @ abs(bounded[1:]))
     assert both is not None
     negative = np.zeros((1, plain.padded), np.int32)
     negative[0, : case["outputs"]] = -correction

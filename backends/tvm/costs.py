@@ -143,7 +143,7 @@ def measure(
     from .library import Library
 
     target = Map(layer.source.n, layer.h, layer.w, layer.blocks * LANES, "uint8")
-    probe = replace(layer, outputs=(Scaled(target, ACCUMULATOR, 0, 255),))
+    probe = replace(layer, outputs=(Scaled(target, (ACCUMULATOR,), 0, 255),))
     vectors = np.zeros((layer.blocks, layer.runs.vectors, LANES, FOUR), np.int16)
     codes = torch.randint(0, layer.highest + 1, layer.source.shape, dtype=torch.uint8)
     constants = torch.full(probe.outputs[0].constants, 2.0**-8)

@@ -19,7 +19,6 @@ from qcompile.backends.target import Executable, LoweringRequest, Peak, Trace
 from qcompile.errors import InvalidArgument, LoweringError
 
 from .artefact import Artefact, make_artefact
-from .build import check_compiler
 from .emulated import Emulated
 from .export import export
 from .library import Library
@@ -52,7 +51,6 @@ class CompiledExecutable(Executable):
         self.is_native = platform.machine() in architecture.machine
         self._folder = tempfile.TemporaryDirectory(prefix=f"qcompile-{architecture.name}-")
         self._processors = select(architecture, request.cpu, request.features)
-        check_compiler(architecture)
         self._present = present(architecture, self._processors)
         self._processor = self._present or self._processors[0]
         self.artefact = self._make("model", [self._processor])

@@ -12,7 +12,6 @@ Several terms: a margin on both sides covers all roundings, and what it leaves o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -80,7 +79,7 @@ _ROUNDING = 2.0**-24
 def guarded(
     multipliers: NDArray[np.floating[Any]],
     constants: NDArray[np.floating[Any]],
-    bounds: Sequence[NDArray[np.floating[Any]]],
+    largest: NDArray[np.floating[Any]],
 ) -> NDArray[np.int32] | None:
     """Constants of a `specs.Guarded`.
 
@@ -91,15 +90,13 @@ def guarded(
     Args:
         multipliers: (terms, channels).
         constants: (channels,).
-        bounds: (channels,) or (), by term, its largest magnitude.
+        largest: (channels,) magnitude of the constant and of all products together.
 
     Returns:
         (2 + terms + 2 * (1 + terms), channels); None if the margin would be too wide, or values do not fit
         int32.
     """
-    terms = len(multipliers)
-    largest = abs(constants) + sum(abs(m) * bound for m, bound in zip(multipliers, bounds, strict=True))
-    margin = (terms + 4) * _ROUNDING * largest
+    margin = (len(multipliers) + 4) * _ROUNDING * largest
     if margin.max(initial=0.0) > _LARGEST_MARGIN or largest.max(initial=0.0) > 2.0**30:
         return None
     # where nothing is added the floor is known, and must not lie within the margin

@@ -13,25 +13,39 @@ ACCUMULATOR = -1
 
 
 @dataclass(frozen=True)
-class Output:
-    """One tensor of an epilogue: clip(floor(constant + sum of multiplier * term), low, high) + offset.
-
-    The constants are float64 and hold integers times 2^-shift: (1 + terms, channels), first the constant,
-    then one row of multipliers per term. Every partial sum is an integer below 2^53 times 2^-shift, so
-    float64 is exact and may be contracted.
+class Requantised:
+    """One tensor of an epilogue: clip(floor(constant + sum of multiplier * term), low, high).
 
     Attributes:
         map: where it goes.
         terms: `ACCUMULATOR`, or the position of another input.
         low, high: clip.
-        offset: what makes it what is stored.
-        is_bounded: whether the floor is known to fit int32 before the clip.
     """
 
     map: Map
     terms: tuple[int, ...]
     low: int
     high: int
+
+    @property
+    def stored(self) -> tuple[int, int]:
+        """Least and largest value in memory."""
+        return self.low, self.high
+
+
+@dataclass(frozen=True)
+class Output(Requantised):
+    """In float64, and with an offset.
+
+    The constants are float64 and hold integers times 2^-shift: (1 + terms, channels), first the constant,
+    then one row of multipliers per term. Every partial sum is an integer below 2^53 times 2^-shift, so
+    float64 is exact and may be contracted.
+
+    Attributes:
+        offset: what makes it what is stored.
+        is_bounded: whether the floor is known to fit int32 before the clip.
+    """
+
     offset: int = 0
     is_bounded: bool = False
 
@@ -47,6 +61,49 @@ class Output:
     def stored(self) -> tuple[int, int]:
         """Least and largest value in memory."""
         return self.low + self.offset, self.high + self.offset
+
+
+@dataclass(frozen=True)
+class Scaled(Requantised):
+    """Codes of one term, none below 0, in float32.
+
+    The constants are float32: (2, channels), first the constant, then the multiplier. They are such that one
+    fused multiplication in float32 gives the right code for every int32, see `scaled.in_float32`.
+    """
+
+    #: Element type of the constants.
+    dtype: ClassVar[str] = "float32"
+
+    @property
+    def constants(self) -> tuple[int, int]:
+        """Shape of the array of constants."""
+        return 2, self.map.padded
+
+
+@dataclass(frozen=True)
+class Guarded(Requantised):
+    """Codes, none below 0, in float32 with a margin on both sides that covers all its roundings.
+
+    Where both ends get one code, it is the right one. Where they do not, which is seldom, the vector is
+    computed again as `Output` is.
+
+    The constants are int32, the bits of (2 + terms, channels) float32, first the constant less the margin,
+    then the multipliers, then twice the margin; behind them those of the float64 of `Output`. They are made
+    by `scaled.guarded`.
+    """
+
+    #: Element type of the constants.
+    dtype: ClassVar[str] = "int32"
+
+    @property
+    def exact(self) -> Output:
+        """The same in float64."""
+        return Output(self.map, self.terms, self.low, self.high)
+
+    @property
+    def constants(self) -> tuple[int, int]:
+        """Shape of the array of constants."""
+        return 2 + len(self.terms) + 2 * (1 + len(self.terms)), self.map.padded
 
 
 @dataclass(frozen=True)
@@ -81,79 +138,6 @@ class Steps:
     def constants(self) -> tuple[int, int]:
         """Shape of the array of constants."""
         return 1 + self.levels, self.map.padded
-
-
-@dataclass(frozen=True)
-class Scaled:
-    """One tensor of codes that an epilogue writes: clip(floor(multiplier * term + constant), low, high).
-
-    The constants are float32: (2, channels), first the constant, then the multiplier. They are such that one
-    fused multiplication in float32 gives the right code for every int32, see `scaled.in_float32`.
-
-    Attributes:
-        map: where it goes.
-        term: `ACCUMULATOR`, or the position of another input.
-        low, high: as stored, zero point included.
-    """
-
-    map: Map
-    term: int
-    low: int
-    high: int
-
-    @property
-    def stored(self) -> tuple[int, int]:
-        """Least and largest value in memory."""
-        return self.low, self.high
-
-    #: Element type of the constants.
-    dtype: ClassVar[str] = "float32"
-
-    @property
-    def constants(self) -> tuple[int, int]:
-        """Shape of the array of constants."""
-        return 2, self.map.padded
-
-
-@dataclass(frozen=True)
-class Guarded:
-    """Codes that an epilogue writes: clip(floor(constant + sum of multiplier * term), low, high).
-
-    In float32, with a margin on both sides that covers all its roundings: where both ends get one code, it is
-    the right one. Where they do not, which is seldom, the vector is computed again as `Output` is.
-
-    The constants are int32, the bits of (2 + terms, channels) float32, first the constant less the margin,
-    then the multipliers, then twice the margin; behind them those of the float64 of `Output`. They are made
-    by `scaled.guarded`.
-
-    Attributes:
-        map: where it goes.
-        terms: as in `Output`.
-        low, high: as stored, zero point included; not below 0.
-    """
-
-    map: Map
-    terms: tuple[int, ...]
-    low: int
-    high: int
-
-    @property
-    def stored(self) -> tuple[int, int]:
-        """Least and largest value in memory."""
-        return self.low, self.high
-
-    #: Element type of the constants.
-    dtype: ClassVar[str] = "int32"
-
-    @property
-    def exact(self) -> Output:
-        """The same in float64."""
-        return Output(self.map, self.terms, self.low, self.high)
-
-    @property
-    def constants(self) -> tuple[int, int]:
-        """Shape of the array of constants."""
-        return 2 + len(self.terms) + 2 * (1 + len(self.terms)), self.map.padded
 
 
 @dataclass(frozen=True)

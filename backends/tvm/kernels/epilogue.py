@@ -45,20 +45,12 @@ def write_output(
         map, buffer = others[term]
         return api.load(buffer, place(map) + channel, lanes), map.dtype
 
-    if isinstance(output, Scaled):
-        integer = _scaled(output, constants, value(output.term)[0], channel, lanes)
+    if isinstance(output, Sums):
+        integer = accumulator + api.load(constants, channel, lanes)
     elif isinstance(output, Steps):
         integer = _counted(output, constants, *value(output.term), channel, lanes)
-    elif isinstance(output, Sums):
-        integer = accumulator + api.load(constants, channel, lanes)
-    elif isinstance(output, Guarded):
-        integer = _guarded(output, constants, [value(one)[0] for one in output.terms], channel, lanes)
     else:
-
-        def row(index: int) -> Any:
-            return api.load(constants, index * output.map.padded + channel, lanes)
-
-        integer = _requantised(output, row, [value(one)[0] for one in output.terms], lanes)
+        integer = _requantised(output, constants, [value(one)[0] for one in output.terms], channel, lanes)
     least, largest = output.stored
     if output.map.channels < output.map.padded and not least <= output.map.zero_point <= largest:
         # the clip moved the channels that pad away from code 0, which readers count on
@@ -69,7 +61,21 @@ def write_output(
     api.store(target, stored, place(output.map) + channel, lanes)
 
 
-def _requantised(output: Output, row: Callable[[int], Any], values: Sequence[Any], lanes: int) -> Any:
+def _requantised(
+    output: Output | Scaled | Guarded, constants: Any, values: Sequence[Any], channel: Any, lanes: int
+) -> Any:
+    if isinstance(output, Scaled):
+        return _scaled(output, constants, values[0], channel, lanes)
+    if isinstance(output, Guarded):
+        return _guarded(output, constants, values, channel, lanes)
+
+    def row(index: int) -> Any:
+        return api.load(constants, index * output.map.padded + channel, lanes)
+
+    return _in_float64(output, row, values, lanes)
+
+
+def _in_float64(output: Output, row: Callable[[int], Any], values: Sequence[Any], lanes: int) -> Any:
     """clip(floor(row 0 + sum of row i * value i), low, high) + offset, int32."""
     total = row(0)
     for index, value in enumerate(values, start=1):
@@ -110,7 +116,7 @@ def _guarded(output: Guarded, constants: Any, values: Sequence[Any], channel: An
     other = api.cast(api.load(real, 0, lanes) + single(rows - 1), "int32", lanes)
     either = api.intrinsic("int32", f"llvm.vector.reduce.or.v{lanes}i32", api.load(codes, 0, lanes) - other)
     with api.when(api.differs(either, 0)):
-        api.store(codes, _requantised(output.exact, double, values, lanes), 0, lanes)
+        api.store(codes, _in_float64(output.exact, double, values, lanes), 0, lanes)
     return _clipped(api.load(codes, 0, lanes), output.low, output.high, lanes)
 
 

@@ -78,15 +78,15 @@ def output_of(
     low, high = low + zero, high + zero
     added = map.zero_point - zero
     reals = table * 2.0**-shift
+    largest = abs(reals[0]) + sum(abs(m) * bound for m, bound in zip(reals[1:], bounds, strict=True))
     if is_code and not added:
         if terms == [ACCUMULATOR]:
             found = in_float32(table[1], table[0], shift, low, high)
             if found is not None:
-                return Scaled(map, ACCUMULATOR, low, high), found
+                return Scaled(map, (ACCUMULATOR,), low, high), found
         is_short = sums is not None and sums.products <= SHORT
-        bits = None if is_short else guarded(reals[1:], reals[0], bounds)
+        bits = None if is_short else guarded(reals[1:], reals[0], largest)
         if bits is not None:
             return Guarded(map, tuple(terms), low, high), bits
-    largest = abs(reals[0]) + sum(abs(m) * bound for m, bound in zip(reals[1:], bounds, strict=True))
     is_bounded = float(largest.max(initial=0)) < LIMIT - 1
     return Output(map, tuple(terms), low, high, added, is_bounded), reals
