@@ -214,6 +214,11 @@ def either(first: Any, second: Any) -> Any:
     return tirx.Or(first, second)
 
 
+def equal(first: Any, second: Any) -> Any:
+    """Whether two values are equal, element by element."""
+    return tirx.EQ(first, second)
+
+
 def differs(first: Any, second: Any) -> Any:
     """Whether two values differ, element by element; a NaN differs from itself."""
     return tirx.NE(first, second)

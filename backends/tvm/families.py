@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from .kernels import amx, bitserial, depthwise, depthwise_dot, dot, gemv, neon, winograd, x86
 from .kernels.frame import Tile, tasks_of
+from .kernels.unpack import is_stored_unpacked
 from .maps import LANES
 from .packing import pack
 from .specs import Layer
@@ -68,7 +69,10 @@ def _dot(
     def time(layer: Layer) -> float:
         tile = dot.tile_of(layer, make(layer))
         waste = tile.per_row(layer) * tile.pixels / layer.w
-        return _products(layer) * waste / rate(layer) + _unpacking(layer, tile)
+        vectors = (
+            0 if is_stored_unpacked(layer) else tasks_of(layer, tile)[1] * layer.blocks * layer.runs.vectors
+        )
+        return _products(layer) * waste / rate(layer) + 0.8 * vectors
 
     return Family(
         name,

@@ -1,10 +1,12 @@
 """Families that unpack weights to int8 and multiply them by a dot-product instruction, sums in registers.
 
-unpack the task's weights to int8                                     once, into memory of the task
 for every tile of pixels
     registers[pixel, block] = 0
     for every run, for every 4 input values
+        first tile: unpack the next weights to int8                       into memory of the task
         registers[pixel, block] += dot(4 input values of the pixel, 64 weights of the block)
+
+Unpacked among products, weights arrive from memory while the dot products of those before them run.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from ..maps import LANES
 from ..packing import GROUP, groups_of
 from ..specs import Layer
 from .frame import Frame, Tile, most_blocks, pixels_of
-from .unpack import unpack_block, unpacked_form
+from .unpack import is_stored_unpacked, unpack_group, unpacked_form
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,18 @@ def dot_kernel(name: str, layer: Layer, dot: Dot) -> Any:
     frame = Frame(name, layer, layer.blocks * groups * layer.bits * 64, tile, unpacked_form(layer), dot.bias)
     parts = LANES // lanes
     per_pixel = tile.blocks * parts
-    size = groups * GROUP * 64
+    size, fours = groups * GROUP * 64, layer.runs.length // 4
+    is_ready = is_stored_unpacked(layer)
+
+    def unpack(group: Any, index: Any, target: Any) -> None:
+        """Eight vectors of each block."""
+        for q in range(tile.blocks):
+            start = ((group * tile.blocks + q) * groups + index) * layer.bits * 64
+            unpack_group(layer, frame.weights, start, target, q * size + index * GROUP * 64)
 
     def task(group: Any, first: Any, last: Any) -> None:
-        unpacked = api.scratch(tile.blocks * size, "int8")
-        for q in range(tile.blocks):
-            unpack_block(layer, frame.weights, group * tile.blocks + q, groups, unpacked, q * size)
+        weights = frame.weights if is_ready else api.scratch(tile.blocks * size, "int8")
+        at = group * tile.blocks * size if is_ready else 0
         with api.serial(first, last) as t:
             n, y, x = frame.pixel(t)
             # an array per vector of outputs, which is small enough for the stack
@@ -78,28 +86,35 @@ def dot_kernel(name: str, layer: Layer, dot: Dot) -> Any:
             for one, i in itertools.product(registers, range(tile.pixels * dot.sums)):
                 api.store(one, api.constant(0, "int32", lanes), i * lanes, lanes)
             for run, start in enumerate(layer.runs.starts):
-                add_run(unpacked, registers, run, frame.input(n, y, x, start) + frame.first_channel(group))
+                base = frame.input(n, y, x, start) + frame.first_channel(group)
+                with api.serial(0, fours) as k:
+                    vector = run * fours + k
+                    if not is_ready:
+                        is_next = api.equal(vector % GROUP, 0)
+                        with api.when(api.both(api.equal(t, first), is_next)):
+                            unpack(group, vector // GROUP, weights)
+                    add(weights, at, registers, vector, base + 4 * k)
             # a loop, which LLVM writes out late: else it mixes epilogues into the products of short sums
             with api.serial(0, tile.pixels) as p:
                 for i, one in enumerate(registers):
                     total = dot.finish(sums(one, p))
                     frame.write(total, group * tile.blocks * LANES + i * lanes, n, y, x + p, lanes)
 
-    def add_run(unpacked: Any, registers: list[Any], run: int, base: Any) -> None:
-        fours = layer.runs.length // 4
-        with api.serial(0, fours) as k:
-            weights = [
-                api.load(unpacked, q * size + (run * fours + k) * 64 + part * 4 * lanes, 4 * lanes)
-                for q in range(tile.blocks)
-                for part in range(parts)
-            ]
-            for p in range(tile.pixels):
-                four = api.load(frame.codes, base + p * layer.stride[1] * layer.source.padded + 4 * k, 4)
-                word = api.broadcast(api.reinterpret(four, "int32"), lanes)
-                codes = api.reinterpret(word, f"uint8x{4 * lanes}")
-                for one, weight in zip(registers, weights, strict=True):
-                    for j, total in enumerate(dot.multiply(sums(one, p), codes, weight)):
-                        api.store(one, total, (p * dot.sums + j) * lanes, lanes)
+    def add(weights: Any, at: Any, registers: list[Any], vector: Any, base: Any) -> None:
+        """Products of the codes from an index on, four of each pixel, with one vector of each block."""
+        starts = [
+            at + q * size + vector * 64 + part * 4 * lanes
+            for q in range(tile.blocks)
+            for part in range(parts)
+        ]
+        factors = [api.reinterpret(api.load(weights, one, 4 * lanes), f"int8x{4 * lanes}") for one in starts]
+        for p in range(tile.pixels):
+            four = api.load(frame.codes, base + p * layer.stride[1] * layer.source.padded, 4)
+            word = api.broadcast(api.reinterpret(four, "int32"), lanes)
+            codes = api.reinterpret(word, f"uint8x{4 * lanes}")
+            for one, factor in zip(registers, factors, strict=True):
+                for j, total in enumerate(dot.multiply(sums(one, p), codes, factor)):
+                    api.store(one, total, (p * dot.sums + j) * lanes, lanes)
 
     def sums(one: Any, p: Any) -> list[Any]:
         return [api.load(one, (p * dot.sums + j) * lanes, lanes) for j in range(dot.sums)]

@@ -14,6 +14,11 @@ def unpacked_form(layer: Layer) -> tuple[int, int]:
     return (1, 0) if layer.is_effective else (2**layer.shift, layer.numerator)
 
 
+def is_stored_unpacked(layer: Layer) -> bool:
+    """Whether packed weights are the bytes that `unpack_block` makes."""
+    return layer.bits == 8 and not (layer.is_effective and layer.numerator)
+
+
 def stored_form(layer: Layer) -> tuple[int, int]:
     """(scale, offset): effective weights are scale * stored code + offset."""
     raised = 2 ** (layer.bits - 1) if layer.signed and layer.bits < 8 else 0

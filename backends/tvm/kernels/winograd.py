@@ -23,10 +23,10 @@ from typing import Any
 
 from .. import api
 from ..maps import FOUR, LANES
-from ..packing import groups_of
+from ..packing import GROUP, groups_of
 from ..specs import Layer
 from .frame import Frame, Tile, most_blocks
-from .unpack import unpack_block, unpacked_form
+from .unpack import unpack_block, unpack_group, unpacked_form
 
 #: Products of a transform in one dimension, and of a square.
 SIDE, POSITIONS = 4, 16
@@ -122,21 +122,36 @@ def winograd_kernel(name: str, layer: Layer) -> Any:
                         at = position * inputs_pitch + (row * across + column) * source.padded + part * lanes
                         api.store(inputs, value, at, lanes)
 
-    def transform_weights(unpacked: Any, weights: Any, starts: Any, q: int) -> None:
+    # vectors of a tap that are unpacked and transformed at a time: all where groups straddle taps
+    stretch = GROUP if fours % GROUP == 0 else fours
+
+    def unpack(block: Any, part: Any, unpacked: Any) -> None:
+        """A stretch of all taps of one block."""
+        if stretch != GROUP:
+            unpack_block(layer, frame.weights, block, groups, unpacked, 0, not codes)
+            return
+        for tap in range(9):
+            start = (block * groups + tap * (fours // GROUP) + part) * layer.bits * 64
+            unpack_group(layer, frame.weights, start, unpacked, tap * GROUP * 64, not codes)
+
+    def transform_weights(block: Any, unpacked: Any, weights: Any, starts: Any, q: int) -> None:
         """One block: 2G g 2G' of every four channels, and where its sums start."""
         constant = api.constant(2 * layer.highest, "int8", 64)
         sums = api.registers(9, LANES, "int32")
         for tap in range(9):
             api.store(sums, api.constant(0, "int32", LANES), tap * LANES, LANES)
-        with api.serial(0, fours) as k:
-            taps = api.registers(9, 64, "int8")
-            for tap in range(9):
-                value = api.load(unpacked, (tap * fours + k) * 64, 64)
-                api.store(taps, value, tap * 64, 64)
-                total = _products(api.load(sums, tap * LANES, LANES), constant, value)
-                api.store(sums, total, tap * LANES, LANES)
-            for position, value in _transformed(taps, 64, "int8"):
-                api.store(weights, value, position * weights_pitch + (k * tile.blocks + q) * 64, 64)
+        with api.serial(0, fours // stretch) as part:
+            unpack(block, part, unpacked)
+            with api.serial(0, stretch) as k:
+                taps = api.registers(9, 64, "int8")
+                for tap in range(9):
+                    value = api.load(unpacked, (tap * stretch + k) * 64, 64)
+                    api.store(taps, value, tap * 64, 64)
+                    total = _products(api.load(sums, tap * LANES, LANES), constant, value)
+                    api.store(sums, total, tap * LANES, LANES)
+                for position, value in _transformed(taps, 64, "int8"):
+                    to = position * weights_pitch + ((part * stretch + k) * tile.blocks + q) * 64
+                    api.store(weights, value, to, 64)
         for position, value in _transformed(sums, LANES, "int32"):
             none = api.constant(0, "int32", LANES)
             value = none - value if zero(position) else none
@@ -193,13 +208,12 @@ def winograd_kernel(name: str, layer: Layer) -> Any:
                             frame.write(total, channel, n, y + i, x + j)
 
     def task(group: Any, first: Any, last: Any) -> None:
-        unpacked = api.scratch(groups * 8 * 64, "int8")
+        unpacked = api.scratch((groups if stretch != GROUP else 9) * GROUP * 64, "int8")
         weights = api.scratch(POSITIONS * weights_pitch, "int8")
         starts = api.scratch(POSITIONS * tile.blocks * LANES, "int32")
         sums = api.scratch(POSITIONS * chains * LANES, "int32")
         for q in range(tile.blocks):
-            unpack_block(layer, frame.weights, group * tile.blocks + q, groups, unpacked, 0, not codes)
-            transform_weights(unpacked, weights, starts, q)
+            transform_weights(group * tile.blocks + q, unpacked, weights, starts, q)
         with api.serial(first, last) as unit:
             square = api.minimum(unit * tile.pixels, squares - tile.pixels)
             with api.serial(0, POSITIONS) as position:
