@@ -1,4 +1,4 @@
-"""Requantisations in float32, against integers."""
+"""Requantisations in float32 and in products of 32 bits, against integers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 pytest.importorskip("tvm")
 
-from qcompile.backends.tvm.scaled import guarded, in_float32
+from qcompile.backends.tvm.scaled import in_float32
+from qcompile.backends.tvm.shifted import in_integers
 
 
 def by_integers(a: int, m: int, c: int, shift: int, low: int, high: int) -> int:
@@ -63,45 +64,25 @@ def test_what_float32_cannot_tell_apart_is_refused() -> None:
     assert in_float32(np.array([1]), np.array([-(2**23)]), 0, 0, 1) is not None
 
 
-def step(value: np.ndarray, multiplier: np.ndarray, summand: np.ndarray) -> np.ndarray:
-    """A fused step in float32: long double holds the product and, nearly, the sum."""
-    exact = value.astype(np.longdouble) * multiplier + summand
-    return exact.astype(np.float32)
-
-
-@given(st.integers(1, 3), st.integers(1, 24), st.integers(1, 31), st.integers(0, 2**32 - 1))
-@settings(max_examples=200, deadline=None)
-def test_exact_values_lie_within_the_margin(terms: int, small: int, large: int, seed: int) -> None:
+@given(st.integers(0, 12), st.integers(1, 30), st.integers(0, 2**32 - 1))
+@settings(max_examples=100, deadline=None)
+def test_factors_of_32_bits_are_the_multipliers(power: int, reach: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    channels, count = 8, 50
-    bounds = np.array([2**small, 2**large, 255][:terms], np.int64)
-    reach = rng.uniform(1, 300, (terms, channels)) * rng.choice([-1, 1], (terms, channels))
-    multipliers = reach / bounds[:, None]
-    multipliers[:, 0] = 0
-    constants = rng.uniform(-300, 300, channels)
-    constants[0] = 5.0
-    bits = guarded(multipliers, constants, abs(constants) + bounds @ abs(multipliers))
-    assert bits is not None
-    single = bits[: 2 + terms].view(np.float32)
-    double = bits[2 + terms :].reshape(-1).view(np.float64).reshape(1 + terms, channels)
-    np.testing.assert_array_equal(double, [constants, *multipliers])
-    values = rng.integers(-bounds, bounds + 1, (count, terms))
-    values[0], values[1] = bounds, -bounds
-    low = np.broadcast_to(single[0], (count, channels))
-    exact = np.broadcast_to(constants.astype(np.longdouble), (count, channels))
-    for value, rounded, multiplier in zip(values.T, single[1:-1], multipliers, strict=True):
-        low = step(value[:, None].astype(np.float32), rounded, low)
-        exact = exact + value[:, None].astype(np.longdouble) * multiplier
-    high = (low.astype(np.longdouble) + single[-1]).astype(np.float32)
-    assert (low[:, 1:] <= exact[:, 1:]).all()
-    assert (high[:, 1:] >= exact[:, 1:]).all()
-    # what has no multiplier is known, and far from the next integer
-    assert (np.floor(low[:, 0]) == 5).all()
-    assert (np.floor(high[:, 0]) == 5).all()
+    factors = rng.integers(-(2**31) + 1, 2**31, (2, 8)) << np.array([[power], [0]])
+    summands = rng.integers(-(2**60), 2**60, 8)
+    found = in_integers(factors, summands, [2.0**reach, 255.0])
+    if found is None:
+        assert power + reach >= 31  # a lifted term might not fit
+        return
+    lifts, table = found
+    assert table.dtype == np.int32
+    np.testing.assert_array_equal(table[2:].astype(np.int64) << np.array(lifts)[:, None], factors)
+    assert 2**reach << lifts[0] < 2**31
+    both = np.stack([table[0].view(np.int64), table[1].view(np.int64)], 1).reshape(-1)
+    np.testing.assert_array_equal(both, summands)
 
 
-def test_margins_that_are_too_wide_are_refused() -> None:
-    one = np.ones((1, 1))
-    assert guarded(one * 2.0**-10, np.zeros(1), np.array([2.0**10])) is not None
-    assert guarded(one * 2.0**-4, np.zeros(1), np.array([2.0**16])) is None
-    assert guarded(one, np.array([2.0**31]), np.array([2.0**31 + 1])) is None
+def test_factors_of_more_bits_are_refused() -> None:
+    assert in_integers(np.array([[2**31, 0]]), np.zeros(2, np.int64), [1.0]) is not None
+    assert in_integers(np.array([[2**31 + 1, 0]]), np.zeros(2, np.int64), [1.0]) is None
+    assert in_integers(np.array([[2**31, 0]]), np.zeros(2, np.int64), [2.0**30]) is None

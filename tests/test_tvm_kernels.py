@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from qcompile.backends.tvm.library import Library  # noqa: E402
 from qcompile.backends.tvm.maps import Map, from_memory, to_memory  # noqa: E402
 from qcompile.backends.tvm.packing import arrange, multiplier_bytes, pack, parts_of, runs_of  # noqa: E402
 from qcompile.backends.tvm.processors import ARM, X86, Architecture, Processor  # noqa: E402
-from qcompile.backends.tvm.scaled import guarded, in_float32  # noqa: E402
-from qcompile.backends.tvm.specs import ACCUMULATOR, Guarded, Layer, Output, Scaled, Steps, Sums  # noqa: E402
+from qcompile.backends.tvm.scaled import in_float32  # noqa: E402
+from qcompile.backends.tvm.shifted import in_integers  # noqa: E402
+from qcompile.backends.tvm.specs import ACCUMULATOR, Layer, Output, Scaled, Shifted, Steps, Sums  # noqa: E402
 
 #: What runs a family that needs a feature: architecture, LLVM's attributes, flag of /proc/cpuinfo.
 PROCESSORS: dict[str, tuple[Architecture, dict[str, Any], str]] = {
@@ -208,20 +210,12 @@ def test_layers_with_epilogues_are_exact(seed: int, family: Family, tmp_path: Pa
     levels, low_code = [(1, 0), (3, 2), (15, -8), (40, 0)][seed % 4]
     counted = Map(n, *sums.shape[2:], case["outputs"], "uint8", max(0, -low_code), (0, 1, 1, 0))
     scaled = Map(n, *sums.shape[2:], case["outputs"], "uint8", 2)
-    guard = Map(n, *sums.shape[2:], case["outputs"], "uint8", 1)
+    whole = Map(n, *sums.shape[2:], case["outputs"], "uint8", 1)
     runs = runs_of(shape, source.padded, case["dilation"], groups)
-    outputs = (
-        Output(out, (ACCUMULATOR, 0), *((-3, 15, 3) if seed % 2 else (0, 18, 0, seed % 4 == 0))),
-        Output(plain, (ACCUMULATOR,), -(2**31), 2**31 - 1),
-        Steps(counted, ACCUMULATOR, levels, low_code),
-        Scaled(scaled, (ACCUMULATOR,), 0, 15),
-        Guarded(guard, (ACCUMULATOR, 0), 0, 30),
-        Sums(plain),
-    )
     layer = Layer(
         source, runs, case["stride"], case["dilation"], (top, left), *sums.shape[2:], case["highest"],
         bits, case["signed"], case["numerator"], case["shift"], groups == len(weight) == case["inputs"] > 1,
-        outputs, (plain,), multiplied,
+        (), (plain,), multiplied,
     )  # fmt: skip
     stream = rng.integers(-(2**20), 2**20, sums.shape)
     factors = rng.integers(-(2**20), 2**20, (2, case["outputs"]))
@@ -232,16 +226,15 @@ def test_layers_with_epilogues_are_exact(seed: int, family: Family, tmp_path: Pa
     stored = arrange(effective, runs, groups).astype(np.int64) if multiplied else vectors.astype(np.int64)
     stored = stored if multiplied else stored * 2 ** case["shift"] + case["numerator"]
     correction = (source.zero_point - family.bias(layer)) * stored.sum((1, 3)).reshape(-1)[: case["outputs"]]
-    epilogue, raw = np.zeros(outputs[0].constants), np.zeros(outputs[1].constants)
+    epilogue = np.zeros((3, out.padded))
     zero = 0 if seed % 2 else 3 << 20  # the zero point, added after rounding or before
     epilogue[0] = zero
     epilogue[0, : case["outputs"]] += constant - factors[0] * correction
     epilogue[1:, : case["outputs"]] = factors
     epilogue *= 2.0**-20
-    raw[0, : case["outputs"]], raw[1] = -correction, 1.0
     sign = rng.choice([-1, 1], (1, case["outputs"]))
     thresholds = np.sort(rng.choice(sums.reshape(-1), (levels, case["outputs"])) * sign, 0)
-    steps = np.full(outputs[2].constants, 2**31 - 1)
+    steps = np.full((1 + levels, counted.padded), 2**31 - 1)
     steps[0], steps[1 : 1 - low_code] = 1, -(2**31)
     steps[:, : case["outputs"]] = np.concatenate([sign, thresholds + sign * correction])
     reached = (sums * sign[0][per_channel] >= thresholds[:, None, :, None, None]).sum(0)
@@ -250,24 +243,35 @@ def test_layers_with_epilogues_are_exact(seed: int, family: Family, tmp_path: Pa
     slopes = np.zeros(scaled.padded, np.int64)
     slopes[: case["outputs"]] = factors[0]
     single = in_float32(slopes, summands, 26, 0, 15)
-    # values of at most 2^8 with 40 bits below the point, every second channel on boundaries between codes
-    reach = np.array([abs(sums).max() + abs(correction).max(initial=0), 2**20], np.int64)
-    units = 2 ** (46 - np.array([int(one).bit_length() for one in reach]))[:, None]
-    steep = rng.integers(-units, units + 1, (2, case["outputs"]))
-    steep[:, ::2] = units * rng.choice([-1, 1], steep[:, ::2].shape)
-    summed_up = rng.integers(-8, 40, case["outputs"]) << 40
-    exact = sums * steep[0][per_channel] + stream * steep[1][per_channel] + summed_up[per_channel]
-    bounded = np.zeros((3, guard.padded))
-    bounded[0] = 1 << 40
-    bounded[0, : case["outputs"]] += summed_up - steep[0] * correction
-    bounded[1:, : case["outputs"]] = steep
-    bounded *= 2.0**-40
-    both = guarded(bounded[1:], bounded[0], abs(bounded[0]) + reach @ abs(bounded[1:]))
-    assert both is not None
+    # products of at most 2^50, so that small sums take multipliers of more than 32 bits; every second channel
+    # lies on boundaries between codes
+    reach = [int(abs(sums).max() + abs(correction).max(initial=0)), 2**20]
+    reals = [50 - one.bit_length() for one in reach]
+    steep = np.array([rng.integers(-(2**31) + 1, 2**31, case["outputs"]) for _ in reach])
+    steep = np.array(
+        [row << e - 31 if e > 31 else row >> 31 - e for row, e in zip(steep, reals, strict=True)]
+    )
+    steep[:, ::2] = (2 ** (np.array(reals) - 1))[:, None] * rng.choice([-1, 1], steep[:, ::2].shape)
+    added = rng.integers(-8, 40, case["outputs"]) << 46
+    exact = sums * steep[0][per_channel] + stream * steep[1][per_channel] + added[per_channel]
+    large = np.zeros((3, whole.padded), np.int64)
+    large[0, : case["outputs"]], large[1:, : case["outputs"]] = added - steep[0] * correction, steep
+    wide, safe = (in_integers(large[1:], large[0] + zero, reach) for zero in (0, 1 << 46))
+    assert wide is not None
+    assert safe is not None
     negative = np.zeros((1, plain.padded), np.int32)
     negative[0, : case["outputs"]] = -correction
     is_exact = single is not None  # it is not where a kernel's sums are far from the layer's, as in two cases
-    single = np.zeros(outputs[3].constants, np.float32) if single is None else single
+    single = np.zeros((2, scaled.padded), np.float32) if single is None else single
+    outputs = (
+        Output(out, (ACCUMULATOR, 0), *((-3, 15, 3) if seed % 2 else (0, 18, 0, seed % 4 == 0))),
+        Shifted(plain, (ACCUMULATOR, 0), -(2**28), 2**27, wide[0], 22),
+        Steps(counted, ACCUMULATOR, levels, low_code),
+        Scaled(scaled, (ACCUMULATOR,), 0, 15),
+        Shifted(whole, (ACCUMULATOR, 0), 0, 30, safe[0], 46),
+        Sums(plain),
+    )
+    layer = replace(layer, outputs=outputs)
     if family.time(layer) is None:
         pytest.skip("the family has no such layers")
     results = [
@@ -275,20 +279,22 @@ def test_layers_with_epilogues_are_exact(seed: int, family: Family, tmp_path: Pa
         np.zeros(plain.shape, np.int32),
         np.zeros(counted.shape, np.uint8),
         np.zeros(scaled.shape, np.uint8),
-        np.zeros(guard.shape, np.uint8),
+        np.zeros(whole.shape, np.uint8),
         np.zeros(plain.shape, np.int32),
     ]
     packed = family.pack(vectors, layer)
     packed = np.concatenate([packed, multiplier_bytes(multipliers)]) if multiplied else packed
     arrays = [to_memory(codes, source), packed]
-    arrays += [to_memory(stream, plain), epilogue, raw, steps.astype(np.int32), single, both, negative]
+    arrays += [to_memory(stream, plain), epilogue, wide[1], steps.astype(np.int32), single, safe[1], negative]
     arrays += results
     kernel = family.build("layer", layer)
-    coded, summed, stepped, rounded, safe, added = run_kernel(kernel, arrays, len(results), family, tmp_path)
+    coded, streamed, stepped, rounded, wholly, summed = run_kernel(
+        kernel, arrays, len(results), family, tmp_path
+    )
     np.testing.assert_array_equal(from_memory(summed, plain), sums)
-    np.testing.assert_array_equal(from_memory(added, plain), sums)
-    np.testing.assert_array_equal(from_memory(safe, guard), np.clip(exact >> 40, -1, 29))
-    assert (safe[..., case["outputs"] :] == 1).all()
+    np.testing.assert_array_equal(from_memory(streamed, plain), np.clip(exact >> 22, -(2**28), 2**27))
+    np.testing.assert_array_equal(from_memory(wholly, whole), np.clip(exact >> 46, -1, 29))
+    assert (wholly[..., case["outputs"] :] == 1).all()
     np.testing.assert_array_equal(from_memory(coded, out), np.clip(total >> 20, -3, 15))
     np.testing.assert_array_equal(from_memory(stepped, counted), low_code + reached)
     alone = (sums * factors[0][per_channel] + constant[per_channel]) >> 26

@@ -69,10 +69,10 @@ def _dot(
     def time(layer: Layer) -> float:
         tile = dot.tile_of(layer, make(layer))
         waste = tile.per_row(layer) * tile.pixels / layer.w
-        vectors = (
-            0 if is_stored_unpacked(layer) else tasks_of(layer, tile)[1] * layer.blocks * layer.runs.vectors
-        )
-        return _products(layer) * waste / rate(layer) + 0.8 * vectors
+        # unpacked among products, weights are waited for
+        each = 0.0 if is_stored_unpacked(layer) else 0.2 + 0.45 * layer.bits
+        unpacking = tasks_of(layer, tile)[1] * layer.blocks * layer.runs.vectors * each
+        return _products(layer) * waste / rate(layer) + unpacking
 
     return Family(
         name,

@@ -1,18 +1,12 @@
-"""Requantisations in float32 that are exact.
-
-One term: constants are chosen, and checked where the code changes.
+"""Requantisations in float32 that are exact: constants are chosen, and checked where the code changes.
 
     clip(floor((m * a + c) / 2^e), low, high)     and     clip(floor(fma(M, float32(a), C)), low, high)
 
 are both functions of one integer that only rise, or only fall, as every rounding is monotone. So they are the
 same function if they agree on both sides of every place where the code changes.
-
-Several terms: a margin on both sides covers all roundings, and what it leaves open is computed in float64.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,42 +60,3 @@ def in_float32(
         return None
     signed = np.where(rises, np.copysign(multiplier, factors), 0).astype(np.float32)
     return np.array([constant, signed])
-
-
-#: Twice this is the share of values that lie so near to the boundary between two codes that they are computed
-#: again, at most.
-_LARGEST_MARGIN = 2.0**-8
-
-#: Relative error of one rounding to float32.
-_ROUNDING = 2.0**-24
-
-
-def guarded(
-    multipliers: NDArray[np.floating[Any]],
-    constants: NDArray[np.floating[Any]],
-    largest: NDArray[np.floating[Any]],
-) -> NDArray[np.int32] | None:
-    """Constants of a `specs.Guarded`.
-
-    The float32 value is constant + sum of multiplier * float32(term), one fused step per term. The constant
-    and every term and multiplier are rounded once, and every step rounds: each part of the sum is off by at
-    most terms + 2 roundings of its largest magnitude, and one more when twice the margin is added.
-
-    Args:
-        multipliers: (terms, channels).
-        constants: (channels,).
-        largest: (channels,) magnitude of the constant and of all products together.
-
-    Returns:
-        (2 + terms + 2 * (1 + terms), channels); None if the margin would be too wide, or values do not fit
-        int32.
-    """
-    margin = (len(multipliers) + 4) * _ROUNDING * largest
-    if margin.max(initial=0.0) > _LARGEST_MARGIN or largest.max(initial=0.0) > 2.0**30:
-        return None
-    # where nothing is added the floor is known, and must not lie within the margin
-    middle = np.where(multipliers.any(0), constants, np.floor(constants) + 0.5)
-    single = np.array([middle - margin, *multipliers, 2 * margin], np.float32)
-    double = np.array([constants, *multipliers], np.float64)
-    rows = [single.view(np.int32).reshape(-1), double.view(np.int32).reshape(-1)]
-    return np.concatenate(rows).reshape(-1, len(constants))

@@ -81,29 +81,28 @@ class Scaled(Requantised):
 
 
 @dataclass(frozen=True)
-class Guarded(Requantised):
-    """Codes, none below 0, in float32 with a margin on both sides that covers all its roundings.
+class Shifted(Requantised):
+    """In integers of 64 bits: clip((constant + sum of multiplier * (term << lift)) >> shift, low, high).
 
-    Where both ends get one code, it is the right one. Where they do not, which is seldom, the vector is
-    computed again as `Output` is.
+    The constants are int32: two rows that hold the int64 constants, of the even channels and then of the odd
+    ones, and a row of multipliers per term: (2 + terms, channels). They are made by `shifted.in_integers`.
+    What is clipped fits int32, and so does every lifted term.
 
-    The constants are int32, the bits of (2 + terms, channels) float32, first the constant less the margin,
-    then the multipliers, then twice the margin; behind them those of the float64 of `Output`. They are made
-    by `scaled.guarded`.
+    Attributes:
+        lifts: by term.
+        shift: of the sum, at least 1.
     """
+
+    lifts: tuple[int, ...]
+    shift: int
 
     #: Element type of the constants.
     dtype: ClassVar[str] = "int32"
 
     @property
-    def exact(self) -> Output:
-        """The same in float64."""
-        return Output(self.map, self.terms, self.low, self.high)
-
-    @property
     def constants(self) -> tuple[int, int]:
         """Shape of the array of constants."""
-        return 2 + len(self.terms) + 2 * (1 + len(self.terms)), self.map.padded
+        return 2 + len(self.terms), self.map.padded
 
 
 @dataclass(frozen=True)
@@ -167,7 +166,7 @@ class Sums:
 
 
 #: What an epilogue writes.
-Written = Output | Steps | Scaled | Guarded | Sums
+Written = Output | Scaled | Shifted | Steps | Sums
 
 
 @dataclass(frozen=True)

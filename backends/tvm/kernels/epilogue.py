@@ -1,7 +1,7 @@
 """Epilogues: from accumulators and other integers to the next codes.
 
-Requantisations are computed in float64, which is exact here, or in float32 where that was found to be exact,
-or where a margin shows that it is; thresholds are compared in integers.
+Requantisations are computed in float32 where that was found to be exact, in integers of 64 bits where factors
+fit 32, else in float64, which is exact here, too; thresholds are compared in integers.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from .. import api
 from ..maps import LANES, Map
-from ..specs import ACCUMULATOR, Guarded, Output, Scaled, Steps, Sums, Written
+from ..specs import ACCUMULATOR, Output, Scaled, Shifted, Steps, Sums, Written
 
 #: Comparisons with thresholds that are written out; more are a loop.
 MOST_COMPARISONS = 16
@@ -62,24 +62,17 @@ def write_output(
 
 
 def _requantised(
-    output: Output | Scaled | Guarded, constants: Any, values: Sequence[Any], channel: Any, lanes: int
+    output: Output | Scaled | Shifted, constants: Any, values: Sequence[Any], channel: Any, lanes: int
 ) -> Any:
     if isinstance(output, Scaled):
         return _scaled(output, constants, values[0], channel, lanes)
-    if isinstance(output, Guarded):
-        return _guarded(output, constants, values, channel, lanes)
+    if isinstance(output, Shifted):
+        return _shifted(output, constants, values, channel, lanes)
 
-    def row(index: int) -> Any:
-        return api.load(constants, index * output.map.padded + channel, lanes)
-
-    return _in_float64(output, row, values, lanes)
-
-
-def _in_float64(output: Output, row: Callable[[int], Any], values: Sequence[Any], lanes: int) -> Any:
-    """clip(floor(row 0 + sum of row i * value i), low, high) + offset, int32."""
-    total = row(0)
-    for index, value in enumerate(values, start=1):
-        total = total + api.cast(value, "float64", lanes) * row(index)
+    total = api.load(constants, channel, lanes)
+    for row, value in enumerate(values, start=1):
+        factor = api.load(constants, row * output.map.padded + channel, lanes)
+        total = total + api.cast(value, "float64", lanes) * factor
     if output.is_bounded and output.low >= 0:  # what lies below 0 is clipped, wherever it is truncated to
         integer = _clipped(api.cast(total, "int32", lanes), output.low, output.high, lanes)
     else:
@@ -94,32 +87,6 @@ def _clipped(integer: Any, low: int, high: int, lanes: int) -> Any:
     return api.maximum(api.minimum(integer, largest), least)
 
 
-def _guarded(output: Guarded, constants: Any, values: Sequence[Any], channel: Any, lanes: int) -> Any:
-    """The code of both ends of the margin; if they differ anywhere, all in float64. Floors truncate, as in
-    `_scaled`."""
-    channels, rows = output.map.padded, 2 + len(values)
-
-    def single(index: int) -> Any:
-        return api.reinterpret(api.load(constants, index * channels + channel, lanes), f"float32x{lanes}")
-
-    def double(index: int) -> Any:
-        start = (rows + 2 * index) * channels + 2 * channel
-        return api.reinterpret(api.load(constants, start, 2 * lanes), f"float64x{lanes}")
-
-    total = single(0)
-    for index, value in enumerate(values, start=1):
-        total = api.fused(api.cast(value, "float32", lanes), single(index), total, lanes)
-    # in registers, because an expression is evaluated again wherever it stands
-    real, codes = api.registers(1, lanes, "float32"), api.registers(1, lanes, "int32")
-    api.store(real, total, 0, lanes)
-    api.store(codes, api.cast(api.load(real, 0, lanes), "int32", lanes), 0, lanes)
-    other = api.cast(api.load(real, 0, lanes) + single(rows - 1), "int32", lanes)
-    either = api.intrinsic("int32", f"llvm.vector.reduce.or.v{lanes}i32", api.load(codes, 0, lanes) - other)
-    with api.when(api.differs(either, 0)):
-        api.store(codes, _in_float64(output.exact, double, values, lanes), 0, lanes)
-    return _clipped(api.load(codes, 0, lanes), output.low, output.high, lanes)
-
-
 def _scaled(output: Scaled, constants: Any, value: Any, channel: Any, lanes: int) -> Any:
     """clip(floor(multiplier * value + constant), low, high), int32; low is not below 0: floor truncates."""
     constant = api.load(constants, channel, lanes)
@@ -127,6 +94,35 @@ def _scaled(output: Scaled, constants: Any, value: Any, channel: Any, lanes: int
     real = api.fused(api.cast(value, "float32", lanes), multiplier, constant, lanes)
     low, high = (api.constant(float(one), "float32", lanes) for one in (output.low, output.high))
     return api.cast(api.maximum(api.minimum(real, high), low), "int32", lanes)
+
+
+def _shifted(output: Shifted, constants: Any, values: Sequence[Any], channel: Any, lanes: int) -> Any:
+    """Even and odd channels apart, as products of 32 bits have 64."""
+    channels, wide = output.map.padded, lanes // 2
+
+    def bits(count: int) -> Any:
+        return api.constant(count, "int64", wide)
+
+    def apart(vector: Any) -> tuple[Any, Any]:
+        both = api.reinterpret(vector, f"int64x{wide}")
+        return (both << bits(32)) >> bits(32), both >> bits(32)
+
+    totals = [
+        api.reinterpret(api.load(constants, row * channels + channel, lanes), f"int64x{wide}")
+        for row in range(2)
+    ]
+    for row, (value, lift) in enumerate(zip(values, output.lifts, strict=True), start=2):
+        factors = apart(api.load(constants, row * channels + channel, lanes))
+        lifted = api.cast(value, "int32", lanes)
+        lifted = lifted << api.constant(lift, "int32", lanes) if lift else lifted
+        totals = [
+            total + term * factor for total, term, factor in zip(totals, apart(lifted), factors, strict=True)
+        ]
+    even, odd = totals
+    low = (even >> bits(output.shift)) & bits(2**32 - 1)
+    high = odd << bits(32 - output.shift) if output.shift <= 32 else odd >> bits(output.shift - 32)
+    integer = api.reinterpret(low | (high & bits(-(2**32))), f"int32x{lanes}")
+    return _clipped(integer, output.low, output.high, lanes)
 
 
 def _counted(output: Steps, constants: Any, value: Any, dtype: str, channel: Any, lanes: int) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -76,12 +75,11 @@ def accumulate(builder: Builder, node: fx.Node) -> None:
         whole = effective_of(builder.model, node)[:, :, None, None]
         effective = arrange(whole, runs, groups).astype(np.int64)
     bound = np.abs(effective).sum((1, 3)).reshape(-1) * layer.highest
-    if int(bound.max(initial=0)) >= 2**31 - 1:
-        raise LoweringError("sums of its products may exceed 32 bits; lower to onnx-qdq")
     correction = (source.map.zero_point - family.bias(layer)) * effective.sum((1, 3)).reshape(-1)
+    sums = Accumulators(node, correction, bound + abs(correction))
+    if int(sums.bound.max(initial=0)) >= 2**31 - 1:
+        raise LoweringError("sums of its products may exceed 32 bits; lower to onnx-qdq")
     builder.set_largest(node, int(bound.max(initial=0)))
-    products = math.inf if layer.is_depthwise else 4.0 * runs.vectors
-    sums = Accumulators(node, correction, bound, products)
     outputs: list[Written] = []
     constants: list[fx.Node] = []
     others: list[Mapped] = []
