@@ -21,6 +21,9 @@ from .maps import LANES
 from .packing import pack
 from .specs import Layer
 
+#: Nanoseconds for 64 weights of one bit each to arrive from memory.
+_WAITING = 0.45
+
 
 @dataclass(frozen=True)
 class Family:
@@ -69,10 +72,10 @@ def _dot(
     def time(layer: Layer) -> float:
         tile = dot.tile_of(layer, make(layer))
         waste = tile.per_row(layer) * tile.pixels / layer.w
-        # unpacked among products, weights are waited for
-        each = 0.0 if is_stored_unpacked(layer) else 0.2 + 0.45 * layer.bits
-        unpacking = tasks_of(layer, tile)[1] * layer.blocks * layer.runs.vectors * each
-        return _products(layer) * waste / rate(layer) + unpacking
+        vectors, parts = layer.blocks * layer.runs.vectors, tasks_of(layer, tile)[1]
+        products = _products(layer) * waste / rate(layer)
+        unpacking = 0.0 if is_stored_unpacked(layer) else 0.8 * vectors * parts
+        return products + unpacking + max(0.0, vectors * _WAITING * layer.bits - products)
 
     return Family(
         name,
@@ -134,7 +137,7 @@ def _gemv_time(layer: Layer) -> float | None:
         return None
     tile = gemv.tile_of(layer)
     each = 0.33 * tile.pixels + 0.15
-    waiting = max(0.0, 0.45 * layer.bits - each)
+    waiting = max(0.0, _WAITING * layer.bits - each)
     return layer.blocks * layer.runs.vectors * (tile.count(layer) * each + waiting)
 
 
