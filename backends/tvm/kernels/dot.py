@@ -68,6 +68,8 @@ def dot_kernel(name: str, layer: Layer, dot: Dot) -> Any:
     parts = LANES // lanes
     per_pixel = tile.blocks * parts
     size, fours = groups * GROUP * 64, layer.runs.length // 4
+    rows = 1 + max(row for row, _ in layer.runs.starts)
+    columns = len(layer.runs.starts) // rows
     is_ready = is_stored_unpacked(layer)
 
     def unpack(group: Any, index: Any, target: Any) -> None:
@@ -85,8 +87,10 @@ def dot_kernel(name: str, layer: Layer, dot: Dot) -> Any:
             registers = [api.registers(tile.pixels * dot.sums, lanes, "int32") for _ in range(per_pixel)]
             for one, i in itertools.product(registers, range(tile.pixels * dot.sums)):
                 api.store(one, api.constant(0, "int32", lanes), i * lanes, lanes)
-            for run, start in enumerate(layer.runs.starts):
-                base = frame.input(n, y, x, start) + frame.first_channel(group)
+            # loops, as code for all positions of the kernel would leave the first cache
+            with api.serial(0, rows) as row, api.serial(0, columns) as column:
+                run = row * columns + column
+                base = frame.input(n, y, x, (row, column)) + frame.first_channel(group)
                 with api.serial(0, fours) as k:
                     vector = run * fours + k
                     if not is_ready:
@@ -94,11 +98,18 @@ def dot_kernel(name: str, layer: Layer, dot: Dot) -> Any:
                         with api.when(api.both(api.equal(t, first), is_next)):
                             unpack(group, vector // GROUP, weights)
                     add(weights, at, registers, vector, base + 4 * k)
-            # a loop, which LLVM writes out late: else it mixes epilogues into the products of short sums
-            with api.serial(0, tile.pixels) as p:
-                for i, one in enumerate(registers):
-                    total = dot.finish(sums(one, p))
-                    frame.write(total, group * tile.blocks * LANES + i * lanes, n, y, x + p, lanes)
+            if layer.others:  # written out, reading another large map took up to twice as long
+                with api.serial(0, tile.pixels) as p:
+                    write(registers, group, n, y, x, p)
+            else:
+                for p in range(tile.pixels):
+                    write(registers, group, n, y, x, p)
+
+    def write(registers: list[Any], group: Any, n: Any, y: Any, x: Any, p: Any) -> None:
+        """Epilogues of one pixel of a tile."""
+        for i, one in enumerate(registers):
+            channel = group * tile.blocks * LANES + i * lanes
+            frame.write(dot.finish(sums(one, p)), channel, n, y, x + p, lanes)
 
     def add(weights: Any, at: Any, registers: list[Any], vector: Any, base: Any) -> None:
         """Products of the codes from an index on, four of each pixel, with one vector of each block."""
