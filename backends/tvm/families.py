@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .kernels import amx, bitserial, depthwise, depthwise_dot, dot, gemv, neon, winograd, x86
-from .kernels.frame import Tile, tasks_of
+from .kernels.frame import tasks_of
 from .kernels.unpack import is_stored_unpacked
 from .maps import LANES
 from .packing import pack
@@ -57,12 +57,6 @@ def _packed(vectors: NDArray[np.integer], layer: Layer) -> NDArray[np.uint8]:
     return pack(vectors, layer.bits, layer.signed).reshape(-1)
 
 
-def _unpacking(layer: Layer, tile: Tile) -> float:
-    """Nanoseconds for weights that every task unpacks to memory."""
-    tasks = tasks_of(layer, tile)[1]
-    return tasks * layer.blocks * layer.runs.vectors * (2.0 + 0.25 * layer.bits)
-
-
 def _dot(
     name: str,
     needs: str,
@@ -88,10 +82,12 @@ def _dot(
 
 
 def _amx_time(layer: Layer) -> float:
-    """A product of fewer than 8 rows of pixels takes as long as one of 8."""
+    """A product of fewer than 8 rows of pixels takes as long as one of 8; tasks unpack first."""
     tile, stretch = amx.tile_of(layer), amx.stretch_of(layer.runs)
-    products = tile.count(layer) * layer.blocks * layer.runs.vectors * 4 / stretch
-    return products * max(8, tile.pixels) * amx.ROW_BYTES * LANES / 2000 + _unpacking(layer, tile)
+    vectors = layer.blocks * layer.runs.vectors
+    products = tile.count(layer) * vectors * 4 / stretch
+    unpacking = tasks_of(layer, tile)[1] * vectors * (2.0 + 0.25 * layer.bits)
+    return products * max(8, tile.pixels) * amx.ROW_BYTES * LANES / 2000 + unpacking
 
 
 def _bitserial(needs: str, registers: int, rate: float) -> Family:
