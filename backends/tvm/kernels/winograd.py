@@ -31,8 +31,9 @@ from .unpack import unpack_block, unpack_group, unpacked_form
 #: Products of a transform in one dimension, and of a square.
 SIDE, POSITIONS = 4, 16
 
-#: Squares that are computed at a time, at most.
-MOST_SQUARES = 8
+#: Channels up to which the weights of a position lie in the first cache, beside sums. Squares computed at a
+#: time, at most, for so few channels, and for more: many read weights seldom, but their sums need memory.
+FEW_CHANNELS, MOST_SQUARES = 128, (4, 6)
 
 #: Rows of B': (first input, second input, its sign).
 INPUT_ROWS = ((0, 2, -1), (1, 2, 1), (2, 1, -1), (1, 3, -1))
@@ -54,8 +55,8 @@ def squares_of(layer: Layer) -> int:
 
 def tile_of(layer: Layer) -> Squares:
     """As little overlap as possible, then as many squares as possible; two blocks of outputs."""
-    total = squares_of(layer)
-    squares = min(range(1, min(MOST_SQUARES, total) + 1), key=lambda p: (-(-total // p) * (p + 1), -p))
+    total, most = squares_of(layer), MOST_SQUARES[layer.source.padded > FEW_CHANNELS]
+    squares = min(range(1, min(most, total) + 1), key=lambda p: (-(-total // p) * (p + 1), -p))
     return Squares(squares, most_blocks(layer, 2))
 
 
