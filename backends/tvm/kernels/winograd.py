@@ -33,7 +33,7 @@ SIDE, POSITIONS = 4, 16
 
 #: Channels up to which the weights of a position lie in the first cache, beside sums. Squares computed at a
 #: time, at most, for so few channels, and for more: many read weights seldom, but their sums need memory.
-FEW_CHANNELS, MOST_SQUARES = 128, (4, 6)
+FEW_CHANNELS, MOST_SQUARES = 128, (4, 7)
 
 #: Rows of B': (first input, second input, its sign).
 INPUT_ROWS = ((0, 2, -1), (1, 2, 1), (2, 1, -1), (1, 3, -1))
