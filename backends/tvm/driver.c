@@ -132,21 +132,25 @@ typedef struct {
     uint64_t size, used, wanted;
 } stack;
 
-/* Tasks are taken from one word, so that what a thread takes belongs to the round that it saw: the round's number, how
-   many tasks it has, and the next one. A thread that wakes late finds none left, and nobody waits for it. */
+/* A thread's share of the tasks: neighbours, in every kernel the same part of an image, so that it reads what it wrote
+   itself. It is one word, so that what is taken from it belongs to the round that was seen: the round's number, the end
+   of the share, and the next task. Who has finished takes from the others; a thread that wakes late finds nothing left,
+   and nobody waits for it. */
 enum { INDEX_BITS = 20 };
 #define INDEX_MASK ((UINT64_C(1) << INDEX_BITS) - 1)
+
+typedef struct { _Alignas(64) atomic_ullong tickets; } share;
 
 typedef struct {
     pthread_mutex_t lock;
     pthread_cond_t wake;
     pthread_t *threads;
     stack *stacks; /* of the calling thread, then of each of the others */
+    share *shares; /* likewise */
     int count, stopping;
     task body;
     void *data;
     group environment;
-    atomic_ullong tickets;
     atomic_int finished, asleep, failed;
     char message[256];
 } pool;
@@ -160,56 +164,62 @@ static inline void pause_a_little(void) {
 #endif
 }
 
-static uint64_t round_of(uint64_t ticket) { return ticket >> 2 * INDEX_BITS; }
+static uint64_t round_of(const share *one) { return atomic_load(&one->tickets) >> 2 * INDEX_BITS; }
 
-static void work(pool *p) {
+static void work(pool *p, int self) {
     uint64_t used = memory->used;
-    for (;;) {
-        uint64_t ticket = atomic_fetch_add(&p->tickets, 1);
-        if ((ticket & INDEX_MASK) >= (ticket >> INDEX_BITS & INDEX_MASK)) return;
-        int failed = p->body((int)(ticket & INDEX_MASK), &p->environment, p->data);
-        memory->used = used;
-        if (failed) {
-            pthread_mutex_lock(&p->lock);
-            memcpy(p->message, message, sizeof message);
-            pthread_mutex_unlock(&p->lock);
-            atomic_store(&p->failed, 1);
+    int done = 0;
+    for (int turn = 0; turn <= p->count; turn++) {
+        share *from = &p->shares[(self + turn) % (p->count + 1)];
+        for (;;) {
+            uint64_t ticket = atomic_fetch_add(&from->tickets, 1);
+            if ((ticket & INDEX_MASK) >= (ticket >> INDEX_BITS & INDEX_MASK)) break;
+            int failed = p->body((int)(ticket & INDEX_MASK), &p->environment, p->data);
+            memory->used = used;
+            done++;
+            if (failed) {
+                pthread_mutex_lock(&p->lock);
+                memcpy(p->message, message, sizeof message);
+                pthread_mutex_unlock(&p->lock);
+                atomic_store(&p->failed, 1);
+            }
         }
-        atomic_fetch_add(&p->finished, 1);
     }
+    atomic_fetch_add(&p->finished, done);
 }
 
 /* Kernels follow each other within microseconds: look this often before sleeping, or before letting others run. */
 enum { LOOKS = 4000 };
 
-typedef struct { pool *pool; stack *memory; } worker_start;
+typedef struct { pool *pool; int self; } worker_start;
 
 static void *worker(void *given) {
     pool *p = ((worker_start *)given)->pool;
-    memory = ((worker_start *)given)->memory;
+    int self = ((worker_start *)given)->self;
+    share *own = &p->shares[self];
+    memory = &p->stacks[self];
     free(given);
     uint64_t seen = 0;
     for (;;) {
-        for (int i = 0; i < LOOKS && round_of(atomic_load(&p->tickets)) == seen; i++) pause_a_little();
-        if (round_of(atomic_load(&p->tickets)) == seen) {
+        for (int i = 0; i < LOOKS && round_of(own) == seen; i++) pause_a_little();
+        if (round_of(own) == seen) {
             pthread_mutex_lock(&p->lock);
             atomic_fetch_add(&p->asleep, 1);
-            while (round_of(atomic_load(&p->tickets)) == seen && !p->stopping)
-                pthread_cond_wait(&p->wake, &p->lock);
+            while (round_of(own) == seen && !p->stopping) pthread_cond_wait(&p->wake, &p->lock);
             atomic_fetch_sub(&p->asleep, 1);
             int stopping = p->stopping;
             pthread_mutex_unlock(&p->lock);
             if (stopping) return NULL;
         }
-        seen = round_of(atomic_load(&p->tickets));
-        work(p);
+        seen = round_of(own);
+        work(p, self);
     }
 }
 
 static int start_worker(pool *p) {
     worker_start *given = malloc(sizeof *given);
     if (given == NULL) return 0;
-    given->pool = p, given->memory = &p->stacks[p->count + 1];
+    given->pool = p, given->self = p->count + 1;
     if (pthread_create(&p->threads[p->count], NULL, worker, given) == 0) return 1;
     free(given);
     return 0;
@@ -230,14 +240,17 @@ int TVMBackendParallelLaunch(task body, void *data, int tasks) {
     p->environment.tasks = tasks;
     atomic_store(&p->finished, 0);
     atomic_store(&p->failed, 0);
-    uint64_t round = (round_of(atomic_load(&p->tickets)) + 1) & (UINT64_MAX >> 2 * INDEX_BITS);
-    atomic_store(&p->tickets, round << 2 * INDEX_BITS | (uint64_t)tasks << INDEX_BITS);
+    uint64_t round = (round_of(p->shares) + 1) & (UINT64_MAX >> 2 * INDEX_BITS), sharers = (uint64_t)p->count + 1;
+    for (uint64_t i = 0; i < sharers; i++) {
+        uint64_t next = i * (uint64_t)tasks / sharers, end = (i + 1) * (uint64_t)tasks / sharers;
+        atomic_store(&p->shares[i].tickets, round << 2 * INDEX_BITS | end << INDEX_BITS | next);
+    }
     if (atomic_load(&p->asleep)) {
         pthread_mutex_lock(&p->lock);
         pthread_cond_broadcast(&p->wake);
         pthread_mutex_unlock(&p->lock);
     }
-    work(p);
+    work(p, 0);
     for (int i = 0; atomic_load(&p->finished) < tasks; i++)
         if (i < LOOKS) pause_a_little();
         else sched_yield();
@@ -344,10 +357,12 @@ qcompile_model *qcompile_create(int threads) {
     int wanted = threads > 1 ? threads - 1 : 0;
     model->threads.threads = calloc((size_t)wanted + 1, sizeof(pthread_t));
     model->threads.stacks = calloc((size_t)wanted + 1, sizeof(stack));
-    if (model->threads.threads == NULL || model->threads.stacks == NULL) {
+    model->threads.shares = aligned_alloc(64, ((size_t)wanted + 1) * sizeof(share));
+    if (model->threads.threads == NULL || model->threads.stacks == NULL || model->threads.shares == NULL) {
         qcompile_destroy(model);
         return NULL;
     }
+    memset(model->threads.shares, 0, ((size_t)wanted + 1) * sizeof(share));
     while (model->threads.count < wanted && start_worker(&model->threads)) model->threads.count++;
     return model;
 }
@@ -364,6 +379,7 @@ void qcompile_destroy(qcompile_model *model) {
     }
     for (int i = 0; p->stacks != NULL && i <= p->count; i++) free(p->stacks[i].base);
     free(p->stacks);
+    free(p->shares);
     free(p->threads);
     free(model->views);
     free(model->arena);

@@ -22,6 +22,10 @@ from ..specs import Layer
 from .epilogue import clear_border, write_output
 
 
+#: Pixels of a part beyond which unpacking weights for each is not felt.
+PART = 392
+
+
 @dataclass(frozen=True)
 class Tile:
     """How much a kernel computes at a time.
@@ -57,8 +61,9 @@ def most_blocks(layer: Layer, limit: int) -> int:
 
 def tasks_of(layer: Layer, tile: Tile) -> tuple[int, int]:
     """Tasks of a layer: groups of `tile.blocks` blocks of outputs, and parts of the pixels of each."""
-    groups = layer.blocks // tile.blocks
-    return groups, min(next((parts for parts in (1, 2, 4) if groups * parts >= 8), 8), tile.count(layer))
+    groups, pixels = layer.blocks // tile.blocks, layer.source.n * layer.h * layer.w
+    parts = next((parts for parts in (1, 2, 4) if groups * parts >= 8), 8)
+    return groups, min(max(parts, min(4, pixels // PART)), tile.count(layer))
 
 
 class Frame:
@@ -115,7 +120,7 @@ class Frame:
                 before()
             tiles, (groups, parts) = self.tile.count(layer), tasks_of(layer, self.tile)
             with api.parallel(0, groups * parts) as index:
-                group, part = (index // parts, index % parts) if parts > 1 else (index, 0)
+                part, group = (index // groups, index % groups) if parts > 1 else (0, index)
                 task(group, part * tiles // parts, (part + 1) * tiles // parts)
         return function.result
 
