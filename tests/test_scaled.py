@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 pytest.importorskip("tvm")
 
 from qcompile.backends.tvm.scaled import in_float32
-from qcompile.backends.tvm.shifted import in_integers
+from qcompile.backends.tvm.shifted import in_integers, joins_behind
 
 
 def by_integers(a: int, m: int, c: int, shift: int, low: int, high: int) -> int:
@@ -86,3 +86,36 @@ def test_factors_of_more_bits_are_refused() -> None:
     assert in_integers(np.array([[2**31, 0]]), np.zeros(2, np.int64), [1.0]) is not None
     assert in_integers(np.array([[2**31 + 1, 0]]), np.zeros(2, np.int64), [1.0]) is None
     assert in_integers(np.array([[2**31, 0]]), np.zeros(2, np.int64), [2.0**30]) is None
+
+
+@given(
+    st.integers(0, 24), st.integers(0, 6), st.integers(0, 30), st.integers(0, 31), st.integers(0, 2**32 - 1)
+)
+@settings(max_examples=200, deadline=None)
+def test_a_power_of_two_joins_behind_the_shift(
+    exponent: int, more: int, wide: int, reach: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    factors = np.array([rng.integers(-(2**wide), 2**wide + 1, 4), np.full(4, 1 << exponent)])
+    summands = rng.integers(-(2**40), 2**40, 4)
+    terms = np.stack([rng.integers(-255, 256, (64, 4)), rng.integers(-(2**reach), 2**reach + 1, (64, 4))])
+    found = joins_behind(factors, summands, [np.full(4, 255.0), np.array(2.0**reach)], shift=exponent + more)
+    largest = (abs(summands) + abs(factors[0]) * 255) / 2**exponent + 2**reach
+    alike = (factors[0] == factors[0, 0]).all() and int(factors[0, 0]).bit_count() == 1 and factors[0, 0] > 0
+    if found is None:
+        assert largest.max() >= 2**31 - 2
+        return
+    term, e = found
+    assert term == 1 or alike
+    rest = factors[1 - term] * terms[1 - term] + summands
+    joined = (rest >> e) + terms[term]
+    assert abs(joined).max() < 2**31
+    whole = factors[0] * terms[0] + factors[1] * terms[1] + summands
+    np.testing.assert_array_equal(joined >> exponent + more - e, whole >> exponent + more)
+
+
+def test_other_factors_do_not_join_behind() -> None:
+    none, bounds = np.zeros(2, np.int64), [np.array(1.0)]
+    assert joins_behind(np.array([[4, 4]]), none, bounds, 2) == (0, 2)
+    for row, shift in (([4, 8], 8), ([3, 3], 8), ([-4, -4], 8), ([0, 0], 8), ([4, 4], 1)):
+        assert joins_behind(np.array([row]), none, bounds, shift) is None

@@ -58,9 +58,17 @@ def runnable(family: Family) -> Any:
 
 
 def run_kernel(
-    kernel: Any, arrays: list[NDArray[Any]], outputs: int, family: Family, folder: Path
+    kernel: Any,
+    arrays: list[NDArray[Any]],
+    outputs: int,
+    family: Family,
+    folder: Path,
+    changed: int | None = None,
 ) -> list[NDArray[Any]]:
-    """A kernel as a model of one step, through the driver that devices run; the last arrays are outputs."""
+    """A kernel as a model of one step, through the driver that devices run; the last arrays are outputs.
+
+    Where it writes its last output over an input, that is returned as the kernel left it.
+    """
     architecture, attributes, _ = PROCESSORS[min(family.needs)]
     if family.name == "amx":
         provide_amx()
@@ -70,7 +78,8 @@ def run_kernel(
     artefact = kernel_artefact(kernel, tensors[:count], tensors[count:], architecture, processor, folder)
     library = Library(artefact, 1) if architecture is X86 else Emulated(artefact, 1)
     given = [torch.from_numpy(np.ascontiguousarray(one)).clone() for one in arrays[:count]]  # aligned
-    return [one.numpy() for one in library.run(given)]
+    made = [one.numpy() for one in library.run(given)]
+    return made if changed is None else [*made[:-1], given[changed].numpy()]
 
 
 def convolution(
@@ -257,8 +266,10 @@ def test_layers_with_epilogues_are_exact(seed: int, family: Family, tmp_path: Pa
     large = np.zeros((3, whole.padded), np.int64)
     large[0, : case["outputs"]], large[1:, : case["outputs"]] = added - steep[0] * correction, steep
     wide, safe = (in_integers(large[1:], large[0] + zero, reach) for zero in (0, 1 << 46))
+    behind = in_integers(large[1:2], large[0], reach[:1])
     assert wide is not None
     assert safe is not None
+    assert behind is not None
     negative = np.zeros((1, plain.padded), np.int32)
     negative[0, : case["outputs"]] = -correction
     is_exact = single is not None  # it is not where a kernel's sums are far from the layer's, as in two cases
@@ -270,6 +281,7 @@ def test_layers_with_epilogues_are_exact(seed: int, family: Family, tmp_path: Pa
         Scaled(scaled, (ACCUMULATOR,), 0, 15),
         Shifted(whole, (ACCUMULATOR, 0), 0, 30, safe[0], 46),
         Sums(plain),
+        Shifted(plain, (ACCUMULATOR,), -(2**25), 2**24, behind[0], 24, 0, 1),
     )
     layer = replace(layer, outputs=outputs)
     if family.time(layer) is None:
@@ -281,16 +293,25 @@ def test_layers_with_epilogues_are_exact(seed: int, family: Family, tmp_path: Pa
         np.zeros(scaled.shape, np.uint8),
         np.zeros(whole.shape, np.uint8),
         np.zeros(plain.shape, np.int32),
+        np.zeros(plain.shape, np.int32),
     ]
     packed = family.pack(vectors, layer)
     packed = np.concatenate([packed, multiplier_bytes(multipliers)]) if multiplied else packed
     arrays = [to_memory(codes, source), packed]
     arrays += [to_memory(stream, plain), epilogue, wide[1], steps.astype(np.int32), single, safe[1], negative]
-    arrays += results
+    arrays += [behind[1], *results]
     kernel = family.build("layer", layer)
-    coded, streamed, stepped, rounded, wholly, summed = run_kernel(
+    coded, streamed, stepped, rounded, wholly, summed, joined = run_kernel(
         kernel, arrays, len(results), family, tmp_path
     )
+    summand = sums * steep[0][per_channel] + added[per_channel]
+    moved = np.clip((summand >> 24) + stream >> 1, -(2**25), 2**24)
+    np.testing.assert_array_equal(from_memory(joined, plain), moved)
+    if family.writes_once(layer) and PROCESSORS[min(family.needs)][0] is X86:
+        kernel = family.build("layer", replace(layer, replaced=0))
+        over = run_kernel(kernel, arrays, len(results), family, tmp_path / "over", changed=2)
+        for have, want in zip(over, (coded, streamed, stepped, rounded, wholly, summed, joined), strict=True):
+            np.testing.assert_array_equal(have, want)
     np.testing.assert_array_equal(from_memory(summed, plain), sums)
     np.testing.assert_array_equal(from_memory(streamed, plain), np.clip(exact >> 22, -(2**28), 2**27))
     np.testing.assert_array_equal(from_memory(wholly, whole), np.clip(exact >> 46, -1, 29))

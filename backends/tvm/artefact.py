@@ -127,9 +127,11 @@ def _variant(
     finally:
         kernel_op.forget(builder.keys)
     try:
-        plan, kernels = make_plan(module)
+        in_place = {one.name: one.in_place for one in built if one.in_place is not None}
+        plan, kernels = make_plan(module, {name: (one.source, one.target) for name, one in in_place.items()})
     except LoweringError as cause:
         raise LoweringError(f"{culprits(graph, str(cause).split()[0])}: {cause}") from cause
+    kernels |= {name: in_place[name].build(name) for name in plan.in_place}
     variant = Variant(processor.name, plan, layers, builder.taps, choices)
     return variant, Part(processor.name, processor.condition, plan, kernels, target)
 

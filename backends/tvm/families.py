@@ -37,6 +37,7 @@ class Family:
         pack: (vectors of codes as `packing.arrange` makes them, layer) -> bytes.
         bias: layer -> what the family subtracts from every stored code before it multiplies.
         multiplies: whether it knows multipliers of parts of the inputs.
+        writes_once: layer -> whether no output is computed twice, so that one may be written over a summand.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Family:
     pack: Callable[[NDArray[np.integer], Layer], NDArray[np.uint8]]
     bias: Callable[[Layer], int] = lambda layer: 0
     multiplies: bool = False
+    writes_once: Callable[[Layer], bool] = lambda layer: False
 
 
 def _products(layer: Layer) -> int:
@@ -78,6 +80,7 @@ def _dot(
         lambda symbol, layer: dot.dot_kernel(symbol, layer, make(layer)),
         _packed,
         lambda layer: make(layer).bias,
+        writes_once=lambda layer: layer.w % dot.tile_of(layer, make(layer)).pixels == 0,
     )
 
 
@@ -152,7 +155,14 @@ FAMILIES: tuple[Family, ...] = (
     Family("amx", frozenset(("amx",)), _amx_time, amx.amx_kernel, _packed),
     _dot("vnni", "vnni", x86.vnni, lambda layer: 200.0),
     Family("gemv", frozenset(("vnni",)), _gemv_time, gemv.gemv_kernel, _packed, multiplies=True),
-    Family("winograd", frozenset(("vnni",)), _winograd_time, winograd.winograd_kernel, _packed),
+    Family(
+        "winograd",
+        frozenset(("vnni",)),
+        _winograd_time,
+        winograd.winograd_kernel,
+        _packed,
+        writes_once=lambda layer: winograd.squares_of(layer) % winograd.tile_of(layer).pixels == 0,
+    ),
     _bitserial("bitalg", 32, 900.0),
     _bitserial("avx512", 32, 250.0),
     _dot("avx2", "avx2", x86.avx2, lambda layer: 62.0 if x86.fits(layer) else 26.0),

@@ -22,7 +22,7 @@ from qcompile.passes.static_values import static_values
 
 from . import kernel_op
 from .costs import Choice
-from .kernel_op import Kernel
+from .kernel_op import InPlace, Kernel
 from .kernels.relayout import from_map_kernel, to_map_kernel
 from .maps import Map
 from .specs import Layer
@@ -210,6 +210,7 @@ class Builder:
         outputs: Sequence[tuple[tuple[int, ...], str]],
         build: Callable[[str], Any],
         choice: Choice | None = None,
+        in_place: InPlace | None = None,
     ) -> list[fx.Node]:
         """Call a kernel; returns a node per output."""
         base = "".join(one if one.isalnum() else "_" for one in f"{layer}_{what}")
@@ -218,7 +219,7 @@ class Builder:
             count += 1
             name = f"{base}_{count}"
         self._names.add(name)
-        key = kernel_op.register(Kernel(name, layer, what, tuple(outputs), build, choice))
+        key = kernel_op.register(Kernel(name, layer, what, tuple(outputs), build, choice, in_place))
         self.keys.append(key)
         made = self.graph.call_function(torch.ops.qcompile_tvm.kernel.default, (list(inputs), key))
         return [self.graph.call_function(operator.getitem, (made, index)) for index in range(len(outputs))]

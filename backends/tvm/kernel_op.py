@@ -9,12 +9,20 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .costs import Choice
+
+
+class InPlace(NamedTuple):
+    """See `Kernel.in_place`."""
+
+    source: int
+    target: int
+    build: Callable[[str], Any]
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,8 @@ class Kernel:
         outputs: (shape, dtype) of every output.
         build: makes the PrimFunc of that name.
         choice: of families, for layers.
+        in_place: an input and an output, as positions among all arguments, that may be one tensor, and what
+            makes the PrimFunc for that: then it does not touch the output's buffer.
     """
 
     name: str
@@ -36,6 +46,7 @@ class Kernel:
     outputs: tuple[tuple[tuple[int, ...], str], ...]
     build: Callable[[str], Any]
     choice: Choice | None = None
+    in_place: InPlace | None = None
 
 
 _kernels: dict[str, Kernel] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +61,7 @@ class Plan:
         copies: (tensor, output) for outputs that no kernel writes: inputs, constants, repetitions.
         arena: bytes of working memory.
         constants: one block of bytes.
+        in_place: kernels that write over one of their inputs.
     """
 
     calls: tuple[Call, ...]
@@ -68,13 +70,13 @@ class Plan:
     copies: tuple[tuple[Place, int], ...]
     arena: int
     constants: bytes
+    in_place: frozenset[str] = frozenset()
 
 
-def make_plan(module: Any) -> tuple[Plan, dict[str, Any]]:
-    """The plan of an optimised Relax module, and its kernels by symbol."""
-    passes = [relax.transform.CallTIRRewrite(), relax.transform.StaticPlanBlockMemory()]
-    planned = tvm.transform.Sequential(passes)(module)
-    reader = _Reader(planned["main"])
+def make_plan(module: Any, in_place: Mapping[str, tuple[int, int]]) -> tuple[Plan, dict[str, Any]]:
+    """The plan of an optimised Relax module, and its kernels by symbol; for `in_place` see `arranged`."""
+    planned = relax.transform.CallTIRRewrite()(module)
+    reader = _Reader(planned["main"], in_place)
     kernels = {
         name.name_hint: function.with_attr("global_symbol", name.name_hint)
         for name, function in planned.functions.items()
@@ -84,14 +86,13 @@ def make_plan(module: Any) -> tuple[Plan, dict[str, Any]]:
 
 
 class _Reader:
-    def __init__(self, main: Any) -> None:
+    def __init__(self, main: Any, in_place: Mapping[str, tuple[int, int]]) -> None:
         self._values: dict[Any, Any] = {}
-        self._storages: dict[Any, int] = {}
+        self._in_place = in_place
         self._calls: list[Call] = []
-        self._arena, self._reserved = 0, 0
+        self._tensors = 0
         self._constants = bytearray()
         self._known: dict[Any, Place] = {}
-        self._outputs: list[Place] = []
         self._inputs = tuple(
             Place("input", index, _shape(one.ty), str(one.ty.dtype)) for index, one in enumerate(main.params)
         )
@@ -111,27 +112,24 @@ class _Reader:
                 copied.append(index)
             else:
                 renamed[place] = Place("output", index, place.shape, place.dtype)
-        calls = tuple(
+        calls = [
             Call(call.kernel, tuple(renamed.get(one, one) for one in call.arguments)) for call in self._calls
-        )
+        ]
+        places, arena, shared = arranged(calls, self._in_place)
+        calls = [Call(call.kernel, tuple(places.get(one, one) for one in call.arguments)) for call in calls]
         outputs = tuple(
             Place("output", index, one.shape, one.dtype) for index, one in enumerate(self._results)
         )
         copies = tuple((renamed.get(self._results[i], self._results[i]), i) for i in copied)
-        return Plan(calls, self._inputs, outputs, copies, self._arena, bytes(self._constants))
+        return Plan(tuple(calls), self._inputs, outputs, copies, arena, bytes(self._constants), shared)
 
     def _bind(self, var: Any, value: Any) -> None:
         if isinstance(value, tvm.ir.Call) or type(value).__name__ == "Call":
             name = getattr(value.op, "name", None)
-            if name == "relax.memory.alloc_storage":
-                self._storages[var] = self._reserve(int(value.args[0].values[0]))
-            elif name == "relax.memory.alloc_tensor":
-                offset = self._storages[value.args[0]] + int(value.args[1].value)
-                self._values[var] = Place("arena", offset, _sizes(value.args[2]), str(value.args[3].value))
-            elif name == "relax.builtin.alloc_tensor":
+            if name == "relax.builtin.alloc_tensor":
                 shape, dtype = _sizes(value.args[0]), str(value.args[1].value)
-                size = math.prod(shape) * np.dtype(dtype).itemsize
-                self._values[var] = Place("arena", self._reserve(size), shape, dtype)
+                self._values[var] = Place("arena", self._tensors, shape, dtype)  # numbered until it is placed
+                self._tensors += 1
             elif name is not None:
                 raise LoweringError(f"{name.removeprefix('relax.')} has no machine code; lower to onnx-qdq")
             else:
@@ -139,15 +137,6 @@ class _Reader:
                 self._calls.append(Call(value.op.name_hint, arguments))
         else:
             self._values[var] = self._value(value)
-
-    def _reserve(self, size: int) -> int:
-        # tensors that are read and written together must not lie whole pages apart: processors compare
-        # low bits of addresses first, and take a load behind such a store for a load of what is stored
-        wanted = self._reserved * STAGGER % PAGE if size >= PAGE else self._arena % PAGE
-        self._reserved += 1
-        offset = self._arena + (wanted - self._arena) % PAGE
-        self._arena = offset + round_up(size, ALIGNMENT)
-        return offset
 
     def _value(self, expression: Any) -> Any:
         kind = type(expression).__name__
@@ -166,6 +155,62 @@ class _Reader:
             self._constants += array.tobytes().ljust(round_up(array.nbytes, ALIGNMENT), b"\0")
             self._known[expression] = Place("constant", offset, tuple(array.shape), str(array.dtype))
         return self._known[expression]
+
+
+def arranged(
+    calls: Sequence[Call], in_place: Mapping[str, tuple[int, int]]
+) -> tuple[dict[Place, Place], int, frozenset[str]]:
+    """Where tensors lie that live for some of the calls: the largest first, each as low as it fits.
+
+    Args:
+        calls: whose arena places are numbers.
+        in_place: by kernel, an input and an output that may be one tensor, as positions among its arguments.
+
+    Returns:
+        Final places, bytes of the arena, and the kernels whose two tensors are one.
+    """
+    lives: dict[Place, list[int]] = {}
+    for step, call in enumerate(calls):
+        for one in call.arguments:
+            if one.kind == "arena":
+                lives.setdefault(one, [step, step])[1] = step
+    whole: dict[Place, Place] = {one: one for one in lives}  # of each tensor, the first in its memory
+    shared: set[str] = set()
+    for step, call in enumerate(calls):
+        if call.kernel in in_place:
+            source, target = (call.arguments[index] for index in in_place[call.kernel])
+            dies = source.kind == target.kind == "arena" and lives[source][1] == step == lives[target][0]
+            if dies and source.bytes == target.bytes:
+                whole[target] = whole[source]
+                shared.add(call.kernel)
+    blocks: dict[Place, list[int]] = {}
+    for one, (first, last) in lives.items():
+        block = blocks.setdefault(whole[one], [first, last])
+        block[1] = max(block[1], last)
+    offsets: dict[Place, int] = {}
+    for number, one in enumerate(sorted(blocks, key=lambda one: (-one.bytes, blocks[one]))):
+        first, last = blocks[one]
+        beside = sorted(
+            (offsets[other], other.bytes)
+            for other in offsets
+            if blocks[other][0] <= last and first <= blocks[other][1]
+        )
+        # tensors that are read and written together must not lie whole pages apart: processors compare
+        # low bits of addresses first, and take a load behind such a store for a load of what is stored
+        phase = number * STAGGER % PAGE if one.bytes >= PAGE else None
+        offset = _aligned(0, phase)
+        for start, size in beside:
+            if offset + one.bytes <= start:
+                break
+            offset = max(offset, _aligned(start + size, phase))
+        offsets[one] = offset
+    places = {one: Place("arena", offsets[whole[one]], one.shape, one.dtype) for one in lives}
+    return places, max((offsets[one] + one.bytes for one in offsets), default=0), frozenset(shared)
+
+
+def _aligned(offset: int, phase: int | None) -> int:
+    """The least offset from here on that suits a tensor."""
+    return round_up(offset, ALIGNMENT) if phase is None else offset + (phase - offset) % PAGE
 
 
 def _sizes(shape: Any) -> tuple[int, ...]:

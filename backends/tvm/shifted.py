@@ -35,3 +35,34 @@ def in_integers(
         lifts.append(lift)
         rows.append((row >> lift).astype(np.int32))
     return tuple(lifts), np.array(rows)
+
+
+def joins_behind(
+    factors: NDArray[np.int64],
+    summands: NDArray[np.int64],
+    bounds: Sequence[NDArray[np.float64]],
+    shift: int,
+) -> tuple[int, int] | None:
+    """A term that can be added behind a shift.
+
+    (sum + 2^e * term) >> shift is ((sum >> e) + term) >> (shift - e).
+
+    Args:
+        factors: (terms, channels) multipliers.
+        summands: (channels,) constants.
+        bounds: by term, its largest magnitude, shape () or (channels,).
+        shift: of the whole sum.
+
+    Returns:
+        The term and e, or None if no term has one power of two, or what is added might leave int32.
+    """
+    reach = [abs(row) * bound for row, bound in zip(factors, bounds, strict=True)]
+    for term, row in enumerate(factors):
+        factor = int(row[0])
+        exponent = factor.bit_length() - 1
+        if factor <= 0 or factor != 1 << exponent or exponent > shift or (row != factor).any():
+            continue
+        others = abs(summands) + sum(one for index, one in enumerate(reach) if index != term)
+        if float((others * 2.0**-exponent + bounds[term]).max()) < 2.0**31 - 2:
+            return term, exponent
+    return None

@@ -84,17 +84,24 @@ class Scaled(Requantised):
 class Shifted(Requantised):
     """In integers of 64 bits: clip((constant + sum of multiplier * (term << lift)) >> shift, low, high).
 
+    A term with one power of two for all channels may join behind the shift instead, in 32 bits:
+    clip((((constant + ...) >> shift) + added) >> last_shift, low, high).
+
     The constants are int32: two rows that hold the int64 constants, of the even channels and then of the odd
     ones, and a row of multipliers per term: (2 + terms, channels). They are made by `shifted.in_integers`.
-    What is clipped fits int32, and so does every lifted term.
+    What is clipped fits int32, and so do every lifted term and what is added.
 
     Attributes:
         lifts: by term.
-        shift: of the sum, at least 1.
+        shift: of the sum.
+        added: the position of another input, or None.
+        last_shift: of what it was added to.
     """
 
     lifts: tuple[int, ...]
     shift: int
+    added: int | None = None
+    last_shift: int = 0
 
     #: Element type of the constants.
     dtype: ClassVar[str] = "int32"
@@ -187,6 +194,7 @@ class Layer:
         others: further tensors that its outputs add.
         multiplied: inputs that share a multiplier per output, whose bytes follow the packed weights as
             (blocks, parts, 16); 0 where there are none.
+        replaced: position of the one among `others` that the last output is written over, or None.
     """
 
     source: Map
@@ -205,6 +213,7 @@ class Layer:
     outputs: tuple[Written, ...]
     others: tuple[Map, ...]
     multiplied: int = 0
+    replaced: int | None = None
 
     @property
     def code_range(self) -> tuple[int, int]:

@@ -50,7 +50,7 @@ def write_output(
     elif isinstance(output, Steps):
         integer = _counted(output, constants, *value(output.term), channel, lanes)
     else:
-        integer = _requantised(output, constants, [value(one)[0] for one in output.terms], channel, lanes)
+        integer = _requantised(output, constants, lambda one: value(one)[0], channel, lanes)
     least, largest = output.stored
     if output.map.channels < output.map.padded and not least <= output.map.zero_point <= largest:
         # the clip moved the channels that pad away from code 0, which readers count on
@@ -62,12 +62,18 @@ def write_output(
 
 
 def _requantised(
-    output: Output | Scaled | Shifted, constants: Any, values: Sequence[Any], channel: Any, lanes: int
+    output: Output | Scaled | Shifted, constants: Any, value: Callable[[int], Any], channel: Any, lanes: int
 ) -> Any:
+    values = [value(one) for one in output.terms]
     if isinstance(output, Scaled):
         return _scaled(output, constants, values[0], channel, lanes)
     if isinstance(output, Shifted):
-        return _shifted(output, constants, values, channel, lanes)
+        integer = _shifted(output, constants, values, channel, lanes)
+        if output.added is not None:
+            integer = integer + api.cast(value(output.added), "int32", lanes)
+        if output.last_shift:
+            integer = integer >> api.constant(output.last_shift, "int32", lanes)
+        return _clipped(integer, output.low, output.high, lanes)
 
     total = api.load(constants, channel, lanes)
     for row, value in enumerate(values, start=1):
@@ -97,7 +103,7 @@ def _scaled(output: Scaled, constants: Any, value: Any, channel: Any, lanes: int
 
 
 def _shifted(output: Shifted, constants: Any, values: Sequence[Any], channel: Any, lanes: int) -> Any:
-    """Even and odd channels apart, as products of 32 bits have 64."""
+    """The sum behind its first shift; even and odd channels apart, as products of 32 bits have 64."""
     channels, wide = output.map.padded, lanes // 2
 
     def bits(count: int) -> Any:
@@ -121,8 +127,7 @@ def _shifted(output: Shifted, constants: Any, values: Sequence[Any], channel: An
     even, odd = totals
     low = (even >> bits(output.shift)) & bits(2**32 - 1)
     high = odd << bits(32 - output.shift) if output.shift <= 32 else odd >> bits(output.shift - 32)
-    integer = api.reinterpret(low | (high & bits(-(2**32))), f"int32x{lanes}")
-    return _clipped(integer, output.low, output.high, lanes)
+    return api.reinterpret(low | (high & bits(-(2**32))), f"int32x{lanes}")
 
 
 def _counted(output: Steps, constants: Any, value: Any, dtype: str, channel: Any, lanes: int) -> Any:

@@ -21,7 +21,6 @@ from ..maps import LANES, Map
 from ..specs import Layer
 from .epilogue import clear_border, write_output
 
-
 #: Pixels of a part beyond which unpacking weights for each is not felt.
 PART = 392
 
@@ -113,6 +112,8 @@ class Frame:
             self._others = [(one, function.flat(f"other_{i}")) for i, one in enumerate(layer.others)]
             self._constants = [function.flat(f"constants_{i}") for i in range(len(layer.outputs))]
             self._targets = [function.flat(f"output_{i}") for i in range(len(layer.outputs))]
+            if layer.replaced is not None:
+                self._targets[-1] = self._others[layer.replaced][1]
             for one, target in zip(layer.outputs, self._targets, strict=True):
                 clear_border(one.map, target)
             self._sums = self._window_sums() if self._offset else None

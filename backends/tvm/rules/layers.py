@@ -13,7 +13,9 @@ from torch import fx
 from qcompile.backends.group_multipliers import effective_of
 from qcompile.errors import LoweringError
 
+from ..families import Family
 from ..kernel_graph import Builder, Mapped, Tap, extents, padding_of
+from ..kernel_op import InPlace
 from ..kernels.elementwise import epilogue_kernel
 from ..maps import Map
 from ..packing import arrange, multiplier_bytes, runs_of
@@ -115,9 +117,20 @@ def accumulate(builder: Builder, node: fx.Node) -> None:
         [(one.map.shape, one.map.dtype) for one in outputs],
         lambda name: family.build(name, layer),
         choice,
+        _in_place(layer, family, len(inputs)),
     )
     for (owner, map), result in zip(nodes, made, strict=True):
         builder.set_map(owner, Mapped(result, map, not is_conv))
+
+
+def _in_place(layer: Layer, family: Family, inputs: int) -> InPlace | None:
+    """The last output over a tensor of the same layout that is added, if both are touched once."""
+    alike = [index for index, other in enumerate(layer.others) if other == layer.outputs[-1].map]
+    if not alike or not family.writes_once(layer):
+        return None
+    changed = replace(layer, replaced=alike[0])
+    target = inputs + len(layer.outputs) - 1
+    return InPlace(2 + alike[0], target, lambda name: family.build(name, changed))
 
 
 def _fuses(builder: Builder, node: fx.Node, user: fx.Node) -> bool:

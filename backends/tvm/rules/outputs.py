@@ -10,7 +10,7 @@ from torch import fx
 
 from ..kernel_graph import Builder, Mapped
 from ..scaled import LIMIT, in_float32
-from ..shifted import in_integers
+from ..shifted import in_integers, joins_behind
 from ..specs import ACCUMULATOR, Output, Scaled, Shifted
 from .arguments import by_channel
 
@@ -67,7 +67,7 @@ def output_of(
             others.append(other)
         terms.append(others.index(other))
         table[0, real] -= factors * other.map.zero_point
-        bounds.append(np.array(builder.largest(one) + other.map.zero_point, np.float64))
+        bounds.append(np.full(map.padded, builder.largest(one) + other.map.zero_point, np.float64))
     reals = table * 2.0**-shift
     largest = abs(reals[0]) + sum(abs(m) * bound for m, bound in zip(reals[1:], bounds, strict=True))
     is_bounded = float(largest.max(initial=0)) < LIMIT - 1 - map.zero_point
@@ -77,9 +77,15 @@ def output_of(
         if scaled is not None:
             return Scaled(map, (ACCUMULATOR,), *stored), scaled
     if is_bounded and shift:
-        found = in_integers(table[1:], summands, [float(bound.max(initial=0)) for bound in bounds])
+        behind = joins_behind(table[1:, real], summands[real], [one[..., real] for one in bounds], shift)
+        added, first_shift = (None, shift) if behind is None else (terms[behind[0]], behind[1])
+        rest = [index for index in range(len(terms)) if behind is None or index != behind[0]]
+        found = in_integers(
+            table[1:][rest], summands, [float(bounds[index].max(initial=0)) for index in rest]
+        )
         if found is not None:
-            return Shifted(map, tuple(terms), *stored, found[0], shift), found[1]
+            multiplied, last_shift = tuple(terms[index] for index in rest), shift - first_shift
+            return Shifted(map, multiplied, *stored, found[0], first_shift, added, last_shift), found[1]
     if shift <= _MOST_SHIFT:  # added before rounding, not after
         return Output(map, tuple(terms), *stored, 0, is_bounded), np.array(
             [summands, *table[1:]]
