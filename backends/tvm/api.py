@@ -171,15 +171,10 @@ def load(buffer: Any, index: Any, lanes: int = 1) -> Any:
     return buffer[index] if lanes == 1 else buffer[tirx.Ramp(index, 1, lanes)]
 
 
-def prefetch(buffer: Any, index: Any) -> None:
-    """Ask for an element's cache line."""
-    evaluate(
-        tirx.call_llvm_intrin("void", "llvm.prefetch.p0", address(buffer, index), *map(_int32, (0, 3, 1)))
-    )
-
-
-def _int32(value: int) -> Any:
-    return tirx.const(value, "int32")
+def prefetch(buffer: Any, index: Any, cache: int) -> None:
+    """Ask for an element's cache line, as far as the first or second cache."""
+    hints = [tirx.const(one, "int32") for one in (0, 4 - cache, 1)]  # to read, how near, data
+    evaluate(intrinsic("void", "llvm.prefetch.p0", address(buffer, index), *hints))
 
 
 def store(buffer: Any, value: Any, index: Any, lanes: int = 1) -> None:

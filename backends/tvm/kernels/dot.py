@@ -4,6 +4,7 @@ for every tile of pixels
     registers[pixel, block] = 0
     for every run, for every 4 input values
         first tile: unpack the next weights to int8                       into memory of the task
+        second tile: ask for the weights of the next task
         registers[pixel, block] += dot(4 input values of the pixel, 64 weights of the block)
 
 Unpacked among products, weights arrive from memory while the dot products of those before them run.
@@ -71,12 +72,19 @@ def dot_kernel(name: str, layer: Layer, dot: Dot) -> Any:
     rows = 1 + max(row for row, _ in layer.runs.starts)
     columns = len(layer.runs.starts) // rows
     is_ready = is_stored_unpacked(layer)
+    packed = tile.blocks * groups * layer.bits * 64
 
     def unpack(group: Any, index: Any, target: Any) -> None:
         """Eight vectors of each block."""
         for q in range(tile.blocks):
             start = ((group * tile.blocks + q) * groups + index) * layer.bits * 64
             unpack_group(layer, frame.weights, start, target, q * size + index * GROUP * 64)
+
+    def ahead(group: Any, vector: Any) -> None:
+        """Ask for what the next task has packed as one vector of each block."""
+        each = packed // (groups * GROUP)
+        for line in range(-(-each // 64)):
+            api.prefetch(frame.weights, (group + 1) * packed + vector * each + line * 64, 2)
 
     def task(group: Any, first: Any, last: Any) -> None:
         weights = frame.weights if is_ready else api.scratch(tile.blocks * size, "int8")
@@ -97,6 +105,8 @@ def dot_kernel(name: str, layer: Layer, dot: Dot) -> Any:
                         is_next = api.equal(vector % GROUP, 0)
                         with api.when(api.both(api.equal(t, first), is_next)):
                             unpack(group, vector // GROUP, weights)
+                        with api.when(api.equal(t, first + 1)):
+                            ahead(group, vector)
                     add(weights, at, registers, vector, base + 4 * k)
             if layer.others:  # written out, reading another large map took up to twice as long
                 with api.serial(0, tile.pixels) as p:

@@ -141,7 +141,7 @@ class _Gemv:
         packed = group * layer.bits * 64
         if len(parts_of(layer.bits)) > 1:  # the first vector reads a line of each part
             for line in range(layer.bits):
-                api.prefetch(frame.weights, packed + line * 64)
+                api.prefetch(frame.weights, packed + line * 64, 1)
         for vector in range(count):
             weights = self._weights(packed, vector)
             for p in range(self._tile.pixels):
